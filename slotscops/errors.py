@@ -1,0 +1,9 @@
+"""The two ways a command ends early: the user's mistake (exit 2) and a failure while running (exit 1)."""
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one line: what came, what was needed, what to do. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that started well and cannot go on, such as a loss that is not finite. Exit code 1."""

@@ -1,0 +1,100 @@
+"""One object of one photo as a square crop with its masks, and its way into a WebDataset tar and back.
+
+Shapes: S the crop's side in pixels.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+# Members of one sample, in the order they stand in the tar.
+MEMBERS = ("jpg", "parts.png", "object.png", "json")
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class Record:
+    """One object: its crop, its parts and where it came from."""
+
+    key: str  # "{image}_{object}", unique within a dataset
+    image: NDArray[np.uint8]  # (S, S, 3) RGB, 0..255
+    parts: NDArray[np.uint8]  # (S, S) part label of the object's class, 0 = no part
+    object_mask: NDArray[np.bool_]  # (S, S) True on the object
+    description: dict[str, Any]  # image, object, class, box, crop, source_size, part_names
+
+
+def to_members(record: Record) -> dict[str, bytes]:
+    """The record's tar members by extension, in the order of `MEMBERS`. Same record, same bytes."""
+    jpeg = io.BytesIO()
+    Image.fromarray(record.image).save(jpeg, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return {
+        "jpg": jpeg.getvalue(),
+        "parts.png": _encode_png(record.parts),
+        "object.png": _encode_png(record.object_mask.astype(np.uint8) * 255),
+        "json": json.dumps(record.description, sort_keys=True).encode(),
+    }
+
+
+def from_members(key: str, members: dict[str, bytes]) -> Record:
+    """The inverse of `to_members`, up to JPEG's loss in the image."""
+    return Record(
+        key=key,
+        image=_decode(members["jpg"]),
+        parts=_decode(members["parts.png"]),
+        object_mask=_decode(members["object.png"]) > 0,
+        description=json.loads(members["json"]),
+    )
+
+
+def _encode_png(label_map: NDArray[np.uint8]) -> bytes:
+    png = io.BytesIO()
+    Image.fromarray(label_map).save(png, "PNG")
+    return png.getvalue()
+
+
+def _decode(content: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training or evaluation step takes. B images of S x S pixels, features of C channels on an h x w grid."""
+
+    images: Tensor  # (B, 3, S, S) uint8 RGB, not yet normalised: a quarter of float32 to carry to the device
+    features: Tensor | None  # (B, C, h, w) float16 teacher features of the same crops; None where no cache is read
+    parts: Tensor | None  # (B, S, S) uint8 part labels, 0 = none; None in training, which never looks at them
+    object_masks: Tensor | None  # (B, S, S) bool
+    class_ids: Tensor  # (B,) int64 row of the index's class table
+    keys: list[str]  # B record keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device, copied without waiting where the memory is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Called by the DataLoader, so that the copy to a GPU need not wait."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> "Batch":
+        def apply(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        return Batch(
+            function(self.images),
+            apply(self.features),
+            apply(self.parts),
+            apply(self.object_masks),
+            function(self.class_ids),
+            self.keys,
+        )
