@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-
 @contextmanager
 def replace_when_complete(path: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path`; it takes the name `path`, fsynced, only if the body ends without error.

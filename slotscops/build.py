@@ -1,0 +1,85 @@
+"""Settings become networks and optimizers; the only place where `Config` and the model meet."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from slotscops.checkpoint import load_checkpoint, restore_model
+from slotscops.config import Config
+from slotscops.model import FeatureEncoder, ResNetEncoder, SlotScops
+from slotscops.run_folder import read_config, resolve_checkpoint
+
+
+def build_model(config: Config, feature_channels: int, pretrained: bool = True) -> SlotScops:
+    """The network of the settings, on the CPU, the same for the same seed.
+
+    Args:
+        feature_channels: C of the teacher's features.
+        pretrained: False where a checkpoint is loaded right after, so that no weights need to be at hand.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder: nn.Module
+        if config.encoder.name == "features":
+            encoder = FeatureEncoder(feature_channels)
+        else:
+            weights = config.encoder.weights if pretrained else None
+            encoder = ResNetEncoder(config.encoder.name, weights, config.encoder.frozen_stages)
+        return SlotScops(
+            encoder,
+            num_parts=config.slots.num_parts,
+            feature_channels=feature_channels,
+            slot_dim=config.slots.dim,
+            num_iterations=config.slots.iterations,
+            slot_init=config.slots.init,
+            decoder_grid=config.decoder.grid,
+        )
+
+
+def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
+    """SGD as SCOPS' or AdamW, with a learning rate of its own for encoder, head and basis.
+
+    Each group keeps its rate as `peak_learning_rate`; the trainer sets `lr` from the step.
+    """
+    train = config.train
+    rates = {
+        "encoder": train.learning_rate / 10 if train.encoder_learning_rate is None else train.encoder_learning_rate,
+        "head": train.learning_rate,
+        "basis": train.learning_rate if train.basis_learning_rate is None else train.basis_learning_rate,
+    }
+    groups = [
+        {
+            "name": name,
+            "params": parameters,
+            "lr": rates[name],
+            "peak_learning_rate": rates[name],
+            "weight_decay": 0.0 if name == "basis" else train.weight_decay,
+        }
+        for name, parameters in model.parameter_groups().items()
+        if parameters
+    ]
+    if train.optimizer == "sgd":
+        return SGD(groups, lr=train.learning_rate, momentum=train.momentum)
+    return AdamW(groups, lr=train.learning_rate, fused=torch.cuda.is_available())
+
+
+def parameter_names(model: nn.Module) -> Mapping[Tensor, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def load_model(run_or_checkpoint: Path) -> tuple[SlotScops, Config, Path]:
+    """The trained network of a run or checkpoint, its settings, and the checkpoint's folder.
+
+    Raises:
+        UserError: nothing there, damaged, or settings that do not fit the tensors.
+    """
+    path = resolve_checkpoint(run_or_checkpoint)
+    config = read_config(path)
+    checkpoint = load_checkpoint(path)
+    feature_channels = checkpoint.model["basis_parameter"].shape[1]
+    model = build_model(config, feature_channels, pretrained=False)
+    restore_model(model, checkpoint.model, path)
+    return model.eval(), config, path

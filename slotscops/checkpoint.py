@@ -1,0 +1,200 @@
+"""Checkpoints: a folder that appears whole or not at all, every file hashed, no pickle anywhere.
+
+`checkpoints/step-{N}/` holds `model.safetensors`, `optimizer.safetensors`, `rng.safetensors` (one row a process),
+`state.json` (step, samples_seen, what it was trained on) and `manifest.json` (sha256 and size of the other four).
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from slotscops.errors import UserError
+from slotscops.files import fsync_folder, sha256_of_file, write_json
+
+FORMAT = 1
+_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class State:
+    """All of a run's state that is not a tensor."""
+
+    step: int
+    samples_seen: int
+    config: dict[str, Any]
+    shard_digest: str
+    feature_digest: str
+    scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back, its hashes checked."""
+
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    state: State
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    rng: Mapping[str, Tensor],
+    state: State,
+    keep: int,
+) -> Path:
+    """Writes `folder/step-{N}` and then removes all but the newest `keep`. A crash leaves the earlier ones whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{state.step}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name, tensors in (("model", model), ("optimizer", optimizer), ("rng", rng)):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors")
+    write_json(partial / "state.json", asdict(state))
+    for name in _FILES:
+        _fsync_file(partial / name)
+    manifest = {name: _describe(partial / name) for name in _FILES}
+    write_json(partial / "manifest.json", manifest)
+    if final.exists():  # the same step, written by a run that was resumed from an earlier checkpoint
+        shutil.rmtree(final)
+    partial.rename(final)
+    fsync_folder(folder)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizer's state by "{parameter}/{quantity}", such as "basis/exp_avg"."""
+    return {
+        f"{names[parameter]}/{quantity}": value
+        for parameter, state in optimizer.state.items()
+        for quantity, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def rng_tensors(rank: int) -> dict[str, Tensor]:
+    """The states of PyTorch's random number generators of this process."""
+    states = {f"cpu/{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"cuda/{rank}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+
+
+def _fsync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints below `folder`, by step."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raises UserError naming the first file that is missing or differs from the manifest."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        expected = {name: (manifest[name]["sha256"], manifest[name]["bytes"]) for name in _FILES}
+    except FileNotFoundError:
+        raise UserError(f"{path}: is no checkpoint (no manifest.json); give a folder step-N of a run") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}/manifest.json: is damaged; {_USE_ANOTHER}") from None
+    for name, (sha256, num_bytes) in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file}: is missing; {_USE_ANOTHER}")
+        if file.stat().st_size != num_bytes or sha256_of_file(file) != sha256:
+            raise UserError(f"{file}: is damaged (its sha256 differs from the manifest); {_USE_ANOTHER}")
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint after checking every hash.
+
+    Raises:
+        UserError: missing, damaged, or of another format.
+    """
+    verify_checkpoint(path)
+    try:
+        state = State(**json.loads((path / "state.json").read_text()))
+        tensors = {name: load((path / name).read_bytes()) for name in _FILES[:3]}
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {_USE_ANOTHER}") from None
+    if state.format != FORMAT:
+        raise UserError(f"{path}: has format {state.format}, this version reads {FORMAT}")
+    return Checkpoint(path, tensors[_FILES[0]], tensors[_FILES[1]], tensors[_FILES[2]], state)
+
+
+def restore_model(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Loads the model's tensors; a missing, foreign or misshapen one is refused by name."""
+    own = module.state_dict()
+    for name in sorted(set(own) ^ set(tensors)):
+        side = "lacks" if name in own else "has the foreign"
+        raise UserError(f"{path}: {side} tensor {name}; it was saved by a model with other settings")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, needed {tuple(tensor.shape)}; "
+                "it was saved by a model with other settings"
+            )
+    module.load_state_dict(dict(tensors))
+
+
+def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`. Learning rates and other settings stay those of the optimizer."""
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, quantity = key.rpartition("/")
+        by_parameter.setdefault(name, {})[quantity] = tensor
+    content = optimizer.state_dict()
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    content["state"] = {
+        number: by_parameter[names[parameter]]
+        for number, parameter in enumerate(ordered)
+        if names[parameter] in by_parameter
+    }
+    optimizer.load_state_dict(content)
+
+
+def restore_rng(tensors: Mapping[str, Tensor], rank: int) -> bool:
+    """Restores this process's generators; False where the checkpoint was written by fewer processes."""
+    if f"cpu/{rank}" not in tensors:
+        return False
+    torch.set_rng_state(tensors[f"cpu/{rank}"])
+    if torch.cuda.is_available() and f"cuda/{rank}" in tensors:
+        torch.cuda.set_rng_state(tensors[f"cuda/{rank}"])
+    return True
+
+
+_USE_ANOTHER = "use an older checkpoint of the run"

@@ -1,0 +1,258 @@
+"""Every setting on one page, its default, its unit and its range; YAML and `a.b=c` overrides become a `Config`."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from slotscops.errors import UserError
+from slotscops.files import write_bytes
+
+# Strict: the text '2e-4', which YAML does not read as a number, must not become one unnoticed.
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+# YAML reads a bare `no` as false.
+Precision = Annotated[Literal["no", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Data:
+    shards: str = "shards/toy"  # folder written by python -m slotscops.shard
+    size: Annotated[int, Field(ge=32)] = 128  # side of the square crops, pixels
+    num_workers: Count = 1  # loader processes per training process; 0 reads in the training process
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Teacher:
+    layer: str = "relu5_4"  # VGG19 layer whose features are the target; "relu5_2+relu5_4" joins channels
+    size: Positive | None = None  # side the crops had when VGG saw them, pixels; null: data.size
+    weights: str | None = None  # refuse a cache made with other weights than these; null: take the cache as it is
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Encoder:
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "features"] = "resnet50"  # features: no backbone
+    weights: str = "imagenet"  # imagenet (torchvision's own), a .safetensors or .pth file, or random:SEED
+    frozen_stages: Annotated[int, Field(ge=0, le=4)] = 0  # stages of the ResNet that do not train; 1 includes the stem
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Slots:
+    num_parts: Annotated[int, Field(ge=1, le=254)] = 5  # K; one slot more is the background
+    dim: Positive = 64
+    iterations: Positive = 3
+    init: Literal["learned", "shared_gaussian"] = "learned"  # shared_gaussian stays at chance; for the record
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Decoder:
+    grid: Positive = 8  # side of the grid on which each slot is broadcast
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Losses:
+    semantic: Rate = 1.0  # weight of the semantic consistency loss
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Train:
+    total_steps: Positive = 20_000
+    stop_after_steps: Positive | None = None  # end early, as if interrupted after that many steps of this start
+    batch_size: Positive = 64  # global: over all processes and accumulation steps
+    accumulation_steps: Positive = 1  # each process splits its share of the batch into so many microbatches
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is SCOPS'
+    learning_rate: Rate = 4.0e-4  # of slots, decoder and projection
+    encoder_learning_rate: Rate | None = None  # null: a tenth of learning_rate
+    basis_learning_rate: Rate | None = None  # null: learning_rate
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # sgd only
+    weight_decay: Rate = 5.0e-4  # never on the basis
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    warmup_steps: Count = 0
+    clip_norm: Rate = 5.0  # largest allowed norm of the whole gradient; 0: no clipping
+    mixed_precision: Precision | None = None  # null: what accelerate launch says
+    channels_last: bool = True
+    compile: bool = False
+    num_processes: Positive | None = None  # refuse to start on any other number; null: any
+    timeout_minutes: Positive = 30  # a process that waits longer for another one ends the run
+    log_every_steps: Positive = 20
+    save_every_steps: Positive = 500
+    keep_checkpoints: Positive = 3  # the newest so many stay
+    eval_every_steps: Count = 1000  # 0: never
+    eval_images: Positive = 512  # the first so many of the val split, for scores while training
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    run_dir: str = "runs/default"
+    seed: Count = 0
+    data: Data = Data()
+    teacher: Teacher = Teacher()
+    encoder: Encoder = Encoder()
+    slots: Slots = Slots()
+    decoder: Decoder = Decoder()
+    losses: Losses = Losses()
+    train: Train = Train()
+
+    @property
+    def teacher_size(self) -> int:
+        """Side of the crops when VGG saw them, pixels."""
+        return self.teacher.size or self.data.size
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `a.b=c` overrides; unnamed settings keep their defaults.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown setting (with the closest known one), a value of a wrong type.
+    """
+    settings: dict[str, Any] = {} if path is None else _read_yaml(path)
+    origin = "command line" if path is None else str(path)
+    config = _build(settings, origin)  # before the overrides, so that an error is blamed on the right place
+    if not overrides:
+        return config
+    for override in overrides:
+        _apply_override(settings, override)
+    return _build(settings, "command line")
+
+
+def config_from_mapping(settings: Mapping[str, Any], origin: str) -> Config:
+    """A `Config` from nested settings, checked; `origin` names their source in errors."""
+    return _build(dict(settings), origin)
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_mapping(config), sort_keys=False)
+
+
+def write_config(config: Config, path: Path) -> None:
+    write_bytes(path, to_yaml(config).encode())
+
+
+def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
+    """Names of the settings, dotted, in which two nested mappings differ."""
+    names: list[str] = []
+    for name in sorted(set(first) | set(second)):
+        mine, other = first.get(name), second.get(name)
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            names += differences(mine, other, f"{prefix}{name}.")
+        elif mine != other:
+            names.append(f"{prefix}{name}")
+    return names
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give --config an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is not YAML: {reason}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: holds a {type(settings).__name__}, needed settings such as 'seed: 0'")
+    return settings
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"'{override}' is no setting; write NAME=VALUE, such as train.total_steps=500")
+    *folders, leaf = name.split(".")
+    for folder in folders:
+        below = settings.setdefault(folder, {})
+        if not isinstance(below, dict):
+            raise UserError(f"{name}: '{folder}' is a single setting, it holds no '{leaf}'")
+        settings = below
+    settings[leaf] = _parse_value(name, text)
+
+
+def _parse_value(name: str, text: str) -> Any:
+    default: Any = to_mapping(Config())
+    for step in name.split("."):
+        default = default.get(step) if isinstance(default, dict) else None
+    if isinstance(default, str):  # a folder may well be called 2020
+        return text
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _build(settings: dict[str, Any], origin: str) -> Config:
+    try:
+        # As JSON, because strict validation of Python values wants sections that are dataclasses already.
+        return TypeAdapter(Config).validate_json(json.dumps(settings, default=str))
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing wrong, in one line: what came, what was needed, what to do."""
+    problem = error.errors(include_url=False)[0]
+    name = ".".join(str(step) for step in problem["loc"] if step not in ("int", "float", "str", "constrained-int"))
+    value = problem["input"]
+    if problem["type"] == "unexpected_keyword_argument" or problem["type"] == "extra_forbidden":
+        return f"unknown setting '{name}'{suggest(name, setting_names())}"
+    message = (
+        problem["msg"]
+        .removeprefix("Input ")
+        .replace("should be", "it must be")
+        .replace("an object", "a section of settings")
+    )
+    if isinstance(value, str) and problem["type"].startswith(("float", "int")):
+        return f"{name} is the text '{value}'; {message}{_number_hint(value)}"
+    return f"{name} is {value!r}; {message}"
+
+
+def _number_hint(text: str) -> str:
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    mantissa, _, exponent = text.lower().partition("e")
+    if exponent and "." not in mantissa:
+        return f" (YAML reads {text} as text: write {mantissa}.0e{exponent})"
+    return f" (write {number:g} without quotes)"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """', did you mean X?' or an empty string."""
+    candidates = list(known)
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    if not close:  # the right name in the wrong section
+        close = [c for c in candidates if c.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def setting_names() -> list[str]:
+    """Every setting's dotted name, sections included."""
+
+    def walk(mapping: Mapping[str, Any], prefix: str) -> list[str]:
+        names: list[str] = []
+        for name, value in mapping.items():
+            names.append(f"{prefix}{name}")
+            if isinstance(value, Mapping):
+                names += walk(value, f"{prefix}{name}.")
+        return names
+
+    return walk(to_mapping(Config()), "")

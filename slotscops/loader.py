@@ -1,0 +1,188 @@
+"""Shards and feature cache become batches: in the plan's order for training, in the shards' order for evaluation.
+
+Samples are numbered through a split in the order of its shards. A loader worker keeps no state of its own: it is told
+the places of the stream to read, so the order is the same with any number of workers.
+"""
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.context import BaseContext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from slotscops import plan
+from slotscops.errors import UserError
+from slotscops.feature_shard import FeatureShard
+from slotscops.features import FeatureCache
+from slotscops.index import Dataset as ShardDataset
+from slotscops.index import ShardEntry, ShardIndex
+from slotscops.records import Batch
+from slotscops.shard_reader import ShardReaders
+
+_PREFETCHED_BATCHES = 4  # by each worker
+
+
+@dataclass
+class Split(Dataset[Batch]):
+    """All samples of one split, read by number. Cheap to send to a worker: files are opened where they are read."""
+
+    dataset: ShardDataset
+    name: str  # train or val
+    cache: FeatureCache | None  # None: batches without features
+    with_labels: bool  # evaluation reads part labels and object masks; training never does
+
+    def __len__(self) -> int:
+        return self.dataset.num_samples(self.name)
+
+    def key(self, sample: int) -> str:
+        shard, row = self._locate(np.array([sample]))
+        return self._indices[int(shard[0])].key(int(row[0]))
+
+    def read(self, samples: NDArray[np.int64]) -> Batch:
+        """The samples as one batch, in the order asked for.
+
+        Raises:
+            RunError: a member whose crc32 differs from the index.
+        """
+        shards, rows = self._locate(samples)
+        images = torch.empty(len(samples), 3, self.dataset.size, self.dataset.size, dtype=torch.uint8)
+        parts = torch.empty(len(samples), self.dataset.size, self.dataset.size, dtype=torch.uint8)
+        objects = torch.empty(parts.shape, dtype=torch.bool)
+        for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+            reader = self._readers[shard]
+            images[place] = reader.read_image(row)
+            if self.with_labels:
+                parts[place] = reader.read_parts(row)
+                objects[place] = reader.read_object_mask(row)
+        return Batch(
+            images=images,
+            features=self._read_features(shards, rows),
+            parts=parts if self.with_labels else None,
+            object_masks=objects if self.with_labels else None,
+            class_ids=torch.tensor([self._indices[s].class_ids[r] for s, r in zip(shards, rows, strict=True)]),
+            keys=[self._indices[s].key(r) for s, r in zip(shards, rows, strict=True)],
+        )
+
+    def __getitems__(self, samples: Sequence[int]) -> Batch:
+        """One batch, called by the DataLoader with all its numbers at once."""
+        return self.read(np.asarray(samples, np.int64))
+
+    def _read_features(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> torch.Tensor | None:
+        if self.cache is None:
+            return None
+        features = torch.zeros(len(shards), *self.cache.shape, dtype=torch.float16)
+        for shard in np.unique(shards):
+            places = np.flatnonzero(shards == shard)
+            self._feature_shard(int(shard)).read_into(features, places.tolist(), rows[places].tolist())
+        return features
+
+    def _locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Shard number and row of each sample."""
+        shards = np.searchsorted(self._shard_ends, samples, side="right")
+        starts = np.concatenate([[0], self._shard_ends])
+        return shards, samples - starts[shards]
+
+    def _feature_shard(self, shard: int) -> FeatureShard:
+        assert self.cache is not None
+        if shard not in self._feature_shards:
+            self._feature_shards[shard] = self.cache.open_shard(self._entries[shard])
+        return self._feature_shards[shard]
+
+    @property
+    def _entries(self) -> list[ShardEntry]:
+        return self.dataset.split(self.name)
+
+    @cached_property
+    def _shard_ends(self) -> NDArray[np.int64]:
+        return np.cumsum([entry.num_samples for entry in self._entries], dtype=np.int64)
+
+    @cached_property
+    def _indices(self) -> list[ShardIndex]:
+        return [self.dataset.read_index(entry) for entry in self._entries]
+
+    @cached_property
+    def _readers(self) -> ShardReaders:
+        return ShardReaders(self.dataset, self._entries, self._indices)
+
+    @cached_property
+    def _feature_shards(self) -> dict[int, FeatureShard]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker opens its own files; memory maps do not travel.
+        fields = ("dataset", "name", "cache", "with_labels")
+        return {field: self.__dict__[field] for field in fields}
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Which samples this process trains on, from `samples_seen` on. Iterates over microbatches."""
+
+    num_samples: int
+    seed: int
+    batch_size: int  # global
+    rank: int
+    num_ranks: int
+    accumulation_steps: int
+    samples_seen: int
+    last: int  # samples seen at the end of training
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for places in plan.microbatches(
+            self.samples_seen, self.last, self.batch_size, self.rank, self.num_ranks, self.accumulation_steps
+        ):
+            yield plan.samples_at(places, self.num_samples, self.seed).tolist()
+
+    def global_batch(self, samples_seen: int) -> list[int]:
+        """The samples of all processes at a step, in order."""
+        places = plan.share_of_rank(samples_seen, self.batch_size, 0, 1)
+        samples: list[int] = plan.samples_at(places, self.num_samples, self.seed).tolist()
+        return samples
+
+
+def training_batches(split: Split, training_plan: TrainingPlan, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """Microbatches of this process in the plan's order, read ahead by `num_workers` processes."""
+    if len(split) == 0:
+        raise UserError(
+            f"{split.dataset.folder}: the split '{split.name}' holds no samples; there is nothing to train on"
+        )
+    return iter(_data_loader(split, training_plan, num_workers, pin_memory))
+
+
+def evaluation_batches(
+    split: Split, batch_size: int, rank: int = 0, num_ranks: int = 1, limit: int | None = None, num_workers: int = 0
+) -> Iterator[Batch]:
+    """Every sample once over all processes, in the shards' order; the last batch may be smaller."""
+    num_samples = min(len(split), limit or len(split))
+    mine = range(rank * num_samples // num_ranks, (rank + 1) * num_samples // num_ranks)
+    batches = [list(mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
+    return iter(_data_loader(split, batches, num_workers, pin_memory=False))
+
+
+def _data_loader(split: Split, batches: Any, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    return DataLoader(
+        split,
+        batch_sampler=batches,
+        collate_fn=_already_a_batch,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=_PREFETCHED_BATCHES if num_workers else None,
+        # A forked copy of a process that runs PyTorch's threads can hang.
+        multiprocessing_context=_worker_context() if num_workers else None,
+    )
+
+
+def _worker_context() -> BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # import PyTorch once, not in every worker
+    return context
+
+
+def _already_a_batch(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,70 @@
+"""The order of training, as a pure function: which sample stands at which place of the endless stream.
+
+The stream is one permutation of all samples after the other, a fresh one each epoch, drawn from (seed, epoch). Step s
+of global batch G takes places [s G, (s + 1) G); each process takes its equal share of them, in order. So the order
+does not depend on the number of processes or workers, the tail of an epoch that fills no batch opens the next one,
+and `samples_seen` is all the state there is.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slotscops.errors import UserError
+
+
+@lru_cache(maxsize=2)  # a batch touches at most two epochs unless it is larger than the data set
+def permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """(N,) order of all samples in one epoch. Philox is counter-based and the same on every machine."""
+    key = np.random.SeedSequence([seed, epoch])
+    order = np.random.Generator(np.random.Philox(key)).permutation(num_samples)
+    order.setflags(write=False)
+    return order
+
+
+def samples_at(places: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.int64]:
+    """The samples standing at the given places of the stream. Same shape as `places`."""
+    epochs, within = np.divmod(places, num_samples)
+    samples = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        samples[here] = permutation(num_samples, seed, int(epoch))[within[here]]
+    return samples
+
+
+def share_of_rank(samples_seen: int, batch_size: int, rank: int, num_ranks: int) -> NDArray[np.int64]:
+    """(G / ranks,) places of the stream that one process takes of the next global batch.
+
+    Raises:
+        UserError: the batch cannot be divided evenly.
+    """
+    check_divisible(batch_size, num_ranks, 1)
+    share = batch_size // num_ranks
+    start = samples_seen + rank * share
+    return np.arange(start, start + share, dtype=np.int64)
+
+
+def check_divisible(batch_size: int, num_ranks: int, accumulation_steps: int) -> None:
+    if batch_size % (num_ranks * accumulation_steps):
+        raise UserError(
+            f"train.batch_size is {batch_size}, which {num_ranks} processes x {accumulation_steps} accumulation steps "
+            f"do not divide; use a multiple of {num_ranks * accumulation_steps}"
+        )
+
+
+def microbatches(
+    first: int, last: int, batch_size: int, rank: int, num_ranks: int, accumulation_steps: int
+) -> Iterator[NDArray[np.int64]]:
+    """Places of one process's microbatches, from `first` to `last` samples seen, in the order they are trained on."""
+    check_divisible(batch_size, num_ranks, accumulation_steps)
+    for samples_seen in range(first, last, batch_size):
+        share = share_of_rank(samples_seen, batch_size, rank, num_ranks)
+        yield from np.split(share, accumulation_steps)
+
+
+def batch_digest(keys: Iterable[str]) -> str:
+    """Hash of a global batch's record keys in order, 16 hex digits."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]

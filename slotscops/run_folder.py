@@ -1,0 +1,152 @@
+"""The run's own folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `pictures/`, `tensorboard/`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slotscops import console
+from slotscops.checkpoint import State, list_checkpoints, verify_checkpoint
+from slotscops.config import Config, config_from_mapping, differences, load_config, to_mapping, write_config
+from slotscops.errors import UserError
+from slotscops.features import FeatureCache
+from slotscops.files import write_bytes
+from slotscops.index import Dataset
+
+# Settings that may change between two starts of one run without making it another run.
+_FREE_TO_CHANGE = ("run_dir", "data.shards", "data.num_workers", "encoder.weights", "teacher.weights")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @staticmethod
+    def of(config: Config) -> "RunFolder":
+        return RunFolder(Path(config.run_dir))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "pictures"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    def open(self, config: Config, step: int) -> None:
+        """Makes the folder, writes the resolved settings, and drops logged steps beyond the one resumed from."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.pictures.mkdir(exist_ok=True)
+            write_config(config, self.config)
+            if self.metrics.exists():
+                kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
+                write_bytes(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another folder with run_dir=DIR"
+            ) from None
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends one logged step."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def find_checkpoint(self, resume: str) -> Path | None:
+        """The checkpoint to go on from, or None to start afresh.
+
+        Args:
+            resume: `auto` takes the newest that verifies, `none` starts afresh, anything else is a checkpoint's path.
+
+        Raises:
+            UserError: `none` over a run that has checkpoints; no checkpoint of the run verifies.
+        """
+        present = list_checkpoints(self.checkpoints)
+        if resume not in ("auto", "none"):
+            return resolve_checkpoint(Path(resume))
+        if not present:
+            return None
+        if resume == "none":
+            raise UserError(
+                f"{self.path}: holds the checkpoints of a run; go on with --resume auto or choose another run_dir"
+            )
+        return _newest_whole(present)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint's folder from that of a run or a checkpoint; of a run, its newest checkpoint that verifies.
+
+    Raises:
+        UserError: nothing there, or nothing whole.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such run or checkpoint; give runs/NAME or runs/NAME/checkpoints/step-N")
+    if (path / "manifest.json").is_file():
+        verify_checkpoint(path)
+        return path
+    present = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not present:
+        raise UserError(f"{path}: holds no checkpoint; give runs/NAME or runs/NAME/checkpoints/step-N")
+    return _newest_whole(present)
+
+
+def run_of_checkpoint(checkpoint: Path) -> Path:
+    """runs/NAME of runs/NAME/checkpoints/step-N."""
+    return checkpoint.resolve().parent.parent
+
+
+def read_config(checkpoint: Path) -> Config:
+    """The settings a checkpoint's model was built with, from `config.yaml` of its run or beside its tensors."""
+    for folder in (checkpoint, run_of_checkpoint(checkpoint)):
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml")
+    raise UserError(f"{checkpoint}: no config.yaml beside it or in its run folder; copy it there")
+
+
+def check_same_run(saved: State, config: Config, dataset: Dataset, cache: FeatureCache, path: Path) -> None:
+    """Refuses to go on with settings or data that make another model or another order of samples."""
+    earlier = to_mapping(config_from_mapping(saved.config, str(path)))
+    for name in differences(earlier, to_mapping(config)):
+        if name in _FREE_TO_CHANGE or (name.startswith("train.") and name != "train.optimizer"):
+            continue
+        raise UserError(f"{path}: was trained with another {name}; restore it or start a new run with run_dir=DIR")
+    digests = {"shards": (saved.shard_digest, dataset.digest), "features": (saved.feature_digest, cache.digest)}
+    for name, (before, now) in digests.items():
+        if before != now:
+            raise UserError(
+                f"{path}: was trained on other {name} ({before[:12]}, now {now[:12]}); "
+                f"point data.shards to the {name} it began with or start a new run with run_dir=DIR"
+            )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The logged steps. A last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _newest_whole(checkpoints: list[Path]) -> Path:
+    reasons = []
+    for path in reversed(checkpoints):
+        try:
+            verify_checkpoint(path)
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            console.warn(f"passed over a checkpoint: {reason}")
+        return path
+    raise UserError(f"{reasons[0]} (no other checkpoint of the run is whole)")

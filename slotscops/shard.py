@@ -1,0 +1,125 @@
+"""Turns PASCAL-Part into WebDataset shards with an index and the teacher's features.
+
+    python -m slotscops.shard --root DIR --out SHARDS [--classes horse,cow] [--size 128] [--teacher-weights FILE]
+    python -m slotscops.shard --toy --out shards/toy
+
+Works alone or under a launcher. Started again after any interruption it finishes what is missing.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from slotscops import console, toy
+from slotscops.errors import UserError
+from slotscops.features import build_cache, report
+from slotscops.index import Dataset
+from slotscops.pascal_part import BOX_SHARE, PART_NAMES, check_class_names, find_tree
+from slotscops.shard_reader import ShardReader
+from slotscops.shard_writer import SPLITS, Outcome, ShardSettings, write_shards
+from slotscops.teacher import Teacher
+from slotscops.work import usable_cores
+
+_LISTED = 20  # damaged files named at the end; all are in index/left_out.json
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    classes = check_class_names(options.classes.split(",")) if options.classes else list(PART_NAMES)
+    # Before any work: a teacher without weights is an error at the start, not after an hour.
+    teacher = None if options.no_features else Teacher(options.layer, options.teacher_weights)
+    if options.toy:
+        root = options.out / "photos"
+        toy.write_tree(root, num_train=options.toy_train, num_val=options.toy_val, seed=options.toy_seed)
+    else:
+        root = options.root
+    settings = ShardSettings(
+        classes=classes,
+        size=options.size,
+        min_box_share={"train": options.min_box_train, "val": options.min_box_val},
+        samples_per_shard=options.samples_per_shard,
+    )
+    outcome = write_shards(find_tree(root), options.out, settings, options.workers)
+    _show(outcome, options.out)
+    if teacher is not None:
+        report(build_cache(outcome.dataset, teacher, options.size))
+    return 1 if options.strict and outcome.num_damaged else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m slotscops.shard", description=__doc__.split("\n")[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--root", type=Path, help="folder of VOCdevkit and Annotations_Part")
+    source.add_argument("--toy", action="store_true", help="draw a synthetic tree into OUT/photos and shard that")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--classes", help="comma-separated VOC names (default: all 20)")
+    parser.add_argument("--size", type=int, default=128, help="side of the crops, pixels (default: 128)")
+    parser.add_argument(
+        "--teacher-weights", default="imagenet", help="imagenet, a .safetensors or .pth file, random:SEED"
+    )
+    parser.add_argument("--layer", default="relu5_4", help="VGG19 layer; join several with + (default: relu5_4)")
+    parser.add_argument("--no-features", action="store_true", help="shards only; see python -m slotscops.features")
+    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    for split in SPLITS:
+        share = BOX_SHARE[split]
+        parser.add_argument(
+            f"--min-box-{split}", type=float, default=share, metavar="SHARE",
+            help=f"leave out {split} objects whose box covers no more of the image (default: {share})",
+        )  # fmt: skip
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes for crops (default: all cores)")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file was damaged")
+    parser.add_argument("--toy-train", type=int, default=600, help="toy photos to train on (default: 600)")
+    parser.add_argument("--toy-val", type=int, default=150, help="toy photos to score on (default: 150)")
+    parser.add_argument("--toy-seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    for name, least in (("size", 32), ("samples_per_shard", 1), ("workers", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, needed at least {least}")
+    return options
+
+
+def _show(outcome: Outcome, out: Path) -> None:
+    """A table of what was written, and what was left out and why."""
+    dataset = outcome.dataset
+    rows = []
+    for split in SPLITS:
+        counts = _count(dataset, split)
+        for name in [name for name in dataset.class_names if counts["objects", name]]:
+            megabytes = counts["bytes", name] / 1e6
+            cells = [f"{counts[what, name]:,}" for what in ("images", "objects", "parts")]
+            rows.append((name, split, *cells, f"{megabytes:.2f}"))
+    console.show_table(str(out), ("class", "split", "images", "objects", "parts", "MB"), rows)
+    reasons = Counter((item.kind, item.class_name or "-", item.split or "-") for item in outcome.left_out)
+    if reasons:
+        left = [(kind, name, split, f"{count:,}") for (kind, name, split), count in sorted(reasons.items())]
+        console.show_table("left out", ("reason", "class", "split", "objects or files"), left)
+        console.say(f"every one with its reason: {out / 'index' / 'left_out.json'}")
+    damaged = [item for item in outcome.left_out if item.damaged]
+    if console.is_main():
+        for item in damaged[:_LISTED]:
+            console.warn(f"left out {item.image}: {item.reason}")
+        if len(damaged) > _LISTED:
+            console.warn(f"left out {len(damaged) - _LISTED} more damaged files")
+
+
+def _count(dataset: Dataset, split: str) -> Counter[tuple[str, str]]:
+    """Images, objects, parts and bytes by (what, class)."""
+    counts: Counter[tuple[str, str]] = Counter()
+    images: set[tuple[str, str]] = set()
+    for entry in dataset.splits[split]:
+        reader = ShardReader(dataset, entry)
+        for row in range(len(reader.index)):
+            description = reader.read_description(row)
+            name = description["class"]
+            images.add((name, description["image"]))
+            counts["objects", name] += 1
+            counts["parts", name] += len(description["part_names"])
+            counts["bytes", name] += int(reader.index.sizes[row].sum())
+    for name, _ in images:
+        counts["images", name] += 1
+    return counts
+
+
+if __name__ == "__main__":
+    console.run_command(main)

@@ -1,0 +1,84 @@
+"""Before the first step: processes as the launcher promised, data and features that fit the settings."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from slotscops import console, plan
+from slotscops.config import Config
+from slotscops.errors import UserError
+from slotscops.features import FeatureCache, open_cache, warn_if_random
+from slotscops.index import Dataset, open_dataset
+from slotscops.teacher import Teacher
+
+CPU_LAUNCH = (
+    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --num_cpu_threads_per_process 1 --main_process_port 0"
+)
+
+
+def start_accelerator(config: Config) -> Accelerator:
+    """Joins the other processes.
+
+    Raises:
+        UserError: the launcher started another number of processes than it was asked for, or than the settings want,
+            or the global batch cannot be divided among them.
+    """
+    _check_environment()
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        log_with="tensorboard",
+        project_dir=config.run_dir,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.timeout_minutes)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+        ],
+    )
+    if accelerator.num_processes != console.world_size():
+        raise UserError(
+            f"the launcher promised {console.world_size()} processes, but each runs alone (--multi_gpu without a GPU "
+            f"for each); on CPUs launch with: {CPU_LAUNCH}"
+        )
+    if config.train.num_processes not in (None, accelerator.num_processes):
+        raise UserError(
+            f"train.num_processes is {config.train.num_processes}, but {accelerator.num_processes} were started; "
+            "give the launcher that number or drop the setting"
+        )
+    plan.check_divisible(config.train.batch_size, accelerator.num_processes, config.train.accumulation_steps)
+    return accelerator
+
+
+def _check_environment() -> None:
+    # accelerate launch --cpu --num_processes N sets the address of a process group and then starts one process.
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"the launcher was asked for several processes but started one; on CPUs launch with: {CPU_LAUNCH}"
+        )
+
+
+def open_training_data(config: Config) -> tuple[Dataset, FeatureCache]:
+    """The shards and their feature cache, checked against the settings.
+
+    Raises:
+        UserError: missing or unfinished shards, another crop size, a cache that does not fit.
+    """
+    dataset = open_dataset_of_size(config)
+    weights = config.teacher.weights
+    sha256 = None if weights is None else Teacher(config.teacher.layer, weights).fingerprint
+    cache = open_cache(dataset, config.teacher.layer, config.teacher_size, sha256)
+    warn_if_random(cache)
+    return dataset, cache
+
+
+def open_dataset_of_size(config: Config) -> Dataset:
+    dataset = open_dataset(Path(config.data.shards))
+    if dataset.size != config.data.size:
+        raise UserError(
+            f"{config.data.shards}: holds crops of {dataset.size} px, but data.size is {config.data.size}; set "
+            f"data.size={dataset.size} or make shards with python -m slotscops.shard --size {config.data.size}"
+        )
+    return dataset
