@@ -18,15 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from slotscops.errors import UserError
+from slotscops.errors import RunError, UserError
 
 _SEGMENT = 1 << 16  # values that a uint16 position can tell apart
+_MAX_VALUES = 1 << 28  # of one map; more is no feature map but a damaged file
 
 
 def encode(features: NDArray[np.float16]) -> bytes:
     """The file's content for (N, C, h, w) features, in the smaller of both encodings."""
     num_samples = len(features)
-    maps = features.reshape(num_samples, -1)
+    maps = features.reshape(num_samples, int(np.prod(features.shape[1:])))
     shape = np.array(features.shape[1:], np.int64)
     samples, positions = np.nonzero(maps.view(np.uint16))  # by bits, so that -0.0 and nan survive
     segments_per_map = _num_segments(shape)
@@ -62,6 +63,8 @@ class FeatureShard:
             raise UserError(f"{path}: holds no features but {sorted(tensors)}; {_REBUILD}")
         self._ends, self._positions, self._values = (tensors[name] for name in names[:3])
         self.shape = tuple(int(side) for side in tensors["shape"])
+        if min(self.shape) < 1 or self.num_values > _MAX_VALUES:
+            raise UserError(f"{path}: is damaged (maps of shape {self.shape}); {_REBUILD}")
         self._num_segments = _num_segments(self.shape)
         self._num_samples = len(self._ends) // self._num_segments
         self._check_sparse()
@@ -104,7 +107,10 @@ class FeatureShard:
             number = row * self._num_segments + segment
             start, end = (self._ends[number - 1] if number else 0), self._ends[number]
             window = values[segment * _SEGMENT :]
-            window[self._positions[start:end]] = self._values[start:end]
+            try:
+                window[self._positions[start:end]] = self._values[start:end]
+            except IndexError:
+                raise RunError(f"{self.path}: row {row} is damaged (a position beyond the map); {_REBUILD}") from None
 
     def _check_sparse(self) -> None:
         fits = (

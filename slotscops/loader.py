@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from slotscops import plan
 from slotscops.errors import UserError
 from slotscops.feature_shard import FeatureShard
 from slotscops.features import FeatureCache
 from slotscops.index import Dataset as ShardDataset
 from slotscops.index import ShardEntry, ShardIndex
+from slotscops.plan import TrainingPlan
 from slotscops.records import Batch
 from slotscops.shard_reader import ShardReaders
 
@@ -118,32 +118,6 @@ class Split(Dataset[Batch]):
         # A worker opens its own files; memory maps do not travel.
         fields = ("dataset", "name", "cache", "with_labels")
         return {field: self.__dict__[field] for field in fields}
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """Which samples this process trains on, from `samples_seen` on. Iterates over microbatches."""
-
-    num_samples: int
-    seed: int
-    batch_size: int  # global
-    rank: int
-    num_ranks: int
-    accumulation_steps: int
-    samples_seen: int
-    last: int  # samples seen at the end of training
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for places in plan.microbatches(
-            self.samples_seen, self.last, self.batch_size, self.rank, self.num_ranks, self.accumulation_steps
-        ):
-            yield plan.samples_at(places, self.num_samples, self.seed).tolist()
-
-    def global_batch(self, samples_seen: int) -> list[int]:
-        """The samples of all processes at a step, in order."""
-        places = plan.share_of_rank(samples_seen, self.batch_size, 0, 1)
-        samples: list[int] = plan.samples_at(places, self.num_samples, self.seed).tolist()
-        return samples
 
 
 def training_batches(split: Split, training_plan: TrainingPlan, num_workers: int, pin_memory: bool) -> Iterator[Batch]:

@@ -104,7 +104,7 @@ def _load_matlab(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            variables = scipy.io.loadmat(io.BytesIO(content), variable_names=["anno"])
+            variables = scipy.io.loadmat(io.BytesIO(content), variable_names=["anno"])  # type: ignore[arg-type]
     except Exception as error:  # SciPy's reader raises anything from TypeError to zlib.error on damaged files
         raise UserError(f"{path}: is no whole MATLAB 5 file ({_one_line(error)}); {_FETCH}") from None
     if "anno" not in variables:

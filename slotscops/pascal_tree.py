@@ -1,16 +1,26 @@
-"""Where photos, annotations and split lists lie in the folders that people have."""
+"""Where photos, annotations and split lists lie in the folders that people have, and opening what lies there."""
 
+import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
 
 from slotscops.errors import UserError
 
 SPLITS = ("train", "val")
+# VOC's photos have at most 500 a side. Beyond this one the crop of a damaged header would not fit into memory.
+_MAX_PHOTO_SIDE = 10_000
+_GET_PHOTOS = "unpack VOCtrainval_03-May-2010.tar"
+_GET_PARTS = "unpack PASCAL-Part's trainval.tar.gz"
 
 
 @dataclass(frozen=True)
 class PascalPartTree:
-    """The three folders of a PASCAL-Part tree."""
+    """The three folders of a PASCAL-Part tree. Whoever reads its files asks for them by the image's name."""
 
     root: Path
     photos: Path  # JPEGImages
@@ -22,6 +32,73 @@ class PascalPartTree:
 
     def photo_path(self, image: str) -> Path:
         return self.photos / f"{image}.jpg"
+
+    def open_annotation(self, image: str) -> BinaryIO:
+        """Raises UserError where there is none or it may not be read."""
+        return _open(self.annotation_path(image))
+
+    def open_photo(self, image: str) -> BinaryIO:
+        """Raises UserError where there is none or it may not be read."""
+        return _open(self.photo_path(image))
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+# ---- finding the folders -----------------------------------------------------------------------------------------
+
+
+def find_tree(root: Path) -> PascalPartTree:
+    """Finds the folders below `root`.
+
+    Known are the official layout, `VOCdevkit/VOC2010/` with `Annotations_Part/` in `root`, in `VOCdevkit` or beside
+    it, and that of Choudhury et al., `VOCdevkit_2010/{VOC2010,Annotations_Part}`; `root` may be any folder of these.
+
+    Raises:
+        UserError: no such folder, or one of the three is missing; says where it was looked for.
+    """
+    if not os.path.isdir(root):  # noqa: PTH112, Path.is_dir raises where a parent may not be entered
+        raise UserError(f"{root}: no such folder; give --root the folder that holds VOCdevkit and Annotations_Part")
+    vocs = [root / "VOCdevkit" / "VOC2010", root / "VOCdevkit_2010" / "VOC2010", root / "VOC2010", root]
+    voc = next((folder for folder in vocs if (folder / "JPEGImages").is_dir()), None)
+    if voc is None:
+        raise UserError(f"{root}: no folder JPEGImages in {_listed(vocs)}; {_GET_PHOTOS} into {root}")
+    lists = voc / "ImageSets" / "Main"
+    if not lists.is_dir():
+        raise UserError(f"{root}: no folder {lists}; {_GET_PHOTOS} into {root}")
+    places = [root, *_parents(voc)]
+    annotations = next((place / "Annotations_Part" for place in places if (place / "Annotations_Part").is_dir()), None)
+    if annotations is None:
+        raise UserError(f"{root}: no folder Annotations_Part in {_listed(places)}; {_GET_PARTS} into {root}")
+    tree = PascalPartTree(root, voc / "JPEGImages", lists, annotations)
+    if not list_images(tree):
+        raise UserError(f"{annotations}: holds no .mat file; {_GET_PARTS} into {root}")
+    return tree
+
+
+def _parents(voc: Path) -> list[Path]:
+    """The folder above VOC2010 and the one above that, also where `voc` is `.` or a link."""
+    named, real = Path(os.path.abspath(voc)), voc.resolve()  # noqa: PTH100, resolve would follow links
+    return [voc.parent] * (voc.name == "VOC2010") + [*named.parents[:2], *real.parents[:2]]
+
+
+def _listed(folders: list[Path]) -> str:
+    return ", ".join(dict.fromkeys(str(folder) for folder in folders))
+
+
+def list_images(tree: PascalPartTree) -> list[str]:
+    """Names of all annotated images, sorted."""
+    # A name with a dot in front is what a Mac's tar leaves beside each file.
+    return sorted(path.stem for path in tree.annotations.glob("*.mat") if not path.name.startswith("."))
+
+
+# ---- split lists -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -35,43 +112,8 @@ class Splits:
         return {name: splits[image] for name, splits in self.lists.items() if image in splits}
 
 
-def find_tree(root: Path) -> PascalPartTree:
-    """Finds the folders below `root`.
-
-    Known are the official layout, `VOCdevkit/VOC2010/` with `Annotations_Part/` in `root`, in `VOCdevkit` or beside
-    it, and that of Choudhury et al., `VOCdevkit_2010/{VOC2010,Annotations_Part}`; `root` may be any folder of these.
-
-    Raises:
-        UserError: no such folder, or one of the three is missing.
-    """
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give --root the folder that holds VOCdevkit and Annotations_Part")
-    layouts = ("VOCdevkit/VOC2010", "VOCdevkit_2010/VOC2010", "VOC2010", ".")
-    voc = next(root / layout for layout in layouts if (root / layout).is_dir())
-    devkit = voc.parent if voc != root else voc.resolve().parent
-    places = [root, devkit, devkit.resolve().parent]
-    annotations = [place / "Annotations_Part" for place in places if (place / "Annotations_Part").is_dir()]
-    if not annotations:
-        looked = ", ".join(str(place) for place in dict.fromkeys(places))
-        raise UserError(
-            f"{root}: no folder Annotations_Part in {looked}; unpack PASCAL-Part's trainval.tar.gz into {root}"
-        )
-    tree = PascalPartTree(root, voc / "JPEGImages", voc / "ImageSets" / "Main", annotations[0])
-    for folder in (tree.photos, tree.lists):
-        if not folder.is_dir():
-            raise UserError(f"{root}: no folder {folder}; unpack VOCtrainval_03-May-2010.tar into {root}")
-    if not any(tree.annotations.glob("*.mat")):
-        raise UserError(f"{tree.annotations}: holds no .mat file; unpack PASCAL-Part's trainval.tar.gz into {root}")
-    return tree
-
-
-def list_images(tree: PascalPartTree) -> list[str]:
-    """Names of all annotated images, sorted."""
-    return sorted(path.stem for path in tree.annotations.glob("*.mat"))
-
-
 def find_splits(tree: PascalPartTree, class_names: list[str]) -> Splits:
-    """Reads `ImageSets/Main/{class}_{train,val}.txt`; a class without lists of its own follows `{train,val}.txt`.
+    """Reads `ImageSets/Main/{class}_{train,val}.txt`; a class without a list of its own follows `{train,val}.txt`.
 
     A list names all images of the split; its second column says whether the class is in the image. The annotation
     knows that better, so that column is not looked at (nor do Choudhury et al.).
@@ -91,18 +133,20 @@ def _splits_of_class(tree: PascalPartTree, class_name: str) -> dict[str, str]:
         if not path.is_file():
             continue
         found = True
-        for image in _read_list(path):
+        for number, image in _read_list(path):
             if splits.setdefault(image, split) != split:
-                raise UserError(f"{path}: {image} is in the lists of both splits; take it out of one")
+                raise UserError(f"{path}, line {number}: {image} is in the lists of both splits; take it out of one")
     if not found:
-        raise UserError(f"{tree.lists}: no {class_name}_train.txt, {class_name}_val.txt, train.txt or val.txt")
+        raise UserError(
+            f"{tree.lists}: no {class_name}_train.txt, {class_name}_val.txt, train.txt or val.txt; {_GET_PHOTOS}"
+        )
     return splits
 
 
-def _read_list(path: Path) -> list[str]:
-    images = []
+def _read_list(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers and image names."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); it must be a VOC image list") from None
     for number, line in enumerate(lines, start=1):
@@ -110,6 +154,49 @@ def _read_list(path: Path) -> list[str]:
         if not columns:
             continue
         if len(columns) > 2 or (len(columns) == 2 and columns[1] not in ("-1", "0", "1")):
-            raise UserError(f"{path}, line {number}: '{line[:40]}' came, needed an image name and -1, 0 or 1")
-        images.append(columns[0])
-    return images
+            came = " ".join(columns)[:40]
+            raise UserError(f"{path}, line {number}: '{came}' came, needed an image name and -1, 0 or 1; mend the line")
+        yield number, columns[0]
+
+
+# ---- photos ------------------------------------------------------------------------------------------------------
+
+
+def photo_size(tree: PascalPartTree, image: str) -> tuple[int, int]:
+    """Width and height as the photo's header says; nothing is decoded, nothing turned by Exif.
+
+    Raises:
+        UserError: no such photo, no JPEG, or absurdly large.
+    """
+    with tree.open_photo(image) as stream:
+        return _open_jpeg(stream, tree.photo_path(image)).size
+
+
+def read_photo(tree: PascalPartTree, image: str) -> Image.Image:
+    """The photo in RGB, whatever its own colours.
+
+    Raises:
+        UserError: as `photo_size`, or the pixels are damaged.
+    """
+    with tree.open_photo(image) as stream:
+        photo = _open_jpeg(stream, tree.photo_path(image))
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return photo.convert("RGB")
+        except Exception as error:  # Pillow raises anything on damaged files
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise UserError(f"{tree.photo_path(image)}: photo is damaged ({reason}); fetch it again") from None
+
+
+def _open_jpeg(stream: BinaryIO, path: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            photo = Image.open(stream, formats=["JPEG"])
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: photo of too many pixels, at most {_MAX_PHOTO_SIDE} a side are read") from None
+    except Exception as error:  # as above
+        raise UserError(f"{path}: is no readable JPEG ({type(error).__name__}); fetch it again") from None
+    if max(photo.size) > _MAX_PHOTO_SIDE:
+        came = f"{photo.width} x {photo.height} pixels"
+        raise UserError(f"{path}: photo of {came}, at most {_MAX_PHOTO_SIDE} a side are read; make it smaller")
+    return photo

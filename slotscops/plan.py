@@ -8,6 +8,7 @@ and `samples_seen` is all the state there is.
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -63,6 +64,32 @@ def microbatches(
     for samples_seen in range(first, last, batch_size):
         share = share_of_rank(samples_seen, batch_size, rank, num_ranks)
         yield from np.split(share, accumulation_steps)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Which samples this process trains on, from `samples_seen` on. Iterates over microbatches."""
+
+    num_samples: int
+    seed: int
+    batch_size: int  # global
+    rank: int
+    num_ranks: int
+    accumulation_steps: int
+    samples_seen: int
+    last: int  # samples seen at the end of training
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for places in microbatches(
+            self.samples_seen, self.last, self.batch_size, self.rank, self.num_ranks, self.accumulation_steps
+        ):
+            yield samples_at(places, self.num_samples, self.seed).tolist()
+
+    def global_batch(self, samples_seen: int) -> list[int]:
+        """The samples of all processes at a step, in order."""
+        places = share_of_rank(samples_seen, self.batch_size, 0, 1)
+        samples: list[int] = samples_at(places, self.num_samples, self.seed).tolist()
+        return samples
 
 
 def batch_digest(keys: Iterable[str]) -> str:

@@ -15,9 +15,11 @@ from slotscops import console, toy
 from slotscops.errors import UserError
 from slotscops.features import build_cache, report
 from slotscops.index import Dataset
-from slotscops.pascal_part import BOX_SHARE, PART_NAMES, check_class_names, find_tree
+from slotscops.pascal_classes import PART_NAMES, check_class_names
+from slotscops.pascal_part import BOX_SHARE
+from slotscops.pascal_tree import SPLITS, find_tree
 from slotscops.shard_reader import ShardReader
-from slotscops.shard_writer import SPLITS, Outcome, ShardSettings, write_shards
+from slotscops.shard_writer import Outcome, ShardSettings, write_shards
 from slotscops.teacher import Teacher
 from slotscops.work import usable_cores
 

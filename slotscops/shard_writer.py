@@ -24,20 +24,12 @@ from slotscops.config import differences
 from slotscops.errors import UserError
 from slotscops.files import sha256_of_file, sha256_of_json, write_bytes, write_json
 from slotscops.index import Dataset, ShardEntry, ShardIndex, dataset_path, index_path, open_dataset, write_dataset
-from slotscops.pascal_part import (
-    PART_NAMES,
-    Candidate,
-    LeftOut,
-    PascalPartTree,
-    find_splits,
-    list_images,
-    read_records,
-    scan_image,
-)
+from slotscops.pascal_classes import PART_NAMES
+from slotscops.pascal_part import Candidate, LeftOut, read_records, scan_image
+from slotscops.pascal_tree import SPLITS, PascalPartTree, find_splits, list_images
 from slotscops.records import MEMBERS, to_members
 from slotscops.work import WorkerPool, units_in_turn
 
-SPLITS = ("train", "val")
 _IMAGES_PER_SCAN = 256  # a unit of the first phase: a second or two of work
 Sample = tuple[str, str, dict[str, bytes]]  # key, class, members
 

@@ -15,9 +15,9 @@ from slotscops.build import build_model, build_optimizer, parameter_names
 from slotscops.config import Config, to_mapping
 from slotscops.errors import RunError
 from slotscops.evaluate import evaluate_split, picture_of_split
-from slotscops.loader import Split, TrainingPlan, training_batches
+from slotscops.loader import Split, training_batches
 from slotscops.losses import semantic_consistency
-from slotscops.plan import batch_digest
+from slotscops.plan import TrainingPlan, batch_digest
 from slotscops.records import Batch
 from slotscops.run_folder import RunFolder, check_same_run
 from slotscops.schedule import learning_rate_factor

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# From nothing to parts on a laptop: environment, toy photos, shards, features, training, scores, pictures.
+# TEACHER_WEIGHTS=imagenet (torchvision downloads VGG19, 575 MB) or a VGG19 file gives real features; the default
+# random:0 needs no network and is good for a first look only. OUT chooses the folder for everything it makes.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" ""
+out=${OUT:-runs/demo}
+mkdir -p "$out"
+python -m slotscops.shard --toy --out "$out/shards" --teacher-weights "${TEACHER_WEIGHTS:-random:0}"
+accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no launch/train.py \
+  --config configs/toy.yaml run_dir="$out/run" data.shards="$out/shards" "$@"
+python -m slotscops.evaluate --checkpoint "$out/run" --shards "$out/shards"
+for baseline in position kmeans; do
+  python -m slotscops.evaluate --baseline "$baseline" --shards "$out/shards"
+done
+latest=$(ls -t "$out"/run/pictures/*.png | head -n 1)
+echo "photos, parts found, true parts: $latest"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The whole test suite on a fresh machine: environment, format, lint, types, tests. Extra arguments go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "[test]"
+ruff format --check .
+ruff check .
+mypy
+python -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal "$@"

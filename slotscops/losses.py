@@ -1,0 +1,221 @@
+"""The training losses of SCOPS as pure functions.
+
+Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher channels, logits and features each on an
+h x w grid of their own, H x W pixels.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Pairs of sizes in one run: rows and columns of the logits and of the features, in training and in evaluation.
+_CACHED_MATRICES = 64
+
+
+def semantic_consistency(
+    logits: Tensor,
+    features: Tensor,
+    basis: Tensor,
+    size: tuple[int, int],
+    mask: Tensor | None = None,
+    align_corners: bool = True,
+) -> Tensor:
+    """How far the part maps times the part basis are from the teacher's features, at pixel resolution.
+
+        L = 1/(B H W C) sum |P W - m U f|^2
+
+    P are the part maps, W the basis, U the bilinear upsampling to H x W, f the features, m the mask. U is linear, so
+    the same number comes without any tensor of B C H W numbers from
+
+        sum |P W - m U f|^2 = <W W^T, P P^T> - 2 <U^T m P, W f> + sum m^2 |U f|^2.
+
+    The three terms are summed apart, so what rounding leaves is relative to the largest of them, not to L.
+
+    Args:
+        logits: (B, S, h, w) slot logits. They and the basis receive gradients.
+        features: (B, C, h, w) teacher features of any floating dtype; their grid may differ from that of the logits.
+            They are a target and receive no gradient, even if they require one.
+        basis: (K, C) part basis, non-negative: already through its ReLU.
+        size: H, W in pixels.
+        mask: (B, H, W) or (B, 1, H, W), bool or floating weights. It masks the target only, as in SCOPS: outside it
+            the parts have to rebuild zeros. It receives no gradient.
+        align_corners: how both grids lie on the pixels, as in `torch.nn.functional.interpolate`.
+
+    Returns:
+        Scalar, in squared units of the features. float64 if any of the first three inputs is, else float32, also
+        under autocast.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+
+    Source: SCOPS (arXiv:1905.01298), semantic consistency loss; the low-rank form is ours.
+    """
+    _check_shapes(logits, features, basis, size, mask)
+    dtype = torch.float32
+    for tensor in (logits, features, basis):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    (height, width), num_channels = size, features.shape[1]
+    with torch.autocast(logits.device.type, enabled=False):
+        target = features.detach().to(dtype)  # (B, C, h, w)
+        weights = None if mask is None else mask.detach().reshape(-1, 1, height, width).to(dtype)  # (B, 1, H, W)
+        # A row of zeros for the background costs less than cutting it out of every map and of every gradient.
+        rows = functional.pad(basis.to(dtype), (0, 0, 1, 0))  # (S, C)
+        maps = part_maps(logits.to(dtype), size, align_corners)  # (B, S, H, W)
+
+        pixels = maps.flatten(2)  # (B, S, H*W)
+        rebuilt = ((pixels @ pixels.mT).sum(0) * (rows @ rows.T)).sum()
+        overlap = (rows @ target.flatten(2)).view(*logits.shape[:2], *target.shape[2:])  # (B, S, h, w)
+        masked = maps if weights is None else maps * weights
+        agreement = (_gather_onto_grid(masked, target.shape[2:], align_corners) * overlap).sum()
+        total = rebuilt - 2 * agreement + _target_energy(target, size, weights, align_corners)
+        mean: Tensor = total / (len(features) * num_channels * height * width)
+    return mean
+
+
+def part_maps(logits: Tensor, size: tuple[int, int], align_corners: bool = True) -> Tensor:
+    """Each slot's share of each pixel: softmax over slots of the upsampled logits.
+
+    Args:
+        logits: (B, S, h, w) slot logits.
+        size: H, W in pixels.
+
+    Returns:
+        (B, S, H, W) in [0, 1], summing to 1 over slots; float32 or, for float64 logits, float64, also under autocast.
+
+    Source: SCOPS (arXiv:1905.01298), section 3.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    with torch.autocast(logits.device.type, enabled=False):
+        # Two products are 5 times as fast as F.interpolate, forward and backward, for 8 x 6 maps of 8 x 8 to 128 x 128
+        # on two CPU cores. The small grid is widened first, so that the long product is the one with long rows.
+        down, across = _both_matrices(logits.shape[2:], size, align_corners, dtype, logits.device)
+        return (down @ (logits.to(dtype) @ across.T)).softmax(dim=1)
+
+
+def interpolation_matrix(
+    in_size: int,
+    out_size: int,
+    align_corners: bool,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Bilinear interpolation along one axis as a matrix.
+
+        x(o) = o (in - 1) / (out - 1)                  with align_corners
+        x(o) = max(0, (o + 1/2) in / out - 1/2)        without
+        M[o, floor x] = 1 - (x - floor x),   M[o, floor x + 1] = x - floor x
+
+    Returns:
+        (out_size, in_size), rows sum to 1: what `torch.nn.functional.interpolate` does without antialiasing. Every
+        caller gets the same tensor, so do not write to it.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    if in_size < 1 or out_size < 1:
+        raise ValueError(f"interpolation from {in_size} to {out_size}: both sizes must be at least 1")
+    return _interpolation_matrix(in_size, out_size, align_corners, dtype, torch.device(device))
+
+
+@lru_cache(maxsize=_CACHED_MATRICES)
+def _interpolation_matrix(
+    in_size: int, out_size: int, align_corners: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    # The first caller may be an evaluation in inference mode, whose tensors training could not use.
+    with torch.inference_mode(False), torch.no_grad():
+        output = torch.arange(out_size, device="cpu")
+        # x as a fraction of whole numbers, so that a position on a grid cell is exactly there.
+        if align_corners:
+            numerator, denominator = output * (in_size - 1), max(out_size - 1, 1)
+        else:
+            numerator, denominator = ((2 * output + 1) * in_size - out_size).clamp_min(0), 2 * out_size
+        left = numerator // denominator
+        right = (left + 1).clamp_max(in_size - 1)
+        share = (numerator - left * denominator).double() / denominator
+        matrix = torch.zeros(out_size, in_size, dtype=torch.float64, device="cpu")
+        matrix[output, left] += 1 - share
+        matrix[output, right] += share  # at the far edge left and right are one cell, which then gets all
+        return matrix.to(device, dtype)
+
+
+def _both_matrices(
+    grid: tuple[int, ...], size: tuple[int, int], align_corners: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(H, h) and (W, w)."""
+    (h, w), (height, width) = grid, size
+    return (
+        interpolation_matrix(h, height, align_corners, dtype, device),
+        interpolation_matrix(w, width, align_corners, dtype, device),
+    )
+
+
+def _gather_onto_grid(maps: Tensor, grid: tuple[int, ...], align_corners: bool) -> Tensor:
+    """U^T maps: (..., H, W) -> (..., h, w), the adjoint of bilinear upsampling."""
+    height, width = maps.shape[-2:]
+    down, across = _both_matrices(grid, (height, width), align_corners, maps.dtype, maps.device)
+    return (down.T @ maps) @ across
+
+
+@torch.no_grad()
+def _target_energy(features: Tensor, size: tuple[int, int], weights: Tensor | None, align_corners: bool) -> Tensor:
+    """sum over images, pixels and channels of m^2 |U f|^2, from inner products of neighbouring grid cells.
+
+    Along one axis a pixel mixes cells i and i + 1 with shares a_i and a_i+1, so that its squared norm is
+    sum_i a_i^2 <f_i, f_i> + 2 a_i a_i+1 <f_i, f_i+1>: linear in the products, and separable in the two axes.
+
+    Args:
+        features: (B, C, h, w).
+        weights: (B, 1, H, W) mask m, or None for all ones.
+    """
+    down, across = _both_matrices(features.shape[2:], size, align_corners, features.dtype, features.device)
+    pairs_down, pairs_across = _pair_shares(down), _pair_shares(across)  # (H, 2h), (W, 2w)
+    if weights is None:
+        pair_weights = torch.outer(pairs_down.sum(0), pairs_across.sum(0))  # (2h, 2w)
+    else:
+        pair_weights = pairs_down.T @ weights[:, 0].square() @ pairs_across  # (B, 2h, 2w)
+    return (pair_weights * _neighbour_products(features)).sum()
+
+
+def _pair_shares(matrix: Tensor) -> Tensor:
+    """(out, in) shares of cells -> (out, 2 in) shares of pairs: a_i^2 of i with itself, 2 a_i a_i+1 with the next."""
+    with_next = functional.pad(2 * matrix[:, :-1] * matrix[:, 1:], (0, 1))
+    return torch.cat([matrix.square(), with_next], dim=1)
+
+
+def _neighbour_products(features: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, 2h, 2w) inner products over C: with itself and right | below and diagonally."""
+    padded = functional.pad(features, (0, 1, 0, 1))
+    here, right = padded[:, :, :-1, :-1], padded[:, :, :-1, 1:]
+    below, diagonal = padded[:, :, 1:, :-1], padded[:, :, 1:, 1:]
+    # Both diagonals of a square of cells carry the same shares.
+    crossed = ((here * diagonal).sum(1) + (below * right).sum(1)) / 2
+    upper = torch.cat([(here * here).sum(1), (here * right).sum(1)], dim=2)
+    lower = torch.cat([(here * below).sum(1), crossed], dim=2)
+    return torch.cat([upper, lower], dim=1)
+
+
+def _check_shapes(logits: Tensor, features: Tensor, basis: Tensor, size: tuple[int, int], mask: Tensor | None) -> None:
+    if logits.ndim != 4 or logits.shape[1] < 2:
+        raise ValueError(f"logits {_shape(logits)}: needed (B, S, h, w) with a background and at least one part")
+    num_images, num_slots = logits.shape[:2]
+    if features.ndim != 4 or len(features) != num_images:
+        raise ValueError(f"features {_shape(features)}: needed ({num_images}, C, h, w) beside logits {_shape(logits)}")
+    wanted = (num_slots - 1, features.shape[1])
+    if basis.shape != wanted:
+        raise ValueError(f"basis {_shape(basis)}: needed {wanted}, a row a part and a column a feature channel")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size {tuple(size)}: needed height and width in pixels, at least 1")
+    if mask is None:
+        return
+    if mask.shape not in ((num_images, *size), (num_images, 1, *size)):
+        raise ValueError(f"mask {_shape(mask)}: needed {(num_images, *size)} or {(num_images, 1, *size)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"mask of {mask.dtype}: needed bool or floating weights, so that 255 is not taken for a weight"
+        )
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

@@ -1,0 +1,194 @@
+"""Scores of found parts against true parts, from one table of pixel counts.
+
+Shapes: P predicted labels, T true labels, label 0 of either is background or no part.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+class PartScores:
+    """Counts pixels by predicted and true label, as many images as one likes, and scores the counts.
+
+    The counts are whole numbers, so that scores do not depend on the order of images or on how they were spread over
+    processes: sum the tables and score the sum.
+    """
+
+    def __init__(self, num_predicted: int, num_true: int) -> None:
+        """
+        Args:
+            num_predicted: predicted labels are 0 .. num_predicted - 1.
+            num_true: true labels are 0 .. num_true - 1, 0 for no part.
+        """
+        if num_predicted < 1 or num_true < 1:
+            raise ValueError(f"{num_predicted} predicted and {num_true} true labels: needed at least one of each")
+        self._table = torch.zeros(num_predicted, num_true, dtype=torch.int64, device="cpu")
+
+    @classmethod
+    def from_table(cls, table: Tensor) -> "PartScores":
+        """Scores of (P, T) counts, such as a sum of other scores' tables over processes."""
+        if (
+            table.ndim != 2
+            or table.is_floating_point()
+            or table.is_complex()
+            or (table.numel() and int(table.min()) < 0)
+        ):
+            raise ValueError(
+                f"table {tuple(table.shape)} of {table.dtype}: needed (P, T) counts, whole and not negative"
+            )
+        scores = cls(*table.shape)
+        scores._table += table.to("cpu", torch.int64)
+        return scores
+
+    @property
+    def table(self) -> Tensor:
+        """(P, T) int64 pixel counts on the CPU; a copy, safe to sum into."""
+        return self._table.clone()
+
+    def update(self, predicted: Tensor | NDArray[Any], true: Tensor | NDArray[Any]) -> None:
+        """Adds the pixels of two label maps of the same shape, whatever it is.
+
+        Raises:
+            ValueError: shapes that differ, labels that are not whole or lie outside the table. Nothing is added then.
+        """
+        if tuple(predicted.shape) != tuple(true.shape):
+            raise ValueError(f"predicted {tuple(predicted.shape)}, true {tuple(true.shape)}: needed the same shape")
+        num_predicted, num_true = self._table.shape
+        rows = _as_labels(predicted, "predicted", num_predicted)
+        columns = _as_labels(true, "true", num_true)
+        cells = rows.to(columns.device) * num_true + columns
+        counts = torch.bincount(cells, minlength=num_predicted * num_true)
+        self._table += counts.cpu().view(num_predicted, num_true)
+
+    def merge(self, other: "PartScores") -> None:
+        """Adds the pixels that another one counted."""
+        if self._table.shape != other._table.shape:
+            raise ValueError(
+                f"table {tuple(other._table.shape)}: needed {tuple(self._table.shape)}, as that which it is added to"
+            )
+        self._table += other._table
+
+    def compute(self) -> dict[str, float]:
+        """All scores; NaN where there is no pixel to score.
+
+        Returns:
+            nmi: normalised mutual information in [0, 1], see `normalized_mutual_information`.
+            ari: adjusted Rand index in [-0.5, 1], see `adjusted_rand_index`.
+            fg_nmi, fg_ari: the same over the pixels of true parts only. Never compare them with the former two.
+            miou: mean intersection over union in [0, 1], see `mean_iou`.
+
+        Source: Locatello et al. (arXiv:2006.15055) for FG-ARI.
+        """
+        table = self._table.numpy()
+        foreground = table[:, 1:]
+        return {
+            "nmi": normalized_mutual_information(table),
+            "ari": adjusted_rand_index(table),
+            "fg_nmi": normalized_mutual_information(foreground),
+            "fg_ari": adjusted_rand_index(foreground),
+            "miou": mean_iou(table),
+        }
+
+
+def normalized_mutual_information(table: NDArray[np.int64]) -> float:
+    """What the predicted label tells about the true one, 0 (nothing) to 1 (everything).
+
+        NMI = I(predicted; true) / ((H(predicted) + H(true)) / 2)
+
+    1 if there is a single label on both sides, 0 if on one side only, NaN without pixels.
+
+    Args:
+        table: (P, T) pixel counts.
+
+    Source: `sklearn.metrics.normalized_mutual_info_score` with its default, the arithmetic mean.
+    """
+    total = int(table.sum())
+    if total == 0:
+        return math.nan
+    predicted, true = table.sum(1), table.sum(0)
+    if np.count_nonzero(predicted) == np.count_nonzero(true) == 1:
+        return 1.0
+    joint = table / total
+    expected = np.outer(predicted / total, true / total)
+    seen = table > 0
+    information = float(np.sum(joint[seen] * np.log(joint[seen] / expected[seen])))
+    mean_entropy = (_entropy(predicted) + _entropy(true)) / 2
+    return min(max(information / mean_entropy, 0.0), 1.0)
+
+
+def adjusted_rand_index(table: NDArray[np.int64]) -> float:
+    """How far pairs of pixels are together or apart alike, 1 if all are, 0 as expected by chance.
+
+        ARI = (n_11 - E) / ((n_1. + n_.1) / 2 - E),   E = n_1. n_.1 / n
+
+    over n ordered pairs of two pixels: n_1. together in the prediction, n_.1 in truth, n_11 in both. 1 if prediction
+    and truth agree on every pair, NaN without pixels.
+
+    Args:
+        table: (P, T) pixel counts.
+
+    Source: Hubert and Arabie (1985), as `sklearn.metrics.adjusted_rand_score`.
+    """
+    total = int(table.sum())
+    if total == 0:
+        return math.nan
+    # Python's integers: the products below reach 1e48 for 1e12 pixels.
+    together = _ordered_pairs(table.ravel())
+    predicted, true = _ordered_pairs(table.sum(1)), _ordered_pairs(table.sum(0))
+    if predicted == true == together:
+        return 1.0
+    pairs = total * (total - 1)
+    expected = predicted * true  # both times the number of pairs
+    return 2 * (together * pairs - expected) / ((predicted + true) * pairs - 2 * expected)
+
+
+def mean_iou(table: NDArray[np.int64]) -> float:
+    """Mean intersection over union of the true labels that occur, background among them, in [0, 1].
+
+    Each true label is matched to at most one predicted label and the other way round, so that the mean is largest; a
+    true label that finds none counts 0. NaN without pixels.
+
+    Args:
+        table: (P, T) pixel counts.
+    """
+    occurring = table[:, table.sum(0) > 0]  # (P, labels that occur)
+    if not occurring.size:
+        return math.nan
+    union = table.sum(1)[:, None] + occurring.sum(0)[None, :] - occurring
+    iou = occurring / union  # a column that occurs makes every union positive
+    rows, columns = linear_sum_assignment(iou, maximize=True)
+    return float(iou[rows, columns].sum() / occurring.shape[1])
+
+
+def _entropy(counts: NDArray[np.int64]) -> float:
+    """Entropy in nats of a distribution given by its counts."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-np.sum(shares * np.log(shares)))
+
+
+def _ordered_pairs(counts: NDArray[Any]) -> int:
+    """Ordered pairs of two pixels of the same label."""
+    return sum(count * (count - 1) for count in counts.tolist())
+
+
+def _as_labels(labels: Tensor | NDArray[Any], name: str, num_labels: int) -> Tensor:
+    """(N,) int64 labels, all of them in 0 .. num_labels - 1."""
+    if isinstance(labels, Tensor):
+        is_whole = not (labels.is_floating_point() or labels.is_complex())
+        flat = labels.detach().flatten().long()
+    else:
+        is_whole = labels.dtype.kind in "iub"
+        flat = torch.from_numpy(labels.ravel().astype(np.int64))  # a copy: torch warns of arrays it must not write to
+    if not is_whole:
+        raise ValueError(f"{name} labels of {labels.dtype}: needed whole numbers")
+    if flat.numel():
+        for label in (int(flat.min()), int(flat.max())):
+            if not 0 <= label < num_labels:
+                raise ValueError(f"{name} label {label}: needed 0 to {num_labels - 1}")
+    return flat

@@ -1,0 +1,131 @@
+"""The network, composed: encoder, slots, decoder, part basis.
+
+Shapes: B images; S = K + 1 slots, background first; C_e encoder channels on an h x w grid of N = h * w positions;
+D slot dimension; G x G decoder grid; C teacher channels; H x W pixels.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slotscops.model.decoder import DilatedHead, SlotDecoder
+from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder
+from slotscops.model.slots import SlotAttention, SlotInit, SoftPositionEncoding
+
+__all__ = [
+    "DilatedHead",
+    "Encoder",
+    "FeatureEncoder",
+    "ModelOutput",
+    "ResNetEncoder",
+    "SlotAttention",
+    "SlotDecoder",
+    "SlotScops",
+    "SoftPositionEncoding",
+]
+
+
+class ModelOutput(NamedTuple):
+    """Everything that was computed on the way, in its order. A tuple, so that DDP and Accelerate see the tensors."""
+
+    encoded: Tensor  # (B, C_e, h, w) the encoder's maps, without positions
+    tokens: Tensor  # (B, N, D) what the slots attend to
+    slots: Tensor  # (B, S, D)
+    attention: Tensor  # (B, S, N) of the last iteration; sums to 1 over slots
+    broadcast: Tensor  # (B * S, D, G, G) each slot at every position, plus the positions
+    slot_logits: Tensor  # (B * S, 1, G, G) the head's answer to each slot
+    logits: Tensor  # (B, S, G, G) the same, slot 0 the background
+    basis: Tensor  # (K, C) non-negative part basis; row k belongs to slot k + 1
+
+    def maps(self, size: Sequence[int]) -> Tensor:
+        """(B, S, H, W) float32 soft maps for size (H, W): upsampled, then softmax over slots; channel 0 background."""
+        height, width = size
+        # softmax would be bfloat16 under autocast on a CPU
+        with torch.autocast(self.logits.device.type, enabled=False):
+            upsampled = functional.interpolate(
+                self.logits.float(), size=(height, width), mode="bilinear", align_corners=True
+            )
+            return upsampled.softmax(dim=1)
+
+    def attention_maps(self) -> Tensor:
+        """(B, S, h, w): the last attention on the encoder's grid."""
+        height, width = self.encoded.shape[-2:]
+        return self.attention.view(*self.attention.shape[:2], height, width)
+
+
+class SlotScops(nn.Module):
+    """Part segmentation: S logit maps per image, and the basis that turns part maps into teacher features.
+
+    Sources: SCOPS (arXiv:1905.01298) for head, basis and what they are trained for; Locatello et al.
+    (arXiv:2006.15055) for the slots in between.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_parts: int = 5,
+        feature_channels: int = 512,
+        slot_dim: int = 64,
+        num_iterations: int = 3,
+        slot_init: SlotInit = "learned",
+        decoder_grid: int = 8,
+    ) -> None:
+        """
+        Args:
+            encoder: what turns the input into (B, C_e, h, w).
+            num_parts: K; the background's slot comes on top.
+            feature_channels: C of the teacher.
+            slot_dim: D.
+            num_iterations: of Slot Attention.
+            slot_init: `learned` or `shared_gaussian`.
+            decoder_grid: G.
+        """
+        super().__init__()
+        self.num_slots = num_parts + 1
+        self.encoder = encoder
+        self.positions = SoftPositionEncoding(encoder.out_channels)
+        self.norm = nn.LayerNorm(encoder.out_channels)
+        self.project = nn.Linear(encoder.out_channels, slot_dim)
+        self.slot_attention = SlotAttention(self.num_slots, slot_dim, num_iterations, init=slot_init)
+        self.decoder = SlotDecoder(slot_dim, decoder_grid)
+        self.basis_parameter = nn.Parameter(torch.randn(num_parts, feature_channels).abs())
+
+    def forward(self, inputs: Tensor, noise: Tensor | None = None) -> ModelOutput:
+        """
+        Args:
+            inputs: what the encoder reads: (B, 3, H, W) RGB photos, uint8 or floating point in [0, 1], or
+                (B, C_e, h, w) cached features.
+            noise: (B, S, D) standard normal numbers for `shared_gaussian`; drawn if not given.
+        """
+        encoded = self.encoder(inputs)  # (B, C_e, h, w)
+        positioned = self.positions(encoded).flatten(2).transpose(1, 2)  # (B, N, C_e)
+        tokens = self.project(self.norm(positioned))  # (B, N, D)
+        slots, attention = self.slot_attention(tokens, noise)  # (B, S, D), (B, S, N)
+        broadcast, slot_logits = self.decoder(slots)  # (B * S, D, G, G), (B * S, 1, G, G)
+        return ModelOutput(
+            encoded=encoded,
+            tokens=tokens,
+            slots=slots,
+            attention=attention,
+            broadcast=broadcast,
+            slot_logits=slot_logits,
+            logits=slot_logits.view(-1, self.num_slots, self.decoder.grid, self.decoder.grid),  # (B, S, G, G)
+            basis=functional.relu(self.basis_parameter),  # (K, C)
+        )
+
+    @property
+    def takes_features(self) -> bool:
+        """True where the input is cached teacher features, False where it is photos."""
+        return self.encoder.takes_features
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """What trains, by what takes a learning rate of its own: the encoder, the basis, and the head between."""
+        groups: dict[str, list[nn.Parameter]] = {"encoder": [], "head": [], "basis": []}
+        for name, parameter in self.named_parameters():
+            group = "encoder" if name.startswith("encoder.") else "basis" if name == "basis_parameter" else "head"
+            if parameter.requires_grad:
+                groups[group].append(parameter)
+        return groups

@@ -1,0 +1,60 @@
+"""The decoder: each slot alone, broadcast over a small grid, becomes one map of logits.
+
+Shapes: B images, S slots, D slot dimension, G x G decoder grid.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from slotscops.model.slots import SoftPositionEncoding
+
+DILATIONS = (6, 12, 18, 24)
+
+
+class DilatedHead(nn.Module):
+    """Four 3x3 convolutions side by side, of different dilations, summed.
+
+    On an 8 x 8 grid all but the centre taps of dilations 12, 18 and 24 only ever see the padding.
+
+    Source: DeepLab (arXiv:1606.00915), ASPP-L, which SCOPS (arXiv:1905.01298) keeps as its head.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int = 1, dilations: Sequence[int] = DILATIONS) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=dilation, dilation=dilation)
+            for dilation in dilations
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, D, G, G) -> (B, out_channels, G, G) float32."""
+        return torch.stack([branch(maps).float() for branch in self.branches]).sum(dim=0)
+
+
+class SlotDecoder(nn.Module):
+    """Spatial broadcast of each slot, positional encoding, SCOPS' head.
+
+    Source: Watters et al. (arXiv:1901.07017), spatial broadcast, as in Locatello et al. (arXiv:2006.15055).
+    """
+
+    def __init__(self, dim: int = 64, grid: int = 8) -> None:
+        super().__init__()
+        self.grid = grid
+        self.positions = SoftPositionEncoding(dim)
+        self.head = DilatedHead(dim)
+
+    def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            slots: (B, S, D).
+
+        Returns:
+            broadcast: (B * S, D, G, G), what the head sees: the slot at every position, plus the positions.
+            slot_logits: (B * S, 1, G, G) float32.
+        """
+        repeated = slots.flatten(0, 1)[:, :, None, None].expand(-1, -1, self.grid, self.grid)  # (B * S, D, G, G)
+        broadcast: Tensor = self.positions(repeated)
+        slot_logits: Tensor = self.head(broadcast)
+        return broadcast, slot_logits

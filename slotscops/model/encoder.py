@@ -1,0 +1,183 @@
+"""Encoders: a ResNet at stride 8 that reads photos, or cached teacher features as they are.
+
+Shapes: B images of H x W pixels; C channels on an h x w grid (17 x 17 at 128 pixels, 29 x 29 at 224).
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models import ResNet18_Weights, ResNet34_Weights, ResNet50_Weights, ResNet101_Weights
+from torchvision.ops import FrozenBatchNorm2d
+
+from slotscops import weights as weight_files
+from slotscops.errors import UserError
+from slotscops.images import normalise_images
+
+ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
+# The first ImageNet weights: the only ones that exist for all four networks.
+_PRETRAINED: dict[str, Any] = {
+    "resnet18": ResNet18_Weights.IMAGENET1K_V1,
+    "resnet34": ResNet34_Weights.IMAGENET1K_V1,
+    "resnet50": ResNet50_Weights.IMAGENET1K_V1,
+    "resnet101": ResNet101_Weights.IMAGENET1K_V1,
+}
+_NUM_STAGES = 4
+
+
+class Encoder(nn.Module):
+    """What the model needs of an encoder: (B, C, h, w) maps of `out_channels` channels."""
+
+    out_channels: int
+    takes_features: bool  # reads cached teacher features, not photos
+
+
+class FeatureEncoder(Encoder):
+    """Cached teacher features as the encoding: no backbone, no photos."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.out_channels = num_channels
+        self.takes_features = True
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) features of any floating point type, as they are but float32."""
+        return features.float()  # (B, C, h, w)
+
+
+class ResNetEncoder(Encoder):
+    """ResNet trunk at stride 8, as in DeepLab: ceil-mode max-pool, layer3 and layer4 dilated, BatchNorm frozen.
+
+    Sources: He et al. (arXiv:1512.03385); DeepLab (arXiv:1606.00915), atrous convolution.
+    """
+
+    def __init__(self, name: str = "resnet50", weights: str | None = "imagenet", frozen_stages: int = 0) -> None:
+        """
+        Args:
+            name: resnet18, resnet34, resnet50 or resnet101.
+            weights: `imagenet` (torchvision's own), a `.safetensors` or `.pth` state dict under torchvision's names,
+                `random:SEED`, or None where a checkpoint is loaded right after: then all tensors are zero.
+            frozen_stages: so many of the four stages, and the stem before them, do not train; 0: everything does.
+
+        Raises:
+            UserError: no such network or stage; weights that cannot be had or do not fit.
+        """
+        super().__init__()
+        if name not in _PRETRAINED:
+            raise UserError(f"encoder {name!r}: no such network; give one of {', '.join(_PRETRAINED)}")
+        if not 0 <= frozen_stages <= _NUM_STAGES:
+            raise UserError(f"frozen_stages {frozen_stages}: a ResNet has {_NUM_STAGES}; give 0 to {_NUM_STAGES}")
+        self.trunk = _build_trunk(name)
+        self.takes_features = False
+        self.out_channels = 512 if name in ("resnet18", "resnet34") else 2048
+        self.is_random = False
+        if weights is None:
+            _fill_with_zeros(self.trunk)
+        else:
+            weight_files.fill(self.trunk, weights, _PRETRAINED[name])
+            seed = weight_files.random_seed(weights)
+            self.is_random = seed is not None
+            if seed is not None:
+                measure_statistics(self.trunk, seed)
+        if frozen_stages:
+            last = list(self.trunk._modules).index(f"layer{frozen_stages}")
+            self.trunk[: last + 1].requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, h, w) of (B, 3, H, W) RGB, uint8 or floating point in [0, 1]; normalised here."""
+        encoded: Tensor = self.trunk(normalise_images(images))
+        return encoded  # (B, C, h, w)
+
+    def grid_size(self, size: int) -> tuple[int, int]:
+        """(h, w) of the encoding of a photo of `size` x `size` pixels."""
+        side = (size + 1) // 2  # conv1: 128 -> 64
+        side = side // 2 + 1  # max-pool in ceil mode: 64 -> 33
+        side = (side + 1) // 2  # layer2: 33 -> 17
+        return side, side
+
+
+class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision has no types
+    """torchvision's, but in the type of its input.
+
+    With its float32 scale torchvision's turns bfloat16 maps into float32 ones, which doubles the memory of training.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w), a fixed scale and shift for each channel."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()  # (C,)
+        shift = self.bias - self.running_mean * scale  # (C,)
+        return torch.addcmul(shift.to(maps.dtype)[:, None, None], maps, scale.to(maps.dtype)[:, None, None])
+
+
+def _build_trunk(name: str) -> nn.Sequential:
+    """torchvision's ResNet without pooling and classifier, on the meta device, under torchvision's names."""
+    with torch.device("meta"):
+        resnet = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm)
+    resnet.maxpool.ceil_mode = True
+    _dilate(resnet.layer3, 2)
+    _dilate(resnet.layer4, 4)
+    return nn.Sequential(OrderedDict(part for part in resnet.named_children() if part[0] not in ("avgpool", "fc")))
+
+
+def _dilate(stage: nn.Module, dilation: int) -> None:
+    """Trades a stage's stride of 2 for taps that lie `dilation` apart.
+
+    The old outputs stay what they were, bit by bit where they were computed; new ones come in between. That is why the
+    convolution that had the stride takes the dilation of the stage before: its input is not any finer. torchvision's
+    `replace_stride_with_dilation` does the same, but only for networks of bottlenecks.
+    """
+    for convolution in (module for module in stage.modules() if isinstance(module, nn.Conv2d)):
+        had_stride = convolution.stride == (2, 2)
+        convolution.stride = (1, 1)
+        if convolution.kernel_size == (3, 3):
+            rate = dilation // 2 if had_stride else dilation
+            convolution.dilation = convolution.padding = (rate, rate)
+
+
+def _fill_with_zeros(trunk: nn.Sequential) -> None:
+    trunk.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in trunk.state_dict(keep_vars=True).values():
+            tensor.zero_()
+
+
+# ---- random weights, for tests and the offline toy ---------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_statistics(trunk: nn.Sequential, seed: int) -> None:
+    """Sets the mean and variance of each BatchNorm to those of its input, on noise that looks a little like photos.
+
+    A trained ResNet brings its statistics along; without any, each residual block would double the variance. Measured
+    once and in float64, so that the number of threads cannot change the float32 result.
+    """
+
+    def measure(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        assert isinstance(norm, FrozenBatchNorm)
+        norm.running_var, norm.running_mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
+
+    handles = [
+        module.register_forward_pre_hook(measure) for module in trunk.modules() if isinstance(module, FrozenBatchNorm)
+    ]
+    trunk.double()
+    trunk(torch.stack(list(_noise_octaves(seed))).sum(dim=0).double())
+    trunk.float()
+    for handle in handles:
+        handle.remove()
+
+
+def _noise_octaves(seed: int, num_images: int = 8, size: int = 48) -> Iterator[Tensor]:
+    """(B, 3, size, size) noise, from plain colours down to single pixels; their sum spreads like normalised photos.
+
+    Each image has its own strength of each octave. With one strength for all, the statistics hold for that spectrum
+    only: white noise then left a ResNet-50 with a standard deviation of 480, real photos with 60; so, with 3 and 2.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for side in (1, 2, 4, 8, 16, 32, size):
+        strength = torch.rand(num_images, 1, 1, 1, generator=generator) * 2
+        coarse = (torch.rand(num_images, 3, side, side, generator=generator) - 0.5) * strength * 2
+        yield functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)

@@ -1,0 +1,124 @@
+"""Slot Attention and the soft positional encoding before it.
+
+Shapes: B images, S slots, N = h * w positions, C channels, D slot dimension.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+SlotInit = Literal["learned", "shared_gaussian"]
+
+
+class SoftPositionEncoding(nn.Module):
+    """Adds a linear map of [y, x, 1 - y, 1 - x] to every position; y and x run from 0 to 1 over the grid.
+
+    Source: Locatello et al. (arXiv:2006.15055), appendix E.2.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, channels)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        height, width = maps.shape[-2:]
+        y = torch.linspace(0, 1, height, device=maps.device)[:, None].expand(height, width)  # (h, w)
+        x = torch.linspace(0, 1, width, device=maps.device)[None].expand(height, width)  # (h, w)
+        positions: Tensor = self.project(torch.stack([y, x, 1 - y, 1 - x], dim=-1))  # (h, w, C)
+        return maps + positions.permute(2, 0, 1)  # (B, C, h, w)
+
+
+class SlotAttention(nn.Module):
+    """Slots compete for the input positions and are updated by what they win.
+
+        attn = softmax_over_slots(k(x) q(slots)^T / sqrt(D))
+        updates = weighted mean over positions of v(x), weights attn + epsilon
+        slots = GRU(state=slots, input=updates);  slots += MLP(LayerNorm(slots))
+
+    Source: Locatello et al. (arXiv:2006.15055), Algorithm 1. Where we depart: `learned` gives each slot a start of its
+    own instead of a draw from one Gaussian that all share, so that slot s means the same in every image.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        dim: int = 64,
+        num_iterations: int = 3,
+        hidden_dim: int = 128,
+        init: SlotInit = "learned",
+        epsilon: float = 1e-8,
+    ) -> None:
+        """
+        Args:
+            dim: D, of inputs and slots.
+            hidden_dim: width of the residual MLP.
+            init: `learned`, one start per slot; or `shared_gaussian`, the paper's.
+            epsilon: added to every attention weight, so that a slot that wins nothing still has a mean.
+        """
+        super().__init__()
+        assert init in ("learned", "shared_gaussian"), init
+        self.num_slots, self.dim, self.num_iterations, self.epsilon = num_slots, dim, num_iterations, epsilon
+        self.init = init
+        if init == "learned":
+            # Of the size of the GRU's state: at a tenth of it the first update, nearly the same for all slots,
+            # drowns what tells them apart.
+            self.start = nn.Parameter(torch.randn(num_slots, dim))
+        else:
+            self.mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, dim)))
+            self.log_sigma = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, dim)))
+        self.norm_inputs = nn.LayerNorm(dim)
+        self.norm_slots = nn.LayerNorm(dim)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.gru = nn.GRUCell(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, dim))
+
+    def forward(self, inputs: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            inputs: (B, N, D).
+            noise: (B, S, D) standard normal numbers for `shared_gaussian`; drawn here if not given.
+
+        Returns:
+            slots: (B, S, D) float32.
+            attention: (B, S, N) float32 of the last iteration; sums to 1 over slots.
+        """
+        # float32 under autocast too: bfloat16 is too coarse for the softmax and the recurrent state, and next to the
+        # encoder all this costs nothing.
+        with torch.autocast(inputs.device.type, enabled=False):
+            inputs = self.norm_inputs(inputs.float())
+            keys, values = self.key(inputs), self.value(inputs)  # (B, N, D) both
+            slots = self._start(inputs, noise)  # (B, S, D)
+            attention = self._attend(slots, keys)  # (B, S, N)
+            for iteration in range(self.num_iterations):
+                if iteration:
+                    attention = self._attend(slots, keys)
+                slots = self._update(slots, attention, values)
+        return slots, attention
+
+    def _start(self, inputs: Tensor, noise: Tensor | None) -> Tensor:
+        shape = (len(inputs), self.num_slots, self.dim)
+        if self.init == "learned":
+            assert noise is None, "learned slots start without noise"
+            return self.start.expand(shape)
+        if noise is None:
+            noise = torch.randn(shape, device=inputs.device)
+        return self.mean + self.log_sigma.exp() * noise
+
+    def _attend(self, slots: Tensor, keys: Tensor) -> Tensor:
+        """(B, S, N): how the slots share each position."""
+        queries = self.query(self.norm_slots(slots)) * self.dim**-0.5  # (B, S, D)
+        return torch.softmax(queries @ keys.transpose(1, 2), dim=1)
+
+    def _update(self, slots: Tensor, attention: Tensor, values: Tensor) -> Tensor:
+        """(B, S, D): the next slots, from what each has won."""
+        weights = attention + self.epsilon
+        updates = weights / weights.sum(dim=2, keepdim=True) @ values  # (B, S, D)
+        state: Tensor = self.gru(updates.flatten(0, 1), slots.flatten(0, 1))  # (B * S, D)
+        slots = state.view_as(updates)
+        refined: Tensor = slots + self.mlp(self.norm_mlp(slots))
+        return refined

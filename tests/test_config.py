@@ -1,0 +1,107 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slotscops.config import Config, config_from_mapping, differences, load_config, setting_names, to_mapping, to_yaml
+from slotscops.errors import UserError
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_without_a_file_every_setting_has_its_default() -> None:
+    assert load_config(None) == Config()
+
+
+def test_the_printed_settings_read_back_as_the_same_settings(tmp_path: Path) -> None:
+    config = load_config(None, ["train.learning_rate=3e-3", "slots.init=shared_gaussian", "teacher.size=256"])
+    assert load_config(written(tmp_path, to_yaml(config))) == config
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, "train: {total_steps: 7, batch_size: 4}"), ["train.total_steps=9"])
+    assert (config.train.total_steps, config.train.batch_size) == (9, 4)
+
+
+def test_a_folder_called_like_a_number_stays_text() -> None:
+    assert load_config(None, ["run_dir=2020"]).run_dir == "2020"
+
+
+def test_a_bare_no_in_yaml_means_no_mixed_precision(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, "train: {mixed_precision: no}")).train.mixed_precision == "no"
+    assert load_config(None, ["train.mixed_precision=no"]).train.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        ("train: {learning_rate: 2e-4}", "write 2.0e-4"),
+        ("train: {learning_rat: 2.0e-4}", "did you mean 'train.learning_rate'"),
+        ("learning_rate: 0.1", "did you mean 'train.learning_rate'"),
+        ("sedd: 1", "did you mean 'seed'"),
+        ("train: {total_steps: 1.5}", "valid integer"),
+        ('train: {total_steps: "5"}', "without quotes"),
+        ("train: {total_steps: 0}", "greater than 0"),
+        ("train: {clip_norm: .inf}", "finite"),
+        ("train: {clip_norm: .nan}", "finite"),
+        ("train: {mixed_precision: fp16}", "'no' or 'bf16'"),
+        ("slots: 3", "section of settings"),
+        ("slots: {init: random}", "'learned' or 'shared_gaussian'"),
+        ("[1, 2]", "needed settings"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_mistaken_file_is_one_line_that_names_file_and_remedy(tmp_path: Path, text: str, needed: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert needed in message
+    assert str(path) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("override", ["train.total_steps", "=3", "train.total_step=3", "seed.x=1", "train.seed=two"])
+def test_a_mistaken_override_is_refused(override: str) -> None:
+    with pytest.raises(UserError):
+        load_config(None, [override])
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        load_config(Path("nowhere.yaml"))
+
+
+@given(st.sampled_from([name for name in setting_names() if "." in name]), st.characters(categories=["Ll"]))
+def test_a_misspelt_setting_is_always_refused_by_name(name: str, letter: str) -> None:
+    section, leaf = name.split(".")
+    with pytest.raises(UserError, match="unknown setting"):
+        config_from_mapping({section: {f"{leaf}_{letter}": 1}}, "test")
+
+
+def test_differences_names_what_differs() -> None:
+    first, second = to_mapping(Config()), to_mapping(load_config(None, ["slots.num_parts=3", "seed=4"]))
+    assert differences(first, second) == ["seed", "slots.num_parts"]
+
+
+def test_settings_cannot_be_changed_later() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.parent.glob("configs/*.yaml")), ids=lambda path: path.stem
+)
+def test_every_shipped_config_can_be_read_and_opens_with_its_command(path: Path) -> None:
+    load_config(path)
+    opening = path.read_text().split("\n\n")[0]
+    assert "accelerate launch launch/train.py --config configs/" + path.name in opening
+    assert "Score" in opening
+    assert yaml.safe_load(path.read_text())
