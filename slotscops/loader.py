@@ -51,20 +51,21 @@ class Split(Dataset[Batch]):
             RunError: a member whose crc32 differs from the index.
         """
         shards, rows = self._locate(samples)
-        images = torch.empty(len(samples), 3, self.dataset.size, self.dataset.size, dtype=torch.uint8)
-        parts = torch.empty(len(samples), self.dataset.size, self.dataset.size, dtype=torch.uint8)
-        objects = torch.empty(parts.shape, dtype=torch.bool)
+        size = self.dataset.size
+        pixels = np.empty((len(samples), size, size, 3), np.uint8)
+        parts = np.empty((len(samples), size, size), np.uint8)
+        objects = np.empty(parts.shape, np.bool_)
         for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
             reader = self._readers[shard]
-            images[place] = reader.read_image(row)
+            reader.read_image_into(pixels[place], row)
             if self.with_labels:
                 parts[place] = reader.read_parts(row)
                 objects[place] = reader.read_object_mask(row)
         return Batch(
-            images=images,
+            images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # laid out channels last
             features=self._read_features(shards, rows),
-            parts=parts if self.with_labels else None,
-            object_masks=objects if self.with_labels else None,
+            parts=torch.from_numpy(parts) if self.with_labels else None,
+            object_masks=torch.from_numpy(objects) if self.with_labels else None,
             class_ids=torch.tensor([self._indices[s].class_ids[r] for s, r in zip(shards, rows, strict=True)]),
             keys=[self._indices[s].key(r) for s, r in zip(shards, rows, strict=True)],
         )

@@ -84,7 +84,7 @@ def part_maps(logits: Tensor, size: tuple[int, int], align_corners: bool = True)
     Returns:
         (B, S, H, W) in [0, 1], summing to 1 over slots; float32 or, for float64 logits, float64, also under autocast.
 
-    Source: SCOPS (arXiv:1905.01298), section 3.
+    Source: SCOPS (arXiv:1905.01298).
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     with torch.autocast(logits.device.type, enabled=False):

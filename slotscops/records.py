@@ -46,9 +46,9 @@ def from_members(key: str, members: dict[str, bytes]) -> Record:
     """The inverse of `to_members`, up to JPEG's loss in the image."""
     return Record(
         key=key,
-        image=_decode(members["jpg"]),
-        parts=_decode(members["parts.png"]),
-        object_mask=_decode(members["object.png"]) > 0,
+        image=decode_image(members["jpg"]),
+        parts=decode_image(members["parts.png"]),
+        object_mask=decode_image(members["object.png"]) > 0,
         description=json.loads(members["json"]),
     )
 
@@ -59,7 +59,8 @@ def _encode_png(label_map: NDArray[np.uint8]) -> bytes:
     return png.getvalue()
 
 
-def _decode(content: bytes) -> NDArray[np.uint8]:
+def decode_image(content: bytes | memoryview) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB or (H, W) grey pixels of a JPEG or PNG."""
     with Image.open(io.BytesIO(content)) as image:
         return np.asarray(image)
 

@@ -47,7 +47,8 @@ class Parts:
     @property
     def labels(self) -> NDArray[np.uint8]:
         """(H, W) the slot with the largest share; 0 = background."""
-        return self.maps.argmax(axis=0).astype(np.uint8)
+        labels: NDArray[np.uint8] = self.maps.argmax(axis=0).astype(np.uint8)
+        return labels
 
     def overlay(self, opacity: float = 0.6) -> Image.Image:
         """The photo with its parts coloured."""

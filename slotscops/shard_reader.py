@@ -7,13 +7,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from simplejpeg import decode_jpeg
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from slotscops.errors import RunError
 from slotscops.index import Dataset, ShardEntry, ShardIndex
-from slotscops.records import MEMBERS
+from slotscops.records import MEMBERS, decode_image
 
 _MAX_OPEN_SHARDS = 64  # an open shard costs a file descriptor, of which a process may have 1,024
 
@@ -26,50 +28,47 @@ class ShardReader:
         self.index = dataset.read_index(entry) if index is None else index
         self.size = dataset.size
         with self.path.open("rb") as file:
-            # Private, because torch.frombuffer wants memory that may be written; nothing is.
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
-    def read_member(self, row: int, member: str) -> Tensor:
-        """(bytes,) uint8 content of one member, its crc32 checked.
+    def read_member(self, row: int, member: str) -> memoryview:
+        """The content of one member, its crc32 checked.
 
         Raises:
             RunError: the bytes are not those the index was made for.
         """
         column = MEMBERS.index(member)
         offset, size = int(self.index.offsets[row, column]), int(self.index.sizes[row, column])
-        if not 0 < size <= len(self._bytes) - offset or offset < 0:
-            raise RunError(f"{self.path}: member {member} of sample {row} lies outside the file; {_VERIFY}")
-        content = torch.frombuffer(self._bytes, dtype=torch.uint8, count=size, offset=offset)
-        if zlib.crc32(memoryview(self._bytes)[offset : offset + size]) != int(self.index.crc32[row, column]):
+        if offset < 0 or not 0 < size <= len(self._bytes) - offset:
+            raise RunError(f"{self.path}: {self.index.key(row)}.{member} lies outside the file; {_MEND}")
+        content = self._bytes[offset : offset + size]
+        if zlib.crc32(content) != int(self.index.crc32[row, column]):
             raise RunError(
-                f"{self.path}: {self.index.key(row)}.{member} is damaged (crc32 differs from the index); {_VERIFY}"
+                f"{self.path}: {self.index.key(row)}.{member} is damaged (crc32 differs from the index); {_MEND}"
             )
         return content
 
     def read_images(self, rows: Sequence[int]) -> Tensor:
-        """(len(rows), 3, S, S) uint8 RGB crops."""
-        images = torch.empty(len(rows), 3, self.size, self.size, dtype=torch.uint8)
+        """(len(rows), 3, S, S) uint8 RGB crops, laid out channels last."""
+        pixels = np.empty((len(rows), self.size, self.size, 3), np.uint8)
         for place, row in enumerate(rows):
-            images[place] = self.read_image(row)
-        return images
+            self.read_image_into(pixels[place], row)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-    def read_image(self, row: int) -> Tensor:
-        """(3, S, S) uint8 RGB crop."""
-        image: Tensor = decode_jpeg(self.read_member(row, "jpg"), ImageReadMode.RGB)
-        return image
+    def read_image_into(self, pixels: NDArray[np.uint8], row: int) -> None:
+        """Decodes a crop into (S, S, 3) uint8 RGB."""
+        decode_jpeg(self.read_member(row, "jpg"), buffer=pixels)
 
-    def read_parts(self, row: int) -> Tensor:
+    def read_parts(self, row: int) -> NDArray[np.uint8]:
         """(S, S) uint8 part labels, 0 = none."""
-        parts: Tensor = decode_png(self.read_member(row, "parts.png"), ImageReadMode.GRAY)[0]
-        return parts
+        return decode_image(self.read_member(row, "parts.png"))
 
-    def read_object_mask(self, row: int) -> Tensor:
+    def read_object_mask(self, row: int) -> NDArray[np.bool_]:
         """(S, S) bool, True on the object."""
-        grey: Tensor = decode_png(self.read_member(row, "object.png"), ImageReadMode.GRAY)[0]
-        return grey > 0
+        mask: NDArray[np.bool_] = decode_image(self.read_member(row, "object.png")) > 0
+        return mask
 
     def read_description(self, row: int) -> dict[str, Any]:
-        description: dict[str, Any] = json.loads(self.read_member(row, "json").numpy().tobytes())
+        description: dict[str, Any] = json.loads(bytes(self.read_member(row, "json")))
         return description
 
 
@@ -91,4 +90,4 @@ class ShardReaders:
         return self._open[shard]
 
 
-_VERIFY = "copy the shard again, or make the shards again with python -m slotscops.shard"
+_MEND = "copy the shard again, or make the shards again with python -m slotscops.shard"

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from slotscops import shard
+
+TOY = ["--toy", "--toy-train", "14", "--toy-val", "6", "--size", "64", "--samples-per-shard", "5", "--workers", "1"]
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
@@ -14,6 +18,14 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("needs real photos and weights: set SLOTSCOPS_DATA to their folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small toy data set of 64 px crops in several shards, with features of a random teacher. Not to be changed."""
+    out = tmp_path_factory.mktemp("toy") / "shards"
+    assert shard.main([*TOY, "--out", str(out), "--teacher-weights", "random:0"]) == 0
+    return out
 
 
 @pytest.fixture(autouse=True)

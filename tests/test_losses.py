@@ -182,18 +182,12 @@ def test_bf16_autocast_changes_neither_the_loss_nor_its_gradients(mask: str) -> 
     assert all(torch.equal(one, other) for one, other in zip(plain, cast, strict=True))
 
 
-def test_part_maps_are_the_same_under_bf16_autocast() -> None:
-    logits = make_case().logits.float()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_part_maps_are_float32_whatever_autocast_and_logits_are(dtype: torch.dtype) -> None:
+    logits = make_case().logits.to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         maps = part_maps(logits, (24, 17))
-    assert torch.equal(maps, part_maps(logits, (24, 17)))
-
-
-def test_bf16_logits_are_raised_to_float32() -> None:
-    case = make_case().to(torch.float32)
-    case.logits = case.logits.bfloat16()
-    assert semantic_consistency(*case.arguments()).dtype == torch.float32
-    assert part_maps(case.logits, case.size).dtype == torch.float32
+    assert torch.equal(maps, part_maps(logits.float(), (24, 17)))
 
 
 def test_features_and_mask_receive_no_gradient() -> None:
