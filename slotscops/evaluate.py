@@ -70,7 +70,7 @@ def score_predictions(
     for batch in batches:
         assert batch.parts is not None
         predicted = predict(batch).cpu()
-        for class_id in batch.class_ids.unique().tolist():
+        for class_id in sorted(set(batch.class_ids.tolist())):
             chosen = batch.class_ids == class_id
             tables[class_id].update(predicted[chosen], batch.parts[chosen])
     return ClassScores(dataset.class_names, tables)

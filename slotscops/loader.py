@@ -147,6 +147,8 @@ def _data_loader(split: Split, batches: Any, num_workers: int, pin_memory: bool)
         collate_fn=_already_a_batch,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        # Of its own, because each start of a loader draws a number, and a resumed run starts one more.
+        generator=torch.Generator(),
         prefetch_factor=_PREFETCHED_BATCHES if num_workers else None,
         # A forked copy of a process that runs PyTorch's threads can hang.
         multiprocessing_context=_worker_context() if num_workers else None,

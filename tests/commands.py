@@ -11,35 +11,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 240
 # Facts about Accelerate: on CPUs this line, and no other, starts as many processes as it says.
-TWO_PROCESSES = [
-    "accelerate",
-    "launch",
-    "--multi_gpu",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-    "--num_cpu_threads_per_process",
-    "1",
-    "--main_process_port",
-    "0",
-]
-ONE_PROCESS = [
-    "accelerate",
-    "launch",
-    "--num_processes",
-    "1",
-    "--num_machines",
-    "1",
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-]
+_ACCELERATE = ["accelerate", "launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+_ON_ITS_OWN = ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+TWO_PROCESSES = [*_ACCELERATE, "--multi_gpu", "--num_processes", "2", *_ON_ITS_OWN]
+ONE_PROCESS = [*_ACCELERATE, "--num_processes", "1"]
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
