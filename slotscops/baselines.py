@@ -10,7 +10,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,6 +31,8 @@ def fit(name: str, train: Split, num_clusters: int, seed: int = 0) -> Callable[[
     Returns:
         A predictor: batch -> (B, H, W) cluster of each pixel, by the bilinearly upsampled vectors.
     """
+    from sklearn.cluster import KMeans  # here, because it takes a second that training need not wait
+
     vectors = _positions(1)[0].flatten(1).T.numpy() if name == "position" else _sample_vectors(train, seed)
     centres = KMeans(num_clusters, n_init=4, random_state=seed).fit(vectors).cluster_centers_
     return _nearest_centre_predictor(torch.from_numpy(centres).float(), use_position=name == "position")

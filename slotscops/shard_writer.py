@@ -57,6 +57,8 @@ class Outcome:
 def write_shards(tree: PascalPartTree, out: Path, settings: ShardSettings, num_workers: int) -> Outcome:
     """Writes whatever is missing of the shards below `out`, and returns the finished data set.
 
+    Finished shards are taken as they are: whoever changes photos or annotations chooses another folder.
+
     Raises:
         UserError: the folder holds something else, or no object is left to write (then nothing stays behind).
         RunError: a worker process died.
