@@ -60,14 +60,13 @@ def semantic_consistency(
     with torch.autocast(logits.device.type, enabled=False):
         target = features.detach().to(dtype)  # (B, C, h, w)
         weights = None if mask is None else mask.detach().reshape(-1, 1, height, width).to(dtype)  # (B, 1, H, W)
-        # A row of zeros for the background costs less than cutting it out of every map and of every gradient.
-        rows = functional.pad(basis.to(dtype), (0, 0, 1, 0))  # (S, C)
-        maps = part_maps(logits.to(dtype), size, align_corners)  # (B, S, H, W)
+        rows = basis.to(dtype)  # (K, C)
+        parts = part_maps(logits.to(dtype), size, align_corners)[:, 1:]  # (B, K, H, W)
 
-        pixels = maps.flatten(2)  # (B, S, H*W)
+        pixels = parts.flatten(2)  # (B, K, H*W)
         rebuilt = ((pixels @ pixels.mT).sum(0) * (rows @ rows.T)).sum()
-        overlap = (rows @ target.flatten(2)).view(*logits.shape[:2], *target.shape[2:])  # (B, S, h, w)
-        masked = maps if weights is None else maps * weights
+        overlap = (rows @ target.flatten(2)).view(-1, len(rows), *target.shape[2:])  # (B, K, h, w)
+        masked = parts if weights is None else parts * weights
         agreement = (_gather_onto_grid(masked, target.shape[2:], align_corners) * overlap).sum()
         total = rebuilt - 2 * agreement + _target_energy(target, size, weights, align_corners)
         mean: Tensor = total / (len(features) * num_channels * height * width)
