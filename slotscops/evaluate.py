@@ -25,7 +25,7 @@ from slotscops.build import load_model
 from slotscops.config import Config
 from slotscops.errors import UserError
 from slotscops.features import open_cache, warn_if_random
-from slotscops.files import write_json
+from slotscops.files import json_numbers, write_json
 from slotscops.index import Dataset, open_dataset
 from slotscops.loader import Split, evaluation_batches
 from slotscops.metrics import PartScores
@@ -131,7 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.show_table(title, ("class", "NMI", "ARI", "FG-NMI", "FG-ARI", "mIoU"), cells)
     console.say("x 100; full image with the network's own background; FG: pixels of true parts only")
     if options.json:
-        write_json(options.json, {"title": title, "split": options.split, "scores": rows})
+        write_json(
+            options.json,
+            {"title": title, "split": options.split, "scores": {name: json_numbers(row) for name, row in rows.items()}},
+        )
     return 0
 
 

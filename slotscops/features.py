@@ -8,7 +8,6 @@ Works alone or under a launcher; a start over finished files does nothing twice.
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,7 +189,7 @@ def build_cache(dataset: Dataset, teacher: Teacher, size: int) -> FeatureCache:
     if not (folder / "manifest.json").is_file():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         teacher = teacher.to(device)
-        for number in console.track(units_in_turn(len(entries)), len(entries), "features, shards"):
+        for number in units_in_turn(len(entries)):
             path = folder / f"{entries[number].name}.safetensors"
             if not path.is_file():
                 write_bytes(path, _encode_shard(dataset, entries[number], teacher, size, device))
@@ -234,17 +233,15 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
 
 def _encode_shard(dataset: Dataset, entry: ShardEntry, teacher: Teacher, size: int, device: torch.device) -> bytes:
     reader = ShardReader(dataset, entry)
-    maps = [compute_features(teacher, images.to(device), size).cpu() for images in _image_batches(reader)]
-    features = torch.cat(maps) if maps else torch.empty(0, *teacher.output_shape(size))
-    stored = features.half()
-    if not torch.isfinite(stored).all():
-        raise RunError(f"{entry.name}: features up to {features.abs().max():.3g} do not fit float16; check the weights")
-    return encode(stored.numpy())
-
-
-def _image_batches(reader: ShardReader) -> Iterator[Tensor]:
-    for start in range(0, len(reader.index), _BATCH_SIZE):
-        yield reader.read_images(range(start, min(start + _BATCH_SIZE, len(reader.index))))
+    starts = range(0, entry.num_samples, _BATCH_SIZE)
+    maps = []
+    for start in console.track(starts, len(starts), f"features of {entry.name}, batches of {_BATCH_SIZE}"):
+        images = reader.read_images(range(start, min(start + _BATCH_SIZE, entry.num_samples)))
+        maps.append(compute_features(teacher, images.to(device), size).half().cpu())
+    features = torch.cat(maps) if maps else torch.empty(0, *teacher.output_shape(size), dtype=torch.float16)
+    if not torch.isfinite(features).all():
+        raise RunError(f"{entry.name}: features beyond 65504 do not fit float16; check the teacher's weights")
+    return encode(features.numpy())
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +43,11 @@ def fsync_folder(folder: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     with replace_when_complete(path) as file:
         file.write(content)
+
+
+def json_numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores with None for NaN, which JSON does not know."""
+    return {name: None if value != value else value for name, value in scores.items()}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,6 +2,10 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from slotscops.config import suggest
 from slotscops.errors import UserError
@@ -65,6 +69,25 @@ def part_label(class_name: str, part_name: str) -> int | None:
     return names.index(plain) + 1 if plain in names else None
 
 
+@dataclass(frozen=True)
+class AnnotatedObject:
+    """One object as the annotation has it."""
+
+    class_name: str  # VOC's name
+    mask: NDArray[np.bool_]  # (H, W)
+    parts: list[tuple[str, NDArray[np.bool_]]]  # (name as in the file, (H, W) mask), in the file's order
+
+
+def paint_parts(item: AnnotatedObject) -> NDArray[np.uint8]:
+    """(H, W) part labels, 0 = none. Where masks overlap the first listed wins, as with Choudhury et al."""
+    labels = np.zeros_like(item.mask, np.uint8)
+    for name, mask in reversed(item.parts):
+        label = part_label(item.class_name, name)
+        assert label is not None  # scan_image leaves such objects out
+        np.copyto(labels, np.uint8(label), where=mask)
+    return labels
+
+
 def check_class_names(names: Iterable[str]) -> list[str]:
     """The classes in the table's order, each once.
 
@@ -73,6 +96,6 @@ def check_class_names(names: Iterable[str]) -> list[str]:
     """
     wanted = {class_name_of(name.strip()) for name in names}
     for name in sorted(wanted - set(PART_NAMES)):
-        hint = suggest(name, PART_NAMES) or f"; known are {', '.join(PART_NAMES)}"
+        hint = suggest(name, [*PART_NAMES, *_ALIASES]) or f"; known are {', '.join(PART_NAMES)}"
         raise UserError(f"unknown class '{name}'{hint}")
     return [name for name in PART_NAMES if name in wanted]

@@ -3,41 +3,25 @@
 Shapes: H x W pixels of a photo, S side of a crop.
 """
 
-import io
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import scipy.io
 from numpy.typing import NDArray
 from PIL import Image
 
+from slotscops.crops import Box, box_of, crop_labels, crop_photo, square_crop
 from slotscops.errors import UserError
-from slotscops.images import IMAGENET_MEAN
-from slotscops.pascal_classes import PART_NAMES, class_name_of, part_label
+from slotscops.matlab import MAX_MATLAB_BYTES, MatlabError, read_matlab_structs
+from slotscops.pascal_classes import PART_NAMES, AnnotatedObject, class_name_of, paint_parts, part_label
 from slotscops.pascal_tree import PascalPartTree
 from slotscops.records import Record
 
 # An object is kept if its box covers more of the image than this; Choudhury et al. (NeurIPS 2021) do the same.
 BOX_SHARE = {"train": 0.10, "val": 0.20}
-_MARGIN = 0.05  # of the box's longer side, on every side of the crop
-_MAX_PIXELS = 100_000_000  # a photo of more is refused before it is decoded
-_MAX_ANNOTATION_BYTES = 64_000_000  # the largest real file has 0.1 MB
-_FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # beyond the photo's edge: zero once normalised
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
-
-
-@dataclass(frozen=True)
-class AnnotatedObject:
-    """One object as the annotation has it."""
-
-    class_name: str  # VOC's name
-    mask: NDArray[np.bool_]  # (H, W)
-    parts: list[tuple[str, NDArray[np.bool_]]]  # (name as in the file, (H, W) mask), in the file's order
+_MAX_PHOTO_SIDE = 10_000  # VOC's have at most 500; the square crop of a much larger one would not fit into memory
 
 
 @dataclass(frozen=True)
@@ -64,85 +48,128 @@ class LeftOut:
     damaged: bool  # a fault of the file, not a choice
 
 
+class ImageScan(NamedTuple):
+    """What becomes of each object of the wanted classes in one image."""
+
+    candidates: list[Candidate]
+    left_out: list[LeftOut]
+
+
 # ---- annotations -------------------------------------------------------------------------------------------------
 
 
-def read_annotation(path: Path) -> list[AnnotatedObject]:
-    """Reads one `.mat` file of PASCAL-Part.
+def read_annotation(source: Path | str | BinaryIO) -> list[AnnotatedObject]:
+    """Reads one `.mat` file of PASCAL-Part, from its path or from an open file.
 
     Raises:
         UserError: in one line, whatever is wrong with the file.
     """
-    anno = _load_matlab(path)
+    name = str(source if isinstance(source, Path | str) else getattr(source, "name", "annotation"))
     try:
-        objects = [_read_object(row) for row in _rows(anno["objects"], ("class", "mask", "parts"))]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: its 'anno' is not as PASCAL-Part's ({_one_line(error)}); {_FETCH}") from None
-    for number, item in enumerate(objects):
-        for name, mask in item.parts:
-            if mask.shape != item.mask.shape:
-                raise UserError(
-                    f"{path}: part {name} of object {number} has a mask of {_size(mask)}, its object of "
-                    f"{_size(item.mask)}; {_FETCH}"
-                )
-        if item.mask.shape != objects[0].mask.shape:
-            raise UserError(f"{path}: objects with masks of different sizes; {_FETCH}")
+        anno = read_matlab_structs(_read_bytes(source), "anno")
+        if len(anno) != 1:
+            raise MatlabError(f"has {len(anno)} structs 'anno', needed one")
+        objects = [_read_object(row, f"object {number}") for number, row in enumerate(_rows(anno[0], "objects"))]
+        for number, item in enumerate(objects):
+            if item.mask.shape != objects[0].mask.shape:
+                sizes = f"{_size_of(item.mask)}, object 0 of {_size_of(objects[0].mask)}"
+                raise MatlabError(f"object {number} has a mask of {sizes}, needed the photo's size in both")
+    except MatlabError as damage:
+        raise UserError(f"{name}: {damage}; fetch the file again") from None
     return objects
 
 
-def _load_matlab(path: Path) -> Any:
-    """The (1, 1) struct `anno`."""
+def _read_bytes(source: Path | str | BinaryIO) -> bytes:
     try:
-        num_bytes = path.stat().st_size
-        if num_bytes > _MAX_ANNOTATION_BYTES:
-            raise UserError(f"{path}: {num_bytes} bytes, no annotation of PASCAL-Part has so many; {_FETCH}")
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if content[:4] == b"\x89HDF" or b"MATLAB 7.3" in content[:128]:
-        raise UserError(f"{path}: is a MATLAB 7.3 file, needed version 5 (save with -v7)")
+        if not isinstance(source, Path | str):
+            return source.read(MAX_MATLAB_BYTES + 1)
+        with Path(source).open("rb") as file:
+            return file.read(MAX_MATLAB_BYTES + 1)
+    except Exception as error:  # a member of an archive raises more than OSError
+        raise MatlabError(f"cannot be read ({getattr(error, 'strerror', None) or type(error).__name__})") from None
+
+
+def _read_object(row: dict[str, Any], where: str) -> AnnotatedObject:
+    class_name, mask = _text(row, "class", where), _mask(row, where)
+    parts = []
+    for part in _rows(row, "parts"):
+        name = _text(part, "part_name", f"a part of {where}")
+        part_mask = _mask(part, f"part {name} of {where}")
+        if part_mask.shape != mask.shape:
+            sizes = f"{_size_of(part_mask)}, its object of {_size_of(mask)}"
+            raise MatlabError(f"part {name} of {where} has a mask of {sizes}, needed the photo's size in both")
+        parts.append((name, part_mask))
+    return AnnotatedObject(class_name_of(class_name), mask, parts)
+
+
+def _rows(row: dict[str, Any], field: str) -> list[dict[str, Any]]:
+    """The structs in a field; none at all is stored as an empty matrix."""
+    value = row.get(field)
+    if isinstance(value, np.ndarray) and value.size == 0:
+        return []
+    if not isinstance(value, list):
+        raise MatlabError(f"lacks the structs '{field}'")
+    return value
+
+
+def _text(row: dict[str, Any], field: str, where: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise MatlabError(f"{where} lacks its name, '{field}'")
+    return value
+
+
+def _mask(row: dict[str, Any], where: str) -> NDArray[np.bool_]:
+    value = row.get("mask")
+    if not isinstance(value, np.ndarray) or value.ndim != 2 or value.size == 0:
+        raise MatlabError(f"{where} lacks a 'mask' of H x W pixels")
+    kind = value.dtype.kind
+    if kind not in "ui" or value.max() > 1 or (kind == "i" and value.min() < 0):
+        raise MatlabError(f"{where} has a mask of type {value.dtype} with other values than 0 and 1, needed only these")
+    return value.view(np.bool_) if value.itemsize == 1 else value.astype(np.bool_)
+
+
+# ---- photos ------------------------------------------------------------------------------------------------------
+
+
+def _photo_fault(tree: PascalPartTree, image: str, mask: NDArray[np.bool_]) -> str | None:
+    """What is wrong with a photo as far as its header tells. Nothing is decoded."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            variables = scipy.io.loadmat(io.BytesIO(content), variable_names=["anno"])  # type: ignore[arg-type]
-    except Exception as error:  # SciPy's reader raises anything from TypeError to zlib.error on damaged files
-        raise UserError(f"{path}: is no whole MATLAB 5 file ({_one_line(error)}); {_FETCH}") from None
-    if "anno" not in variables:
-        raise UserError(f"{path}: lacks the variable 'anno'; {_FETCH}")
-    anno = variables["anno"]
-    if getattr(anno.dtype, "names", None) is None or anno.size != 1 or "objects" not in anno.dtype.names:
-        raise UserError(f"{path}: its 'anno' is no struct with 'objects'; {_FETCH}")
-    return anno.flat[0]
+        with tree.open_photo(image) as stream:
+            _open_jpeg(stream, tree.photo_path(image), mask)
+    except UserError as error:
+        return str(error)
+    return None
 
 
-def _rows(structs: Any, fields: tuple[str, ...]) -> Iterator[Any]:
-    """The elements of a struct array; nothing at all is stored as an empty array without fields."""
-    if structs.size == 0:
-        return
-    missing = set(fields) - set(structs.dtype.names or ())
-    if missing:
-        raise KeyError(f"no field {sorted(missing)[0]}")
-    yield from structs.flat
+def _read_photo(tree: PascalPartTree, image: str, mask: NDArray[np.bool_]) -> Image.Image:
+    """The photo in RGB, whatever its own colours. Raises UserError."""
+    with tree.open_photo(image) as stream:
+        photo = _open_jpeg(stream, tree.photo_path(image), mask)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return photo.convert("RGB")
+        except Exception as error:  # Pillow raises anything on damaged files
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise UserError(f"{tree.photo_path(image)}: photo is damaged ({reason}); fetch it again") from None
 
 
-def _read_object(row: Any) -> AnnotatedObject:
-    parts = [(_text(part["part_name"]), _mask(part["mask"])) for part in _rows(row["parts"], ("part_name", "mask"))]
-    return AnnotatedObject(class_name_of(_text(row["class"])), _mask(row["mask"]), parts)
-
-
-def _text(value: Any) -> str:
-    if value.size != 1 or value.dtype.kind != "U":
-        raise ValueError("a name that is no text")
-    return str(value.flat[0])
-
-
-def _mask(value: Any) -> NDArray[np.bool_]:
-    if value.ndim != 2 or value.dtype.kind not in "bui":
-        raise ValueError(f"a mask of {value.ndim} dimensions and type {value.dtype}")
-    if value.size and (int(value.min()) < 0 or int(value.max()) > 1):
-        raise ValueError("a mask with other values than 0 and 1")
-    mask: NDArray[np.bool_] = value.astype(bool)
-    return mask
+def _open_jpeg(stream: BinaryIO, path: Path, mask: NDArray[np.bool_]) -> Image.Image:
+    """Reads the header. The size is that of the pixels: nothing is turned by Exif, the masks are not either."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            photo = Image.open(stream, formats=["JPEG"])
+        width, height = photo.size
+    except Image.DecompressionBombError:
+        width = height = _MAX_PHOTO_SIDE + 1  # at the least
+    except Exception as error:  # as above
+        raise UserError(f"{path}: is no readable JPEG ({type(error).__name__}); fetch it again") from None
+    if max(width, height) > _MAX_PHOTO_SIDE:
+        raise UserError(f"{path}: photo of more than {_MAX_PHOTO_SIDE} pixels a side; fetch the original photo")
+    if (width, height) != mask.shape[::-1]:
+        came = f"photo of {width} x {height}, but masks of {_size_of(mask)}"
+        raise UserError(f"{path}: {came}, needed one size; fetch the original photo")
+    return photo
 
 
 # ---- first phase: which objects are kept -------------------------------------------------------------------------
@@ -154,39 +181,47 @@ def scan_image(
     split_of_class: dict[str, str],
     class_names: list[str],
     min_box_share: dict[str, float],
-) -> tuple[list[Candidate], list[LeftOut]]:
-    """Sorts one image's objects of the wanted classes into those that are kept and those left out.
+) -> ImageScan:
+    """Sorts one image's objects of the wanted classes into those that are kept and those left out: each is in one.
 
     Args:
         split_of_class: which split's list of each class names the image.
         min_box_share: by split, the share of the image that an object's box must exceed.
     """
+    scan = ImageScan([], [])
     try:
-        objects = read_annotation(tree.annotation_path(image))
-        wanted = [(number, item) for number, item in enumerate(objects) if item.class_name in class_names]
-        if wanted:
-            _check_photo(tree.photo_path(image), wanted[0][1].mask)
+        with tree.open_annotation(image) as stream:
+            objects = read_annotation(stream)
     except UserError as error:
         # The split is unknown only where the lists disagree on it.
         splits = set(split_of_class.values())
         split = splits.pop() if len(splits) == 1 else None
-        return [], [LeftOut(image, None, None, split, "damaged file", str(error), damaged=True)]
-    candidates, left_out = [], []
+        scan.left_out.append(LeftOut(image, None, None, split, "damaged file", str(error), damaged=True))
+        return scan
+    # A class that the table lacks cannot be asked for: left to itself, such a fault of the file would go unseen.
+    unasked = set(PART_NAMES) - set(class_names)
+    wanted = [(number, item) for number, item in enumerate(objects) if item.class_name not in unasked]
+    photo_fault = _photo_fault(tree, image, objects[0].mask) if wanted and split_of_class else None
     for number, item in wanted:
         split = split_of_class.get(item.class_name)
-        fault = _fault(item, split, min_box_share)
-        if fault is None:
-            assert split is not None
-            candidates.append(Candidate(image, number, item.class_name, split, _box(item.mask)))
-        else:
-            left_out.append(LeftOut(image, number, item.class_name, split, *fault))
-    return candidates, left_out
+        fault = _fault(item, split, photo_fault, min_box_share)
+        if fault is not None:
+            scan.left_out.append(LeftOut(image, number, item.class_name, split, *fault))
+        elif split is not None:
+            scan.candidates.append(Candidate(image, number, item.class_name, split, box_of(item.mask)))
+    return scan
 
 
-def _fault(item: AnnotatedObject, split: str | None, min_box_share: dict[str, float]) -> tuple[str, str, bool] | None:
-    """Why an object is left out: kind, reason, and whether the file is at fault."""
+def _fault(
+    item: AnnotatedObject, split: str | None, photo_fault: str | None, min_box_share: dict[str, float]
+) -> tuple[str, str, bool] | None:
+    """Why an object is left out: kind, reason, and whether a file is at fault."""
+    if item.class_name not in PART_NAMES:
+        return "unknown class", f"PASCAL-Part knows no class '{item.class_name}'", True
     if split is None:
         return "in no split list", "its image is in no split list of its class", False
+    if photo_fault is not None:
+        return "damaged file", photo_fault, True
     if not item.mask.any():
         return "empty mask", "its mask is empty", False
     if not item.parts:
@@ -194,40 +229,13 @@ def _fault(item: AnnotatedObject, split: str | None, min_box_share: dict[str, fl
     for name, _ in item.parts:
         if part_label(item.class_name, name) is None:
             return "unknown part", f"PASCAL-Part knows no part '{name}' of {item.class_name}", True
-    left, top, right, bottom = _box(item.mask)
+    left, top, right, bottom = box_of(item.mask)
     share = (right - left) * (bottom - top) / item.mask.size
     if share <= min_box_share[split]:
-        kind = f"box covers no more than {100 * min_box_share[split]:g} % of the image"
-        return kind, f"its box covers {100 * share:.1f} % of the image", False
+        wanted = f"{100 * min_box_share[split]:g} %"
+        reason = f"its box covers {100 * share:.3g} % of the image, needed more than {wanted} for {split}"
+        return f"box covers no more than {wanted} of the image", reason, False
     return None
-
-
-def _box(mask: NDArray[np.bool_]) -> Box:
-    """The smallest box that holds the mask."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-def _check_photo(path: Path, mask: NDArray[np.bool_]) -> None:
-    """Looks at the photo's header only."""
-    with _open_photo(path) as photo:
-        if photo.size != (mask.shape[1], mask.shape[0]):
-            raise UserError(f"{path}: photo of {photo.width} x {photo.height}, but masks of {_size(mask)}; {_FETCH}")
-
-
-def _open_photo(path: Path) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            photo = Image.open(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such photo") from None
-    except Exception as error:  # Pillow's plugins raise anything on damaged files
-        raise UserError(f"{path}: is no readable image ({type(error).__name__})") from None
-    if photo.width * photo.height > _MAX_PIXELS:
-        photo.close()
-        raise UserError(f"{path}: {photo.width} x {photo.height} pixels, at most {_MAX_PIXELS} are read")
-    return photo
 
 
 # ---- second phase: records ---------------------------------------------------------------------------------------
@@ -236,10 +244,16 @@ def _open_photo(path: Path) -> Image.Image:
 def read_records(
     tree: PascalPartTree, image: str, candidates: list[Candidate], size: int
 ) -> tuple[list[Record], list[LeftOut]]:
-    """Crops the candidates of one image. A photo that turns out to be cut short leaves all of them out."""
+    """Crops the candidates of one image to `size` x `size`. What turns out to be damaged only now is left out."""
+    if not candidates:
+        return [], []
     try:
-        objects = read_annotation(tree.annotation_path(image))
-        photo = _read_photo(tree.photo_path(image))
+        with tree.open_annotation(image) as stream:
+            objects = read_annotation(stream)
+        numbered = dict(enumerate(objects))
+        if not all(c.object_number in numbered and _is_unchanged(c, numbered[c.object_number]) for c in candidates):
+            raise UserError(f"{tree.annotation_path(image)}: has changed since it was scanned; start anew")
+        photo = _read_photo(tree, image, objects[0].mask)
     except UserError as error:
         return [], [
             LeftOut(image, item.object_number, item.class_name, item.split, "damaged file", str(error), damaged=True)
@@ -248,23 +262,22 @@ def read_records(
     return [_make_record(item, objects[item.object_number], photo, size) for item in candidates], []
 
 
-def _read_photo(path: Path) -> Image.Image:
-    with _open_photo(path) as photo:
-        try:
-            return photo.convert("RGB")
-        except Exception as error:  # as above
-            raise UserError(f"{path}: photo is damaged ({_one_line(error)})") from None
+def _is_unchanged(candidate: Candidate, item: AnnotatedObject) -> bool:
+    """Whether the object is still the one that was scanned: hours may lie between the phases."""
+    box = box_of(item.mask) if item.mask.any() else None
+    known = all(part_label(item.class_name, name) for name, _ in item.parts)
+    return known and (item.class_name, box) == (candidate.class_name, candidate.box)
 
 
 def _make_record(candidate: Candidate, item: AnnotatedObject, photo: Image.Image, size: int) -> Record:
-    labels = paint_parts(item)
+    labels = Image.fromarray(paint_parts(item))
     crop = square_crop(candidate.box)
-    present = sorted(set(np.unique(labels).tolist()) - {0})
+    names = zip(PART_NAMES[item.class_name], labels.histogram()[1:], strict=False)
     return Record(
         key=f"{candidate.image}_{candidate.object_number}",
-        image=_crop(photo, crop, size, _FILL, Image.Resampling.BICUBIC),
-        parts=_crop(Image.fromarray(labels), crop, size, 0, Image.Resampling.NEAREST),
-        object_mask=_crop(Image.fromarray(item.mask.astype(np.uint8)), crop, size, 0, Image.Resampling.NEAREST) > 0,
+        image=crop_photo(photo, crop, size),
+        parts=crop_labels(labels, crop, size),
+        object_mask=crop_labels(Image.fromarray(item.mask.astype(np.uint8)), crop, size) > 0,
         description={
             "image": candidate.image,
             "object": candidate.object_number,
@@ -272,44 +285,10 @@ def _make_record(candidate: Candidate, item: AnnotatedObject, photo: Image.Image
             "box": list(candidate.box),
             "crop": list(crop),
             "source_size": list(photo.size),
-            "part_names": [PART_NAMES[item.class_name][label - 1] for label in present],
+            "part_names": [name for name, num_pixels in names if num_pixels],
         },
     )
 
 
-def paint_parts(item: AnnotatedObject) -> NDArray[np.uint8]:
-    """(H, W) part labels, 0 = none. Where masks overlap the first listed wins, as with Choudhury et al."""
-    labels = np.zeros(item.mask.shape, np.uint8)
-    for name, mask in reversed(item.parts):
-        label = part_label(item.class_name, name)
-        assert label is not None  # scanning left such objects out
-        labels[mask] = label
-    return labels
-
-
-def square_crop(box: Box) -> Box:
-    """The square around the box with 5 % of its longer side on every side; it may reach beyond the photo."""
-    left, top, right, bottom = box
-    longer = max(right - left, bottom - top)
-    side = longer + 2 * max(1, round(_MARGIN * longer))
-    x, y = (left + right - side) // 2, (top + bottom - side) // 2
-    return x, y, x + side, y + side
-
-
-def _crop(image: Image.Image, crop: Box, size: int, fill: Any, filter_: Image.Resampling) -> NDArray[np.uint8]:
-    """(size, size[, 3]) the crop, filled where it reaches beyond the image."""
-    side = crop[2] - crop[0]
-    canvas = Image.new(image.mode, (side, side), fill)
-    canvas.paste(image, (-crop[0], -crop[1]))
-    return np.asarray(canvas.resize((size, size), filter_))
-
-
-def _size(mask: NDArray[Any]) -> str:
-    return " x ".join(str(side) for side in reversed(mask.shape))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
-
-
-_FETCH = "fetch the file again"
+def _size_of(mask: NDArray[Any]) -> str:
+    return f"{mask.shape[1]} x {mask.shape[0]}"

@@ -1,19 +1,14 @@
-"""Where photos, annotations and split lists lie in the folders that people have, and opening what lies there."""
+"""Where the files of PASCAL-Part lie in the folders that people have, and what their split lists say."""
 
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
-
 from slotscops.errors import UserError
 
 SPLITS = ("train", "val")
-# VOC's photos have at most 500 a side. Beyond this one the crop of a damaged header would not fit into memory.
-_MAX_PHOTO_SIDE = 10_000
 _GET_PHOTOS = "unpack VOCtrainval_03-May-2010.tar"
 _GET_PARTS = "unpack PASCAL-Part's trainval.tar.gz"
 
@@ -63,23 +58,27 @@ def find_tree(root: Path) -> PascalPartTree:
     Raises:
         UserError: no such folder, or one of the three is missing; says where it was looked for.
     """
-    if not os.path.isdir(root):  # noqa: PTH112, Path.is_dir raises where a parent may not be entered
+    if not _is_folder(root):
         raise UserError(f"{root}: no such folder; give --root the folder that holds VOCdevkit and Annotations_Part")
     vocs = [root / "VOCdevkit" / "VOC2010", root / "VOCdevkit_2010" / "VOC2010", root / "VOC2010", root]
-    voc = next((folder for folder in vocs if (folder / "JPEGImages").is_dir()), None)
+    voc = next((folder for folder in vocs if _is_folder(folder / "JPEGImages")), None)
     if voc is None:
         raise UserError(f"{root}: no folder JPEGImages in {_listed(vocs)}; {_GET_PHOTOS} into {root}")
     lists = voc / "ImageSets" / "Main"
-    if not lists.is_dir():
+    if not _is_folder(lists):
         raise UserError(f"{root}: no folder {lists}; {_GET_PHOTOS} into {root}")
     places = [root, *_parents(voc)]
-    annotations = next((place / "Annotations_Part" for place in places if (place / "Annotations_Part").is_dir()), None)
+    annotations = next(filter(_is_folder, (place / "Annotations_Part" for place in places)), None)
     if annotations is None:
         raise UserError(f"{root}: no folder Annotations_Part in {_listed(places)}; {_GET_PARTS} into {root}")
     tree = PascalPartTree(root, voc / "JPEGImages", lists, annotations)
     if not list_images(tree):
         raise UserError(f"{annotations}: holds no .mat file; {_GET_PARTS} into {root}")
     return tree
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112, Path.is_dir raises where the folder above may not be entered
 
 
 def _parents(voc: Path) -> list[Path]:
@@ -125,21 +124,16 @@ def find_splits(tree: PascalPartTree, class_names: list[str]) -> Splits:
 
 
 def _splits_of_class(tree: PascalPartTree, class_name: str) -> dict[str, str]:
+    own, general = ([tree.lists / f"{prefix}{split}.txt" for split in SPLITS] for prefix in (f"{class_name}_", ""))
+    paths = own if any(path.is_file() for path in own) else general
+    if not any(path.is_file() for path in paths):
+        names = ", ".join(path.name for path in (*own, *general))
+        raise UserError(f"{tree.lists}: holds none of {names}; {_GET_PHOTOS}")
     splits: dict[str, str] = {}
-    found = False
-    for split in SPLITS:
-        own, general = tree.lists / f"{class_name}_{split}.txt", tree.lists / f"{split}.txt"
-        path = own if own.is_file() else general
-        if not path.is_file():
-            continue
-        found = True
-        for number, image in _read_list(path):
+    for split, path in zip(SPLITS, paths, strict=True):
+        for number, image in _read_list(path) if path.is_file() else ():
             if splits.setdefault(image, split) != split:
                 raise UserError(f"{path}, line {number}: {image} is in the lists of both splits; take it out of one")
-    if not found:
-        raise UserError(
-            f"{tree.lists}: no {class_name}_train.txt, {class_name}_val.txt, train.txt or val.txt; {_GET_PHOTOS}"
-        )
     return splits
 
 
@@ -157,46 +151,3 @@ def _read_list(path: Path) -> Iterator[tuple[int, str]]:
             came = " ".join(columns)[:40]
             raise UserError(f"{path}, line {number}: '{came}' came, needed an image name and -1, 0 or 1; mend the line")
         yield number, columns[0]
-
-
-# ---- photos ------------------------------------------------------------------------------------------------------
-
-
-def photo_size(tree: PascalPartTree, image: str) -> tuple[int, int]:
-    """Width and height as the photo's header says; nothing is decoded, nothing turned by Exif.
-
-    Raises:
-        UserError: no such photo, no JPEG, or absurdly large.
-    """
-    with tree.open_photo(image) as stream:
-        return _open_jpeg(stream, tree.photo_path(image)).size
-
-
-def read_photo(tree: PascalPartTree, image: str) -> Image.Image:
-    """The photo in RGB, whatever its own colours.
-
-    Raises:
-        UserError: as `photo_size`, or the pixels are damaged.
-    """
-    with tree.open_photo(image) as stream:
-        photo = _open_jpeg(stream, tree.photo_path(image))
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                return photo.convert("RGB")
-        except Exception as error:  # Pillow raises anything on damaged files
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise UserError(f"{tree.photo_path(image)}: photo is damaged ({reason}); fetch it again") from None
-
-
-def _open_jpeg(stream: BinaryIO, path: Path) -> Image.Image:
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            photo = Image.open(stream, formats=["JPEG"])
-    except Image.DecompressionBombError:
-        raise UserError(f"{path}: photo of too many pixels, at most {_MAX_PHOTO_SIDE} a side are read") from None
-    except Exception as error:  # as above
-        raise UserError(f"{path}: is no readable JPEG ({type(error).__name__}); fetch it again") from None
-    if max(photo.size) > _MAX_PHOTO_SIDE:
-        came = f"{photo.width} x {photo.height} pixels"
-        raise UserError(f"{path}: photo of {came}, at most {_MAX_PHOTO_SIDE} a side are read; make it smaller")
-    return photo

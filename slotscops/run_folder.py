@@ -10,7 +10,7 @@ from slotscops.checkpoint import State, list_checkpoints, verify_checkpoint
 from slotscops.config import Config, config_from_mapping, differences, load_config, to_mapping, write_config
 from slotscops.errors import UserError
 from slotscops.features import FeatureCache
-from slotscops.files import write_bytes
+from slotscops.files import json_numbers, write_bytes
 from slotscops.index import Dataset
 
 # Settings that may change between two starts of one run without making it another run.
@@ -58,7 +58,7 @@ class RunFolder:
     def log(self, row: dict[str, Any]) -> None:
         """Appends one logged step."""
         with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(json_numbers(row)) + "\n")
 
     def find_checkpoint(self, resume: str) -> Path | None:
         """The checkpoint to go on from, or None to start afresh.

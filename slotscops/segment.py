@@ -24,17 +24,16 @@ from torch.nn import functional
 
 from slotscops import console
 from slotscops.build import load_model
+from slotscops.crops import PADDING
 from slotscops.errors import RunError, UserError
 from slotscops.features import compute_features
 from slotscops.files import write_bytes
-from slotscops.images import IMAGENET_MEAN
 from slotscops.model import SlotScops
 from slotscops.teacher import Teacher
 from slotscops.visualise import label_image, overlay, picture_bytes
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 _MAX_PIXELS = 100_000_000  # a photo of more is refused before it is decoded
-_PADDING = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Segmenter:
     def _soft_maps(self, image: Image.Image) -> Tensor:
         width, height = image.size
         side = max(width, height)
-        square = ImageOps.pad(image, (side, side), color=_PADDING).resize(
+        square = ImageOps.pad(image, (side, side), color=PADDING).resize(
             (self.size, self.size), Image.Resampling.BICUBIC
         )
         device = next(self.network.parameters()).device

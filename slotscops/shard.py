@@ -31,18 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     classes = check_class_names(options.classes.split(",")) if options.classes else list(PART_NAMES)
     # Before any work: a teacher without weights is an error at the start, not after an hour.
     teacher = None if options.no_features else Teacher(options.layer, options.teacher_weights)
+    root, source = options.root, "files"
     if options.toy:
-        root = options.out / "photos"
+        root, source = options.out / "photos", f"toy, seed {options.toy_seed}"
         toy.write_tree(root, num_train=options.toy_train, num_val=options.toy_val, seed=options.toy_seed)
-    else:
-        root = options.root
     settings = ShardSettings(
         classes=classes,
         size=options.size,
         min_box_share={"train": options.min_box_train, "val": options.min_box_val},
         samples_per_shard=options.samples_per_shard,
     )
-    outcome = write_shards(find_tree(root), options.out, settings, options.workers)
+    outcome = write_shards(find_tree(root), options.out, settings, options.workers, source)
     _show(outcome, options.out)
     if teacher is not None:
         report(build_cache(outcome.dataset, teacher, options.size))

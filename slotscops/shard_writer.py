@@ -54,17 +54,27 @@ class Outcome:
         return sum(item.damaged for item in self.left_out)
 
 
-def write_shards(tree: PascalPartTree, out: Path, settings: ShardSettings, num_workers: int) -> Outcome:
+def write_shards(
+    tree: PascalPartTree, out: Path, settings: ShardSettings, num_workers: int, source: str = "files"
+) -> Outcome:
     """Writes whatever is missing of the shards below `out`, and returns the finished data set.
 
     Finished shards are taken as they are: whoever changes photos or annotations chooses another folder.
+
+    Args:
+        source: what the photos are, to tell apart trees whose images have the same names.
 
     Raises:
         UserError: the folder holds something else, or no object is left to write (then nothing stays behind).
         RunError: a worker process died.
     """
     images = list_images(tree)
-    plan = {"settings": asdict(settings), "images": len(images), "images_sha256": sha256_of_json(images)}
+    plan = {
+        "source": source,
+        "settings": asdict(settings),
+        "images": len(images),
+        "images_sha256": sha256_of_json(images),
+    }
     if _claim(out, plan):
         with WorkerPool(num_workers) as pool:
             candidates, left_out = _scan(tree, out, settings, images, pool)

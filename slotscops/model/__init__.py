@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slotscops.losses import part_maps
 from slotscops.model.decoder import DilatedHead, SlotDecoder
 from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder
 from slotscops.model.slots import SlotAttention, SlotInit, SoftPositionEncoding
@@ -43,12 +44,7 @@ class ModelOutput(NamedTuple):
     def maps(self, size: Sequence[int]) -> Tensor:
         """(B, S, H, W) float32 soft maps for size (H, W): upsampled, then softmax over slots; channel 0 background."""
         height, width = size
-        # softmax would be bfloat16 under autocast on a CPU
-        with torch.autocast(self.logits.device.type, enabled=False):
-            upsampled = functional.interpolate(
-                self.logits.float(), size=(height, width), mode="bilinear", align_corners=True
-            )
-            return upsampled.softmax(dim=1)
+        return part_maps(self.logits, (height, width))
 
     def attention_maps(self) -> Tensor:
         """(B, S, h, w): the last attention on the encoder's grid."""

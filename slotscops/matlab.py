@@ -1,0 +1,165 @@
+"""The structs of a MATLAB 5 file, read so that no damage to the file can harm more than the file.
+
+SciPy's reader ends the whole process on some damaged files: in 6 of 6 runs of at most 20,000 random byte changes with
+SciPy 1.17.1. So the few kinds of matrix that an annotation has are read here, with every length checked against the
+bytes that are there. The tests compare it with SciPy's on real and generated files.
+
+Source: MATLAB, MAT-File Format, chapter "Level 5 MAT-File Format".
+"""
+
+import math
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_MATLAB_BYTES = 64_000_000  # of a file; real annotations have up to 0.1 MB
+_MAX_INFLATED_BYTES = 512_000_000  # real annotations have up to some 40 MB
+_INFLATE_STEP = 2048  # bytes; masks shrink 200-fold, so this gives pieces that stay in the processor's cache
+_MAX_DEPTH = 8  # of structs within structs; real annotations have 3
+_MATRIX, _COMPRESSED = 14, 15  # element types; the next two tables have the others
+_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+_TEXTS = {1: "ascii", 2: "ascii", 4: "utf-16", 16: "utf-8", 17: "utf-16"}
+_STRUCT, _CHAR, _NUMERIC = 2, 4, range(6, 16)  # matrix classes
+_COMPLEX = 0x800
+
+
+class MatlabError(Exception):
+    """What is wrong with a file; its name is the caller's to add."""
+
+
+def read_matlab_structs(content: bytes, variable: str) -> list[dict[str, Any]]:
+    """A struct array of a MATLAB 5 file.
+
+    Returns:
+        One dict a struct, by field: an array as stored, a str, again a list of dicts, or None for other kinds.
+
+    Raises:
+        MatlabError: the file is none, is damaged, is of absurd size, or has no such structs.
+    """
+    if len(content) > MAX_MATLAB_BYTES:
+        raise MatlabError(f"has more than {MAX_MATLAB_BYTES} bytes, as no annotation of PASCAL-Part has")
+    if content[:4] == b"\x89HDF" or content[:10] == b"MATLAB 7.3":
+        raise MatlabError("is a MATLAB 7.3 file, needed version 5 (MATLAB: save -v7)")
+    order = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}.get(content[124:128])
+    if order is None:
+        raise MatlabError("is no MATLAB 5 file")
+    elements = _Elements(memoryview(bytearray(content))[128:], order)  # masks are views of it: writable ones
+    found = None
+    while elements.data:  # to the end, so that a file cut short is noticed
+        kind, payload = elements.take()
+        if kind == _COMPRESSED:
+            kind, payload = _Elements(memoryview(_inflate(payload)), order).take()
+        if kind != _MATRIX:
+            raise MatlabError("is damaged, needed a matrix")
+        name, value = _read_matrix(payload, order, depth=0)
+        found = value if name == variable else found
+    if not isinstance(found, list):
+        raise MatlabError(f"lacks the struct '{variable}'")
+    return found
+
+
+def _inflate(payload: memoryview) -> bytearray:
+    """Checks the checksum too: no flipped bit of compressed data goes unseen."""
+    stream, content = zlib.decompressobj(), bytearray()
+    try:
+        for start in range(0, len(payload), _INFLATE_STEP):
+            piece = payload[start : start + _INFLATE_STEP]
+            content += stream.decompress(piece, _MAX_INFLATED_BYTES + 1 - len(content))
+            if len(content) > _MAX_INFLATED_BYTES:
+                raise MatlabError(f"decompresses to more than {_MAX_INFLATED_BYTES} bytes, as no annotation does")
+    except (zlib.error, MemoryError):
+        raise MatlabError("is damaged, its content does not decompress") from None
+    if not stream.eof:
+        raise MatlabError("is cut short or damaged")
+    return content
+
+
+class _Elements:
+    """The elements of a file or matrix, one after the other."""
+
+    def __init__(self, data: memoryview, order: str) -> None:
+        self.data, self.order = data, order  # what is not taken yet; "<" or ">"
+
+    def take(self) -> tuple[int, memoryview]:
+        """Type and payload of the next element."""
+        kind, size = struct.unpack(f"{self.order}II", head := self._cut(8))
+        if kind >> 16:  # a small element: size and type share the first four bytes, the payload has the others
+            kind, size = kind & 0xFFFF, min(4, kind >> 16)
+            return kind, head[4 : 4 + size]
+        payload = self._cut(size)
+        if kind != _COMPRESSED:
+            self.data = self.data[-size % 8 :]
+        return kind, payload
+
+    def take_numbers(self) -> NDArray[Any]:
+        kind, payload = self.take()
+        dtype = np.dtype(self.order + _NUMBERS.get(kind, "V0"))
+        if not dtype.itemsize or len(payload) % dtype.itemsize:
+            raise MatlabError("is damaged, needed numbers")
+        return np.frombuffer(payload, dtype)
+
+    def take_text(self) -> str:
+        kind, payload = self.take()
+        encoding = _TEXTS.get(kind, "ascii")
+        if encoding == "utf-16":
+            encoding += "-le" if self.order == "<" else "-be"
+        try:
+            return str(payload, encoding)
+        except UnicodeDecodeError:
+            raise MatlabError("is damaged, needed a name") from None
+
+    def _cut(self, size: int) -> memoryview:
+        if size > len(self.data):
+            raise MatlabError("is cut short or damaged")
+        head, self.data = self.data[:size], self.data[size:]
+        return head
+
+
+def _read_matrix(data: memoryview, order: str, depth: int) -> tuple[str, Any]:
+    """A matrix's name and value."""
+    if not data:
+        return "", np.empty((0, 0))
+    elements = _Elements(data, order)
+    flags = elements.take_numbers()
+    if flags.dtype.kind != "u" or len(flags) != 2:
+        raise MatlabError("is damaged, needed a matrix's class")
+    kind = int(flags[0]) & 0xFF
+    if kind not in (_STRUCT, _CHAR, *_NUMERIC) or int(flags[0]) & _COMPLEX:
+        return "", None
+    shape, name = elements.take_numbers(), elements.take_text()
+    if shape.dtype.kind != "i" or len(shape) < 2 or shape.min() < 0:
+        raise MatlabError("is damaged, needed a matrix's size")
+    value: Any
+    if kind == _STRUCT:
+        value = _read_structs(elements, math.prod(shape.tolist()), depth + 1)
+    elif kind == _CHAR:
+        value = elements.take_text()
+    else:
+        value = elements.take_numbers()
+        if value.size != math.prod(shape.tolist()) or len(shape) > 4:
+            raise MatlabError("is damaged, a matrix's size does not fit its content")
+        value = value.reshape(shape, order="F")
+    if elements.data:
+        raise MatlabError("is damaged, a matrix's size does not fit its content")
+    return name, value
+
+
+def _read_structs(elements: _Elements, count: int, depth: int) -> list[dict[str, Any]]:
+    lengths, (_, joined) = elements.take_numbers(), elements.take()
+    length = int(lengths[0]) if len(lengths) and lengths.dtype.kind == "i" else 0
+    if length < 1 or len(joined) % length or depth > _MAX_DEPTH:
+        raise MatlabError("is damaged, needed names of fields")
+    names = [bytes(joined[at : at + length]).split(b"\0")[0].decode("latin-1") for at in range(0, len(joined), length)]
+    if count * len(names) * 8 > len(elements.data) or (count and not names):
+        raise MatlabError("is cut short or damaged")
+    return [{name: _read_field(elements, depth) for name in names} for _ in range(count)]
+
+
+def _read_field(elements: _Elements, depth: int) -> Any:
+    kind, payload = elements.take()
+    if kind != _MATRIX:
+        raise MatlabError("is damaged, needed a matrix")
+    return _read_matrix(payload, elements.order, depth)[1]
