@@ -35,7 +35,7 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True) 
             slot_dim=config.slots.dim,
             num_iterations=config.slots.iterations,
             slot_init=config.slots.init,
-            decoder_grid=config.decoder.grid,
+            decoder_grid=config.decoder.grid if config.decoder.maps == "head" else None,
         )
 
 

@@ -55,7 +55,13 @@ class Slots:
 
 @dataclass(frozen=True, config=_STRICT)
 class Decoder:
-    grid: Positive = 8  # side of the grid on which each slot is broadcast
+    maps: Literal["head", "attention"] = "head"  # where part maps come from: SCOPS' head, or the slots' last attention
+    grid: Positive = 8  # side of the grid on which each slot is broadcast; of no matter to attention
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Basis:
+    init: Literal["random", "kmeans"] = "random"  # |N(0,1)|, or K clusters of a sample of the cached features
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -99,6 +105,7 @@ class Config:
     encoder: Encoder = Encoder()
     slots: Slots = Slots()
     decoder: Decoder = Decoder()
+    basis: Basis = Basis()
     losses: Losses = Losses()
     train: Train = Train()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slotscops import checkpoint, console
 from slotscops.build import build_model, build_optimizer, parameter_names
+from slotscops.clusters import find_centres, sample_vectors
 from slotscops.config import Config, to_mapping
 from slotscops.errors import RunError
 from slotscops.evaluate import evaluate_split, picture_of_split
@@ -59,13 +60,16 @@ class Trainer:
         self.folder = RunFolder.of(config)
         self.dataset, self.cache = open_training_data(config)
         self.network = build_model(config, self.cache.shape[0])
+        self._split = Split(self.dataset, "train", self.cache, with_labels=False)
+        if config.basis.init == "kmeans":
+            centres = find_centres(sample_vectors(self._split, config.seed), config.slots.num_parts, config.seed)
+            self.network.basis_parameter.data.copy_(centres)
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(config, self.network)
         # The bare network and optimizer stay at hand: what is saved bears no trace of DDP or torch.compile.
         model = torch.compile(self.network) if config.train.compile else self.network
         self._model, self._stepper = accelerator.prepare(model, self.optimizer)
-        self._split = Split(self.dataset, "train", self.cache, with_labels=False)
         self.step = 0  # steps done
         self.samples_seen = 0
         self._scores: dict[str, float] = {}  # of the last evaluation

@@ -34,6 +34,7 @@ ROWS = [
     ["checkpoint"],
     ["run_folder"],
     ["build"],
+    ["clusters"],
     ["baselines"],
     ["evaluate"],
     ["startup"],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slotscops.errors import UserError
 from slotscops.losses import part_maps
 from slotscops.model.decoder import DilatedHead, SlotDecoder
 from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder
@@ -28,6 +29,8 @@ __all__ = [
     "SoftPositionEncoding",
 ]
 
+_EPSILON = 1e-8  # keeps the log of an attention that rounds to 0 finite
+
 
 class ModelOutput(NamedTuple):
     """Everything that was computed on the way, in its order. A tuple, so that DDP and Accelerate see the tensors."""
@@ -36,9 +39,9 @@ class ModelOutput(NamedTuple):
     tokens: Tensor  # (B, N, D) what the slots attend to
     slots: Tensor  # (B, S, D)
     attention: Tensor  # (B, S, N) of the last iteration; sums to 1 over slots
-    broadcast: Tensor  # (B * S, D, G, G) each slot at every position, plus the positions
-    slot_logits: Tensor  # (B * S, 1, G, G) the head's answer to each slot
-    logits: Tensor  # (B, S, G, G) the same, slot 0 the background
+    broadcast: Tensor | None  # (B * S, D, G, G) each slot at every position, plus the positions; None without decoder
+    slot_logits: Tensor | None  # (B * S, 1, G, G) the head's answer to each slot; None without decoder
+    logits: Tensor  # (B, S, G, G) the same, or (B, S, h, w) the log of the attention; slot 0 the background
     basis: Tensor  # (K, C) non-negative part basis; row k belongs to slot k + 1
 
     def maps(self, size: Sequence[int]) -> Tensor:
@@ -67,7 +70,7 @@ class SlotScops(nn.Module):
         slot_dim: int = 64,
         num_iterations: int = 3,
         slot_init: SlotInit = "learned",
-        decoder_grid: int = 8,
+        decoder_grid: int | None = 8,
     ) -> None:
         """
         Args:
@@ -77,8 +80,13 @@ class SlotScops(nn.Module):
             slot_dim: D.
             num_iterations: of Slot Attention.
             slot_init: `learned` or `shared_gaussian`.
-            decoder_grid: G.
+            decoder_grid: G; None takes the part maps straight from the last attention, on the encoder's grid.
+
+        Raises:
+            UserError: no decoder and a single iteration, which would leave the slots' update untrained.
         """
+        if decoder_grid is None and num_iterations < 2:
+            raise UserError("decoder.maps is attention, which needs slots.iterations of 2 or more, came 1")
         super().__init__()
         self.num_slots = num_parts + 1
         self.encoder = encoder
@@ -86,7 +94,7 @@ class SlotScops(nn.Module):
         self.norm = nn.LayerNorm(encoder.out_channels)
         self.project = nn.Linear(encoder.out_channels, slot_dim)
         self.slot_attention = SlotAttention(self.num_slots, slot_dim, num_iterations, init=slot_init)
-        self.decoder = SlotDecoder(slot_dim, decoder_grid)
+        self.decoder = None if decoder_grid is None else SlotDecoder(slot_dim, decoder_grid)
         self.basis_parameter = nn.Parameter(torch.randn(num_parts, feature_channels).abs())
 
     def forward(self, inputs: Tensor, noise: Tensor | None = None) -> ModelOutput:
@@ -100,7 +108,12 @@ class SlotScops(nn.Module):
         positioned = self.positions(encoded).flatten(2).transpose(1, 2)  # (B, N, C_e)
         tokens = self.project(self.norm(positioned))  # (B, N, D)
         slots, attention = self.slot_attention(tokens, noise)  # (B, S, D), (B, S, N)
-        broadcast, slot_logits = self.decoder(slots)  # (B * S, D, G, G), (B * S, 1, G, G)
+        broadcast = slot_logits = None
+        if self.decoder is None:
+            logits = (attention + _EPSILON).log().unflatten(2, encoded.shape[2:])  # (B, S, h, w)
+        else:
+            broadcast, slot_logits = self.decoder(slots)  # (B * S, D, G, G), (B * S, 1, G, G)
+            logits = slot_logits.view(-1, self.num_slots, self.decoder.grid, self.decoder.grid)  # (B, S, G, G)
         return ModelOutput(
             encoded=encoded,
             tokens=tokens,
@@ -108,7 +121,7 @@ class SlotScops(nn.Module):
             attention=attention,
             broadcast=broadcast,
             slot_logits=slot_logits,
-            logits=slot_logits.view(-1, self.num_slots, self.decoder.grid, self.decoder.grid),  # (B, S, G, G)
+            logits=logits,
             basis=functional.relu(self.basis_parameter),  # (K, C)
         )
 
