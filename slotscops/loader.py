@@ -44,6 +44,11 @@ class Split(Dataset[Batch]):
         shard, row = self._locate(np.array([sample]))
         return self._indices[int(shard[0])].key(int(row[0]))
 
+    def read_member(self, sample: int, member: str) -> memoryview:
+        """The bytes of one member, its crc32 checked."""
+        shard, row = self._locate(np.array([sample]))
+        return self._readers[int(shard[0])].read_member(int(row[0]), member)
+
     def read(self, samples: NDArray[np.int64]) -> Batch:
         """The samples as one batch, in the order asked for.
 

@@ -74,7 +74,7 @@ class Trainer:
         self.samples_seen = 0
         self._scores: dict[str, float] = {}  # of the last evaluation
         self._first_bad_step = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-        self._stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch()
         # Shared-Gaussian slots draw from this: differently on each process, the same at each start.
         torch.manual_seed(config.seed * 1000 + accelerator.process_index)
 
@@ -87,22 +87,22 @@ class Trainer:
         if train.stop_after_steps is not None:
             last = min(last, start + train.stop_after_steps)
         self._open_run()
-        batches = self._batches(last - start)
-        self._stopwatch.restart()
+        batches = self.open_batches(last - start)
+        self.stopwatch.restart()
         for _ in console.track_silently(range(start, last), last - start, "training steps"):
-            loss, grad_norm = self._take_step(batches)
+            loss, grad_norm = self.take_step(batches)
             ends = self.step == last
-            with self._stopwatch.paused():
+            with self.stopwatch.paused():
                 if train.eval_every_steps and (self.step % train.eval_every_steps == 0 or ends):
                     self._evaluate()
             if self.step % train.log_every_steps == 0 or ends or self.step == 1 or self._was_evaluated_now():
                 self._log(loss, grad_norm)
-            with self._stopwatch.paused():
+            with self.stopwatch.paused():
                 if self.step % train.save_every_steps == 0 or ends:
                     self._save()
         self._say_how_it_ended()
 
-    def _take_step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+    def take_step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """One update from one global batch. Returns this process's mean loss and the norm of the whole gradient."""
         train = self.config.train
         factor = learning_rate_factor(self.step, train.total_steps, train.schedule, train.warmup_steps)
@@ -110,7 +110,7 @@ class Trainer:
             group["lr"] = group["peak_learning_rate"] * factor
         total = torch.zeros((), device=self.accelerator.device)
         for number in range(train.accumulation_steps):
-            with self._stopwatch.waiting():
+            with self.stopwatch.waiting():
                 batch = next(batches).to(self.accelerator.device)
             is_last = number == train.accumulation_steps - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self._model):
@@ -122,7 +122,7 @@ class Trainer:
         self._stepper.zero_grad()
         self.step += 1
         self.samples_seen += train.batch_size
-        self._stopwatch.count(train.batch_size)
+        self.stopwatch.count(train.batch_size)
         self._note_if_bad(total, grad_norm)
         return total, grad_norm
 
@@ -145,7 +145,8 @@ class Trainer:
                 f"and go on from the last checkpoint, which is from before it: {self.folder.checkpoints}"
             )
 
-    def _batches(self, num_steps: int) -> Iterator[Batch]:
+    def open_batches(self, num_steps: int) -> Iterator[Batch]:
+        """This process's microbatches of the next so many steps."""
         on_gpu = self.accelerator.device.type == "cuda"
         return training_batches(self._split, self._plan(num_steps), self.config.data.num_workers, pin_memory=on_gpu)
 
@@ -185,10 +186,10 @@ class Trainer:
 
     def rehearse(self) -> None:
         """Takes a few steps, writes nothing, says what the whole run would cost."""
-        batches = self._batches(_REHEARSED_STEPS)
+        batches = self.open_batches(_REHEARSED_STEPS)
         for _ in range(_REHEARSED_STEPS):
             start = time.perf_counter()
-            loss, _ = self._take_step(batches)
+            loss, _ = self.take_step(batches)
             loss_value = loss.item()
             step_s = time.perf_counter() - start
         self._check_finite()
@@ -214,7 +215,7 @@ class Trainer:
             "loss_semantic": loss.item() / (self.config.losses.semantic or 1.0),
             **{f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups},
             "grad_norm": grad_norm.item(),
-            **self._stopwatch.read(),
+            **self.stopwatch.read(),
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
         }
         if self._was_evaluated_now():
@@ -227,7 +228,7 @@ class Trainer:
                 f"{row['images_per_second']:.1f} images/s  data wait {100 * row['data_wait']:.1f} %"
                 + "".join(f"  {name} {100 * row[name]:.1f}" for name in ("val_nmi", "val_ari") if name in row)
             )
-        self._stopwatch.restart()
+        self.stopwatch.restart()
 
     def _batch_digest(self) -> str:
         """Hash of the keys of the global batch just trained on, in order."""

@@ -1,0 +1,95 @@
+"""Speed and memory on this machine.
+
+    python -m slotscops.benchmark loss                     exact loss against the same loss with its tensors built
+    python -m slotscops.benchmark loader [--shards S]      shards and cache against webdataset and JPEG decoding
+    python -m slotscops.benchmark step [--shards S]        a training step against the encoder alone and the recipe
+
+All figures are medians of contestants that take turns in one process. `--json FILE` keeps them.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slotscops import console, shard
+from slotscops.benchmark import loader, loss, step
+from slotscops.benchmark.measure import machine
+from slotscops.config import Config, load_config
+from slotscops.features import open_cache
+from slotscops.files import write_json
+from slotscops.index import open_dataset
+from slotscops.startup import start_accelerator
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        figures = _measure(options, scratch)
+    figures["machine"] = machine(_device())
+    for name, value in figures.items():
+        console.say(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    if options.json:
+        write_json(options.json, figures)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    description, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m slotscops.benchmark",
+        description=description,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("loss", "loader", "step"))
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--rounds", type=int, default=7, help="counted turns of each contestant (default: 7)")
+    parser.add_argument("--quick", action="store_true", help="loss: only batch 8 at 128 px")
+    parser.add_argument("--shards", type=Path, help="with features of relu5_4 (default: toy shards, made for this)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="NAME=VALUE", help="step: settings, such as train.batch_size=16"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    if options.what == "loss":
+        return loss.compare(options.rounds, _device(), options.quick)
+    shards = options.shards or _make_toy_shards(scratch / "shards")
+    if options.what == "loader":
+        dataset = open_dataset(shards)
+        return loader.compare(dataset, open_cache(dataset, "relu5_4", dataset.size), options.rounds, scratch)
+    config = _step_config(shards, options.overrides)
+    accelerator = start_accelerator(config)
+    return step.compare(config, accelerator, options.rounds)
+
+
+def _make_toy_shards(out: Path) -> Path:
+    arguments = ["--toy", "--toy-train", "150", "--toy-val", "1", "--out", str(out), "--teacher-weights", "random:0"]
+    shard.main(arguments)
+    return out
+
+
+def _step_config(shards: Path, overrides: list[str]) -> Config:
+    """A ResNet-50 without pretrained weights, which cost as much time as any others."""
+    defaults = [
+        f"data.shards={shards}",
+        f"data.size={open_dataset(shards).size}",
+        "encoder.weights=random:0",
+        "train.batch_size=8",
+    ]
+    return load_config(None, [*defaults, *overrides])
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    console.run_command(main)

@@ -1,0 +1,95 @@
+"""Timing side by side: the contestants take turns, so that a machine whose speed drifts is fair to all of them."""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each round."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> str:
+        """Fastest to slowest, ms."""
+        return f"{1e3 * min(self.seconds):.1f} to {1e3 * max(self.seconds):.1f}"
+
+
+def take_turns(
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warmup: int = 1
+) -> dict[str, Times]:
+    """Runs all contestants in turn, `rounds` times after a warm-up, and times each with the device at rest."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(warmup + rounds):
+        for name, run in contestants.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            run()
+            _synchronise(device)
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Times(values) for name, values in seconds.items()}
+
+
+def peak_extra_memory_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """How far memory rises above where it stood, while `run` runs once.
+
+    On a GPU by PyTorch's allocator; on a CPU by what PyTorch's operators allocated and had not freed yet, as its
+    profiler records it, so that memory kept by the allocator for later use does not blur the figure.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        _synchronise(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the figures were measured on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {_cpu_name()}",
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    """Short hash of the checkout, with + where it is changed; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,98 @@
+"""A whole training step beside the encoder alone, and beside the recipe without cache and exact loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from slotscops import console
+from slotscops.benchmark.loss import materialised
+from slotscops.benchmark.measure import peak_extra_memory_bytes, take_turns
+from slotscops.build import build_model, build_optimizer
+from slotscops.config import Config
+from slotscops.records import Batch
+from slotscops.teacher import Teacher
+from slotscops.trainer import Trainer
+
+
+def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, Any]:
+    """Medians of (a) the encoder's own step, (b) a step from the loader to the updated weights, (c) the recipe.
+
+    (a) and (b) run in the precision of the settings, (c) in float32 with VGG19 in every step and both upsampled
+    512-channel tensors built.
+    """
+    trainer = Trainer(config, accelerator)
+    batches = trainer.open_batches(2 * rounds + 4)
+    batch = next(batches).to(accelerator.device)
+    contestants = {
+        "encoder alone": _encoder_step(config, accelerator, batch),
+        "whole step": lambda: trainer.take_step(batches),
+        "recipe": _recipe_step(config, accelerator, batch),
+    }
+    times = take_turns(contestants, rounds, accelerator.device)
+    waited = trainer.stopwatch.read()["data_wait"] * sum(times["whole step"].seconds)
+    memory = peak_extra_memory_bytes(contestants["whole step"], accelerator.device)
+    flops = _count_flops(contestants["encoder alone"])
+    rows = [
+        (name, f"{1e3 * result.median:.1f}", result.spread, f"{config.train.batch_size / result.median:.1f}")
+        for name, result in times.items()
+    ]
+    precision = accelerator.mixed_precision
+    title = f"{config.encoder.name}, {config.data.size} px, batch {config.train.batch_size}, precision {precision}"
+    console.show_table(title, ("", "ms", "fastest to slowest", "images/s"), rows)
+    medians = {name: result.median for name, result in times.items()}
+    return {
+        "batch_size": config.train.batch_size,
+        "precision": precision,
+        "step_over_encoder": medians["whole step"] / medians["encoder alone"],
+        "recipe_over_step": medians["recipe"] / medians["whole step"],
+        "images_per_second": config.train.batch_size / medians["whole step"],
+        "step_memory_bytes": memory,
+        "encoder_flops_per_image": flops / config.train.batch_size,
+        "flops_per_second": flops / medians["whole step"],
+        "data_wait_s": waited,
+    }
+
+
+def _encoder_step(config: Config, accelerator: Accelerator, batch: Batch) -> Callable[[], None]:
+    """Forward, backward and optimizer of the encoder, from a batch that is already there."""
+    network = build_model(config, 512).to(accelerator.device)
+    if config.train.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(config, network)
+    gradients: list[Tensor] = []
+
+    def run() -> None:
+        with accelerator.autocast():
+            encoded = network.encoder(batch.images)
+        if not gradients:
+            gradients.append(torch.randn_like(encoded) * 1e-3)
+        encoded.backward(gradients[0])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _recipe_step(config: Config, accelerator: Accelerator, batch: Batch) -> Callable[[], None]:
+    network = build_model(config, 512).to(accelerator.device)
+    teacher = Teacher("relu5_4", "random:0").to(accelerator.device)
+    optimizer = build_optimizer(config, network)
+    size = (config.data.size, config.data.size)
+
+    def run() -> None:
+        output = network(batch.images)
+        materialised(output.logits, teacher(batch.images), output.basis, size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _count_flops(run: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
