@@ -12,5 +12,7 @@ python -m slotscops.evaluate --checkpoint "$out/run" --shards "$out/shards"
 for baseline in position kmeans; do
   python -m slotscops.evaluate --baseline "$baseline" --shards "$out/shards"
 done
+python -m slotscops.segment --checkpoint "$out/run" --out "$out/pictures" \
+  ${TEACHER_WEIGHTS:+--teacher-weights "$TEACHER_WEIGHTS"} "$out"/shards/photos/VOCdevkit/VOC2010/JPEGImages/toy_50000*.jpg
 latest=$(ls -t "$out"/run/pictures/*.png | head -n 1)
-echo "photos, parts found, true parts: $latest"
+echo "parts of whole photos: $out/pictures; crops, parts found, true parts: $latest"

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from slotscops.checkpoint import load_checkpoint, restore_model
+from slotscops.checkpoint import State, load_checkpoint, restore_model
 from slotscops.config import Config
+from slotscops.errors import UserError
 from slotscops.model import FeatureEncoder, ResNetEncoder, SlotScops
 from slotscops.run_folder import read_config, resolve_checkpoint
 
@@ -70,8 +72,17 @@ def parameter_names(model: nn.Module) -> Mapping[Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
 
 
-def load_model(run_or_checkpoint: Path) -> tuple[SlotScops, Config, Path]:
-    """The trained network of a run or checkpoint, its settings, and the checkpoint's folder.
+class Trained(NamedTuple):
+    """A network read back from a checkpoint, with what belongs to it."""
+
+    network: SlotScops
+    config: Config
+    path: Path  # of the checkpoint
+    state: State
+
+
+def load_model(run_or_checkpoint: Path) -> Trained:
+    """The trained network of a run or checkpoint.
 
     Raises:
         UserError: nothing there, damaged, or settings that do not fit the tensors.
@@ -79,7 +90,9 @@ def load_model(run_or_checkpoint: Path) -> tuple[SlotScops, Config, Path]:
     path = resolve_checkpoint(run_or_checkpoint)
     config = read_config(path)
     checkpoint = load_checkpoint(path)
+    if "basis_parameter" not in checkpoint.model:
+        raise UserError(f"{path}: its model has no part basis; it is no model of slotscops")
     feature_channels = checkpoint.model["basis_parameter"].shape[1]
     model = build_model(config, feature_channels, pretrained=False)
     restore_model(model, checkpoint.model, path)
-    return model.eval(), config, path
+    return Trained(model.eval(), config, path, checkpoint.state)

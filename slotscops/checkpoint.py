@@ -35,6 +35,8 @@ class State:
     config: dict[str, Any]
     shard_digest: str
     feature_digest: str
+    teacher_weights: str  # imagenet, random:SEED, or the name of the file
+    teacher_sha256: str  # of the teacher's tensors
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     format: int = FORMAT
 

@@ -21,8 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from slotscops import baselines, console
-from slotscops.build import load_model
-from slotscops.config import Config
+from slotscops.build import Trained, load_model
 from slotscops.errors import UserError
 from slotscops.features import open_cache, warn_if_random
 from slotscops.files import json_numbers, write_json
@@ -154,22 +153,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _score_checkpoint(options: argparse.Namespace) -> tuple[str, ClassScores]:
-    network, config, checkpoint = load_model(options.checkpoint)
-    network = network.to("cuda" if torch.cuda.is_available() else "cpu")
-    split = _open_split(open_dataset(options.shards), options.split, config, with_features=network.takes_features)
-    title = f"{checkpoint} on {options.split} of {options.shards}, {len(split)} crops"
+    trained = load_model(options.checkpoint)
+    network = trained.network.to("cuda" if torch.cuda.is_available() else "cpu")
+    split = _open_split(open_dataset(options.shards), options.split, trained)
+    title = f"{trained.path} on {options.split} of {options.shards}, {len(split)} crops"
     return title, evaluate_split(network, split)
 
 
-def _open_split(dataset: Dataset, name: str, config: Config, with_features: bool) -> Split:
-    cache = None
+def _open_split(dataset: Dataset, name: str, trained: Trained) -> Split:
+    cache, config = None, trained.config
     if dataset.size != config.data.size:
         raise UserError(
             f"{dataset.folder}: holds crops of {dataset.size} px, the run was trained at {config.data.size}; "
             f"make shards with python -m slotscops.shard --size {config.data.size}"
         )
-    if with_features:
-        cache = open_cache(dataset, config.teacher.layer, config.teacher_size)
+    if trained.network.takes_features:
+        cache = open_cache(dataset, config.teacher.layer, config.teacher_size, trained.state.teacher_sha256)
         warn_if_random(cache)
     return Split(dataset, name, cache, with_labels=True)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slotscops import console
-from slotscops.build import load_model
+from slotscops.build import Trained, load_model
 from slotscops.crops import PADDING
 from slotscops.errors import RunError, UserError
 from slotscops.features import compute_features
@@ -94,18 +94,31 @@ def load(run_or_checkpoint: str | Path, teacher_weights: str | None = None) -> S
 
     Args:
         teacher_weights: VGG19's, needed only by a model that was trained on cached features: `imagenet`, a
-            .safetensors or .pth file, or random:SEED; default: what `teacher.weights` says, else imagenet.
+            .safetensors or .pth file, or random:SEED; default: those it was trained with, unless they were a file.
 
     Raises:
-        UserError: nothing there, or damaged.
+        UserError: nothing there, damaged, or other teacher weights than those of the training.
     """
-    network, config, _ = load_model(Path(run_or_checkpoint))
-    network = network.to("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = None
-    if network.takes_features:
-        weights = teacher_weights or config.teacher.weights or "imagenet"
-        teacher = (Teacher(config.teacher.layer, weights), config.teacher_size)
-    return Segmenter(network, config.data.size, teacher)
+    trained = load_model(Path(run_or_checkpoint))
+    network = trained.network.to("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = (_load_teacher(trained, teacher_weights), trained.config.teacher_size) if network.takes_features else None
+    return Segmenter(network, trained.config.data.size, teacher)
+
+
+def _load_teacher(trained: Trained, weights: str | None) -> Teacher:
+    original = trained.state.teacher_weights
+    if weights is None and original != "imagenet" and not original.startswith("random:"):
+        raise UserError(
+            f"{trained.path}: was trained on features of VGG19 with weights from {original}; "
+            "give that file with --teacher-weights (in Python: teacher_weights=)"
+        )
+    teacher = Teacher(trained.config.teacher.layer, weights or original)
+    if teacher.fingerprint != trained.state.teacher_sha256:
+        raise UserError(
+            f"{trained.path}: was trained with teacher {original} (sha256 {trained.state.teacher_sha256[:12]}), "
+            f"came {teacher.weights_name} ({teacher.fingerprint[:12]}); give the ones of the training"
+        )
+    return teacher
 
 
 def read_photo(path: Path) -> Image.Image:

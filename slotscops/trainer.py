@@ -259,6 +259,8 @@ class Trainer:
                 config=to_mapping(self.config),
                 shard_digest=self.dataset.digest,
                 feature_digest=self.cache.digest,
+                teacher_weights=self.cache.manifest["weights"],
+                teacher_sha256=self.cache.manifest["weights_sha256"],
                 scores=self._scores,
             )
             optimizer = checkpoint.optimizer_tensors(self.optimizer, parameter_names(self.network))

@@ -38,7 +38,7 @@ def saved(folder: Path, step: int = 1, keep: int = 3) -> Path:
         model.state_dict(),
         checkpoint.optimizer_tensors(optimizer, names(model)),
         checkpoint.rng_tensors(0),
-        State(step, step * 4, {"seed": 0}, "shards", "features"),
+        State(step, step * 4, {"seed": 0}, "shards", "features", "random:0", ""),
         keep,
     )
 
@@ -54,7 +54,7 @@ def test_a_restored_optimizer_takes_the_very_same_next_step(tmp_path: Path, kind
         model.state_dict(),
         checkpoint.optimizer_tensors(optimizer, names(model)),
         {},
-        State(1, 4, {}, "", ""),
+        State(1, 4, {}, "", "", "random:0", ""),
         keep=1,
     )
     train_a_step(model, optimizer)

@@ -13,13 +13,15 @@ from slotscops.build import build_model
 from slotscops.config import Config, load_config, to_mapping, write_config
 from slotscops.errors import UserError
 from slotscops.evaluate import main as evaluate_main
+from slotscops.teacher import Teacher
 
 
 def save_run(folder: Path, config: Config) -> Path:
     """A run's folder with one checkpoint of the untrained network."""
     folder.mkdir()
     write_config(config, folder / "config.yaml")
-    state = checkpoint.State(1, 8, to_mapping(config), "", "")
+    fingerprint = Teacher("relu5_4", "random:0").fingerprint
+    state = checkpoint.State(1, 8, to_mapping(config), "", "", "random:0", fingerprint)
     checkpoint.save_checkpoint(folder / "checkpoints", build_model(config, 512).state_dict(), {}, {}, state, keep=1)
     return folder
 
@@ -94,9 +96,10 @@ def test_a_photo_turned_by_exif_comes_out_upright(run: Path, tmp_path: Path) -> 
 
 
 def test_a_model_on_cached_features_runs_its_teacher(tmp_path: Path) -> None:
-    settings = ["encoder.name=features", "data.size=64", "teacher.weights=random:0"]
-    model = slotscops.load(save_run(tmp_path / "run", load_config(None, settings)))
-    assert model.segment(photo((70, 64))).maps.shape == (6, 64, 70)
+    run = save_run(tmp_path / "run", load_config(None, ["encoder.name=features", "data.size=64"]))
+    assert slotscops.load(run).segment(photo((70, 64))).maps.shape == (6, 64, 70)
+    with pytest.raises(UserError, match="came random:1"):
+        slotscops.load(run, teacher_weights="random:1")
 
 
 @pytest.mark.parametrize("mistake", ["nowhere.jpg", "empty"])
