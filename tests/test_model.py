@@ -260,3 +260,19 @@ def test_the_whole_network_is_one_graph_for_the_compiler(resnet18: ResNetEncoder
     with torch.no_grad():
         for eager, traced in zip(model(images), compiled(images), strict=True):
             torch.testing.assert_close(eager, traced)
+
+
+def test_without_decoder_the_maps_are_the_attention_on_the_encoders_grid() -> None:
+    model = SlotScops(FeatureEncoder(8), feature_channels=8, decoder_grid=None)
+    output = model(torch.rand(2, 8, 5, 7))
+    assert output.broadcast is None
+    assert output.slot_logits is None
+    assert output.logits.shape == (2, 6, 5, 7)
+    torch.testing.assert_close(output.logits.softmax(dim=1), output.attention_maps())
+    (output.logits.square().sum() + output.basis.sum()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_without_decoder_a_single_iteration_is_refused() -> None:
+    with pytest.raises(UserError, match=r"slots\.iterations"):
+        SlotScops(FeatureEncoder(8), num_iterations=1, decoder_grid=None)

@@ -155,3 +155,38 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_step_and_keeps_the_chec
     assert "slotscops: step 4" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        ("train: {learning_rate: 2e-4}", "write 2.0e-4"),
+        ("train: {total_step: 3}", "did you mean 'train.total_steps'"),
+        ("train: {total_steps: many}", "valid integer"),
+        ("data: {shards: nowhere}", "python -m slotscops.shard"),
+    ],
+)
+def test_a_mistaken_config_ends_in_one_line_and_code_2(tmp_path: Path, text: str, needed: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    done = run([*PYTHON, "launch/train.py", "--config", str(tmp_path / "run.yaml"), f"run_dir={tmp_path / 'run'}"])
+    assert done.returncode == 2
+    assert done.stderr.startswith("slotscops: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert needed in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_going_on_with_settings_of_another_model_is_refused_by_name(toy_shards: Path, tmp_path: Path) -> None:
+    assert train(PYTHON, toy_shards, tmp_path, "train.stop_after_steps=1").returncode == 0
+    done = train(PYTHON, toy_shards, tmp_path, "slots.num_parts=3")
+    assert done.returncode == 2
+    assert "another slots.num_parts" in done.stderr
+
+
+@pytest.mark.parametrize("maps", ["head", "attention"])
+def test_a_basis_from_k_means_starts_far_below_a_random_one(toy_shards: Path, tmp_path: Path, maps: str) -> None:
+    for init in ("kmeans", "random"):
+        few = (f"basis.init={init}", f"decoder.maps={maps}", "train.stop_after_steps=1")
+        assert train(PYTHON, toy_shards, tmp_path / init, *few).returncode == 0
+    losses = {init: metrics(tmp_path / init)[0]["loss"] for init in ("kmeans", "random")}
+    assert losses["kmeans"] < 0.8 * losses["random"]
