@@ -42,7 +42,7 @@ class Split(Dataset[Batch]):
 
     def key(self, sample: int) -> str:
         shard, row = self._locate(np.array([sample]))
-        return self._indices[int(shard[0])].key(int(row[0]))
+        return self._index(int(shard[0])).key(int(row[0]))
 
     def read_member(self, sample: int, member: str) -> memoryview:
         """The bytes of one member, its crc32 checked."""
@@ -60,7 +60,8 @@ class Split(Dataset[Batch]):
         pixels = np.empty((len(samples), size, size, 3), np.uint8)
         parts = np.empty((len(samples), size, size), np.uint8)
         objects = np.empty(parts.shape, np.bool_)
-        for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+        places = list(zip(shards.tolist(), rows.tolist(), strict=True))
+        for place, (shard, row) in enumerate(places):
             reader = self._readers[shard]
             reader.read_image_into(pixels[place], row)
             if self.with_labels:
@@ -71,8 +72,8 @@ class Split(Dataset[Batch]):
             features=self._read_features(shards, rows),
             parts=torch.from_numpy(parts) if self.with_labels else None,
             object_masks=torch.from_numpy(objects) if self.with_labels else None,
-            class_ids=torch.tensor([self._indices[s].class_ids[r] for s, r in zip(shards, rows, strict=True)]),
-            keys=[self._indices[s].key(r) for s, r in zip(shards, rows, strict=True)],
+            class_ids=torch.tensor([self._index(s).class_ids[r] for s, r in places]),
+            keys=[self._index(s).key(r) for s, r in places],
         )
 
     def __getitems__(self, samples: Sequence[int]) -> Batch:
@@ -108,13 +109,19 @@ class Split(Dataset[Batch]):
     def _shard_ends(self) -> NDArray[np.int64]:
         return np.cumsum([entry.num_samples for entry in self._entries], dtype=np.int64)
 
+    def _index(self, shard: int) -> ShardIndex:
+        # Read when first needed: a million records are ready to serve before their indices are.
+        if shard not in self._indices:
+            self._indices[shard] = self.dataset.read_index(self._entries[shard])
+        return self._indices[shard]
+
     @cached_property
-    def _indices(self) -> list[ShardIndex]:
-        return [self.dataset.read_index(entry) for entry in self._entries]
+    def _indices(self) -> dict[int, ShardIndex]:
+        return {}
 
     @cached_property
     def _readers(self) -> ShardReaders:
-        return ShardReaders(self.dataset, self._entries, self._indices)
+        return ShardReaders(self.dataset, self._entries, self._index)
 
     @cached_property
     def _feature_shards(self) -> dict[int, FeatureShard]:

@@ -4,7 +4,7 @@ import json
 import mmap
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,15 +75,17 @@ class ShardReader:
 class ShardReaders:
     """The readers of a data set's shards, opened when first needed; the least recently used is closed beyond 64."""
 
-    def __init__(self, dataset: Dataset, entries: Sequence[ShardEntry], indices: Sequence[ShardIndex]) -> None:
+    def __init__(
+        self, dataset: Dataset, entries: Sequence[ShardEntry], read_index: Callable[[int], ShardIndex]
+    ) -> None:
         self._dataset = dataset
         self._entries = entries
-        self._indices = indices
+        self._read_index = read_index
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
 
     def __getitem__(self, shard: int) -> ShardReader:
         if shard not in self._open:
-            self._open[shard] = ShardReader(self._dataset, self._entries[shard], self._indices[shard])
+            self._open[shard] = ShardReader(self._dataset, self._entries[shard], self._read_index(shard))
             if len(self._open) > _MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)

@@ -201,8 +201,8 @@ def _find_parts(placed: Placed, layers: Layers) -> dict[str, Mask]:
     for name, neighbours in RUNS_UNDER.items():
         above = [parts[neighbour] for neighbour in neighbours if neighbour in parts]
         if name in parts and above:
-            masks[name] = parts[name] | (_draw_whole(placed, layers, name) & np.logical_or.reduce(above))
-    masks["head"] = np.logical_or.reduce([parts[name] for name in ("head", *HEAD_HOLDS) if name in parts])
+            masks[name] = parts[name] | (_draw_whole(placed, layers, name) & np.any(above, axis=0))
+    masks["head"] = np.any([parts[name] for name in ("head", *HEAD_HOLDS) if name in parts], axis=0)
     return masks
 
 

@@ -41,6 +41,7 @@ ROWS = [
     ["trainer"],
     ["segment"],
     ["benchmark", "benchmark.measure"],
+    ["benchmark.start"],
     ["benchmark.loss", "benchmark.loader"],
     ["benchmark.step"],
     ["benchmark.__main__"],

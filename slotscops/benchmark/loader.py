@@ -11,6 +11,7 @@ import webdataset
 
 from slotscops import console
 from slotscops.benchmark.measure import take_turns
+from slotscops.benchmark.start import measure_start
 from slotscops.features import FeatureCache
 from slotscops.index import Dataset
 from slotscops.loader import Split
@@ -43,7 +44,15 @@ def compare(dataset: Dataset, cache: FeatureCache, rounds: int, folder: Path) ->
     rate = {name: len(split) / result.median for name, result in times.items()}
     rows = [(name, f"{rate[name]:,.0f}", times[name].spread) for name in contestants]
     console.show_table(f"loader, one core, {len(split)} samples a round", ("", "images/s", "ms a round"), rows)
+    starts = {count: measure_start(split, count, folder) for count in (1_000, 1_000_000)}
+    start_rows = [
+        (f"{count:,}", f"{figures['cold_s']:.2f}", f"{figures['warm_s']:.2f}", f"{figures['megabytes']:.0f}")
+        for count, figures in starts.items()
+    ]
+    console.show_table("ready to serve", ("records", "cold s", "warm s", "MB"), start_rows)
     return {
+        "start_of_a_million_cold_s": starts[1_000_000]["cold_s"],
+        "start_of_a_million_megabytes": starts[1_000_000]["megabytes"],
         "loader_images_per_second": rate["slotscops"],
         "loader_over_webdataset": rate["slotscops"] / rate["webdataset, its own decoder"],
         "loader_over_webdataset_simplejpeg": rate["slotscops"] / rate["webdataset, simplejpeg"],

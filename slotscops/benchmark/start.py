@@ -1,0 +1,94 @@
+"""How long it takes, and how much memory, until a data set of a given size serves its first batch.
+
+The data set is synthetic: an index of as many records as asked for, whose shards and feature files are all links to
+one small real one. Measured in a process of its own, so that nothing is imported or cached for it beforehand.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slotscops.features import cache_name, open_cache
+from slotscops.files import write_json
+from slotscops.index import Dataset, ShardEntry, index_path, open_dataset, write_dataset
+from slotscops.loader import Split
+from slotscops.plan import permutation
+
+_BATCH_SIZE = 32
+
+
+def measure_start(real: Split, num_records: int, folder: Path) -> dict[str, float]:
+    """Seconds and MB until the first shuffled batch, imports not counted; cold: the index out of the page cache."""
+    shards = folder / f"start-{num_records}"
+    _write_synthetic(real, num_records, shards)
+    cold = _serve_in_own_process(shards, drop_cache=True)
+    warm = _serve_in_own_process(shards, drop_cache=False)
+    return {"cold_s": cold["seconds"], "warm_s": warm["seconds"], "megabytes": cold["megabytes"]}
+
+
+def _write_synthetic(real: Split, num_records: int, out: Path) -> None:
+    assert real.cache is not None
+    entry = real.dataset.split(real.name)[0]
+    (out / "index").mkdir(parents=True)
+    features = out / "features" / cache_name(real.cache.manifest["layer"], real.cache.manifest["input_size"])
+    features.mkdir(parents=True)
+    entries = []
+    for number in range(-(-num_records // entry.num_samples)):
+        name = f"train-{number:06d}"
+        (out / f"{name}.tar").symlink_to(real.dataset.tar_path(entry).resolve())
+        (features / f"{name}.safetensors").symlink_to(real.cache.path(entry.name).resolve())
+        content = index_path(real.dataset.folder, entry.name).read_bytes()
+        index_path(out, name).write_bytes(content)  # a file of its own: a million records are that many bytes to read
+        entries.append(ShardEntry(name, entry.num_samples, entry.num_bytes, entry.sha256, entry.index_sha256))
+    dataset = Dataset(
+        out, real.dataset.settings, real.dataset.class_names, real.dataset.part_names, {"train": entries, "val": []}
+    )
+    write_dataset(dataset)
+    files = {shard.name: real.cache.manifest["files"][entry.name] for shard in entries}
+    write_json(features / "manifest.json", real.cache.manifest | {"files": files, "shard_digest": dataset.digest})
+
+
+def _serve_in_own_process(shards: Path, drop_cache: bool) -> dict[str, Any]:
+    if drop_cache:
+        _drop_from_page_cache(shards)
+    command = [sys.executable, "-m", "slotscops.benchmark.start", str(shards)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+def _drop_from_page_cache(folder: Path) -> None:
+    """Best effort, without root's rights: tells the kernel that these files will not be needed."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def serve(shards: Path) -> dict[str, float]:
+    """Opens a data set and reads one shuffled batch; what that took."""
+    before = resident_bytes()
+    start = time.perf_counter()
+    dataset = open_dataset(shards)
+    folder = next((shards / "features").iterdir())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    split = Split(dataset, "train", open_cache(dataset, manifest["layer"], manifest["input_size"]), with_labels=False)
+    split.read(np.array(permutation(len(split), 0, 0)[:_BATCH_SIZE]))
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "megabytes": (resident_bytes() - before) / 1e6}
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; its recorded peak would be the one of the process that started it (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    print(json.dumps(serve(Path(sys.argv[1]))))
