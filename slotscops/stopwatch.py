@@ -17,7 +17,7 @@ class Stopwatch:
 
     def restart(self) -> None:
         self._start = time.perf_counter()
-        self._waited_s = 0.0
+        self.waited_s = 0.0
         self._paused_s = 0.0
         self._images = 0
 
@@ -29,7 +29,7 @@ class Stopwatch:
         """What runs inside is waiting for data."""
         start = time.perf_counter()
         yield
-        self._waited_s += time.perf_counter() - start
+        self.waited_s += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -41,7 +41,7 @@ class Stopwatch:
     def read(self) -> dict[str, float]:
         """`images_per_second` over all processes, and `data_wait`, the share of the time spent waiting for data."""
         elapsed_s = max(time.perf_counter() - self._start - self._paused_s, 1e-9)
-        return {"images_per_second": self._images / elapsed_s, "data_wait": self._waited_s / elapsed_s}
+        return {"images_per_second": self._images / elapsed_s, "data_wait": self.waited_s / elapsed_s}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

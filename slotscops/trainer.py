@@ -206,9 +206,25 @@ class Trainer:
     # ---- what it writes ------------------------------------------------------------------------------------------
 
     def _log(self, loss: Tensor, grad_norm: Tensor) -> None:
+        row = self.make_row(loss, grad_norm)
+        if self._was_evaluated_now():
+            row |= {name: score for name, score in self._scores.items() if name.startswith("val_")}
+        digest = row.pop("batch_digest")  # text, which TensorBoard cannot plot
+        self.accelerator.log(row, step=self.step)
+        if self.accelerator.is_main_process:
+            self.folder.log(row | {"batch_digest": digest})
+            console.say_plainly(
+                f"step {self.step}/{self.config.train.total_steps}  loss {row['loss']:.6g}  "
+                f"{row['images_per_second']:.1f} images/s  data wait {100 * row['data_wait']:.1f} %"
+                + "".join(f"  {name} {100 * row[name]:.1f}" for name in ("val_nmi", "val_ari") if name in row)
+            )
+        self.stopwatch.restart()
+
+    def make_row(self, loss: Tensor, grad_norm: Tensor) -> dict[str, Any]:
+        """What is written down of the step just taken. The only place where a step waits for the device."""
         loss = self.accelerator.reduce(loss, "mean")
         self._check_finite()
-        row: dict[str, Any] = {
+        return {
             "step": self.step,
             "samples_seen": self.samples_seen,
             "loss": loss.item(),
@@ -217,18 +233,8 @@ class Trainer:
             "grad_norm": grad_norm.item(),
             **self.stopwatch.read(),
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            "batch_digest": self._batch_digest(),
         }
-        if self._was_evaluated_now():
-            row |= {name: score for name, score in self._scores.items() if name.startswith("val_")}
-        self.accelerator.log(row, step=self.step)
-        if self.accelerator.is_main_process:
-            self.folder.log(row | {"batch_digest": self._batch_digest()})
-            console.say_plainly(
-                f"step {self.step}/{self.config.train.total_steps}  loss {row['loss']:.6g}  "
-                f"{row['images_per_second']:.1f} images/s  data wait {100 * row['data_wait']:.1f} %"
-                + "".join(f"  {name} {100 * row[name]:.1f}" for name in ("val_nmi", "val_ari") if name in row)
-            )
-        self.stopwatch.restart()
 
     def _batch_digest(self) -> str:
         """Hash of the keys of the global batch just trained on, in order."""

@@ -3,6 +3,8 @@
     python -m slotscops.benchmark loss                     exact loss against the same loss with its tensors built
     python -m slotscops.benchmark loader [--shards S]      shards and cache against webdataset and JPEG decoding
     python -m slotscops.benchmark step [--shards S]        a training step against the encoder alone and the recipe
+    python -m slotscops.benchmark scaling [--shards S]     images a second with 1, 2, ... processes
+    python -m slotscops.benchmark report FILE...           puts what --json kept into the README's table
 
 All figures are medians of contestants that take turns in one process. `--json FILE` keeps them.
 """
@@ -17,9 +19,9 @@ from typing import Any
 import torch
 
 from slotscops import console, shard
-from slotscops.benchmark import loader, loss, step
+from slotscops.benchmark import loader, loss, report, scaling, step
 from slotscops.benchmark.measure import machine
-from slotscops.config import Config, load_config
+from slotscops.config import load_config
 from slotscops.features import open_cache
 from slotscops.files import write_json
 from slotscops.index import open_dataset
@@ -28,6 +30,9 @@ from slotscops.startup import start_accelerator
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
+    if options.what == "report":
+        report.write_section([Path(name) for name in options.overrides], options.readme)
+        return 0
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         figures = _measure(options, scratch)
@@ -47,9 +52,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("loss", "loader", "step"))
+    parser.add_argument("what", choices=("loss", "loader", "step", "scaling", "report"))
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--rounds", type=int, default=7, help="counted turns of each contestant (default: 7)")
+    parser.add_argument("--processes", default="1,2", help="scaling: numbers of processes (default: 1,2)")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="report: where the table goes")
     parser.add_argument("--quick", action="store_true", help="loss: only batch 8 at 128 px")
     parser.add_argument("--shards", type=Path, help="with features of relu5_4 (default: toy shards, made for this)")
     parser.add_argument(
@@ -65,7 +72,12 @@ def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if options.what == "loader":
         dataset = open_dataset(shards)
         return loader.compare(dataset, open_cache(dataset, "relu5_4", dataset.size), options.rounds, scratch)
-    config = _step_config(shards, options.overrides)
+    if options.what == "scaling":
+        settings = [*_step_settings(shards), *options.overrides]
+        batch_size = load_config(None, settings).train.batch_size
+        counts = [int(count) for count in options.processes.split(",")]
+        return scaling.compare(settings, batch_size, counts, scratch) | {"setting": f"batch {batch_size}"}
+    config = load_config(None, [*_step_settings(shards), *options.overrides])
     accelerator = start_accelerator(config)
     return step.compare(config, accelerator, options.rounds)
 
@@ -76,15 +88,10 @@ def _make_toy_shards(out: Path) -> Path:
     return out
 
 
-def _step_config(shards: Path, overrides: list[str]) -> Config:
+def _step_settings(shards: Path) -> list[str]:
     """A ResNet-50 without pretrained weights, which cost as much time as any others."""
-    defaults = [
-        f"data.shards={shards}",
-        f"data.size={open_dataset(shards).size}",
-        "encoder.weights=random:0",
-        "train.batch_size=8",
-    ]
-    return load_config(None, [*defaults, *overrides])
+    size = open_dataset(shards).size
+    return [f"data.shards={shards}", f"data.size={size}", "encoder.weights=random:0", "train.batch_size=8"]
 
 
 def _device() -> torch.device:

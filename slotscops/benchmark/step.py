@@ -1,5 +1,7 @@
 """A whole training step beside the encoder alone, and beside the recipe without cache and exact loss."""
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +29,23 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
     trainer = Trainer(config, accelerator)
     batches = trainer.open_batches(2 * rounds + 4)
     batch = next(batches).to(accelerator.device)
+    waits: list[float] = []
+
+    def whole_step() -> None:
+        trainer.stopwatch.restart()
+        trainer.take_step(batches)
+        waits.append(trainer.stopwatch.waited_s)
+
     contestants = {
         "encoder alone": _encoder_step(config, accelerator, batch),
-        "whole step": lambda: trainer.take_step(batches),
+        "whole step": whole_step,
         "recipe": _recipe_step(config, accelerator, batch),
     }
     times = take_turns(contestants, rounds, accelerator.device)
-    waited = trainer.stopwatch.read()["data_wait"] * sum(times["whole step"].seconds)
+    medians = {name: result.median for name, result in times.items()}
+    logging_share = _time_logging(trainer) / (config.train.log_every_steps * medians["whole step"])
+    del waits[: len(waits) - rounds]
+    waited_s = sum(waits)
     memory = peak_extra_memory_bytes(contestants["whole step"], accelerator.device)
     flops = _count_flops(contestants["encoder alone"])
     rows = [
@@ -43,8 +55,7 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
     precision = accelerator.mixed_precision
     title = f"{config.encoder.name}, {config.data.size} px, batch {config.train.batch_size}, precision {precision}"
     console.show_table(title, ("", "ms", "fastest to slowest", "images/s"), rows)
-    medians = {name: result.median for name, result in times.items()}
-    return {
+    figures = {
         "batch_size": config.train.batch_size,
         "precision": precision,
         "step_over_encoder": medians["whole step"] / medians["encoder alone"],
@@ -53,8 +64,32 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
         "step_memory_bytes": memory,
         "encoder_flops_per_image": flops / config.train.batch_size,
         "flops_per_second": flops / medians["whole step"],
-        "data_wait_s": waited,
+        "data_wait": waited_s / sum(times["whole step"].seconds),
+        "logging_share": logging_share,
+        "setting": title,
     }
+    if accelerator.device.type == "cuda":
+        figures["mfu"] = flops / medians["whole step"] / _matrix_rate(accelerator)
+    return figures
+
+
+def _time_logging(trainer: Trainer) -> float:
+    """Seconds of writing down one logged step, the median of five."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        trainer.make_row(torch.zeros((), device=trainer.accelerator.device), torch.zeros(()))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _matrix_rate(accelerator: Accelerator) -> float:
+    """FLOP/s of a large matrix product in the precision of the run: what the card gives at best."""
+    size = 8192
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    left, right = (torch.randn(size, size, device=accelerator.device, dtype=dtype) for _ in range(2))
+    times = take_turns({"product": lambda: left @ right}, rounds=10, device=accelerator.device, warmup=3)
+    return 2 * size**3 / times["product"].median
 
 
 def _encoder_step(config: Config, accelerator: Accelerator, batch: Batch) -> Callable[[], None]:

@@ -1,0 +1,69 @@
+"""The README's table of speed, written from what the benchmark commands kept with --json."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slotscops.errors import UserError
+from slotscops.files import write_bytes
+
+_BEGIN, _END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+# What is said of each figure, with how it is written.
+_LINES = {
+    "step_over_encoder": ("a whole training step, against the encoder's own forward, backward and update", "{:.2f} x"),
+    "recipe_over_step": ("faster than VGG19 and upsampled features in every step (float32)", "{:.1f} x"),
+    "images_per_second": ("images a second in training", "{:.1f}"),
+    "data_wait": ("share of a step spent waiting for data", "{:.2%}"),
+    "logging_share": ("cost of logging every 20 steps", "{:.2%}"),
+    "loss_speedup": ("exact loss, faster than with its tensors built (batch 8, 128 px)", "{:.0f} x"),
+    "loss_memory_ratio": ("exact loss, smaller in peak memory", "{:.0f} x"),
+    "loader_images_per_second": ("loader, images a second on one core", "{:,.0f}"),
+    "loader_over_webdataset": ("loader, against webdataset's own pipeline", "{:.1f} x"),
+    "loader_over_streaming": ("loader, against mosaicml-streaming", "{:.1f} x"),
+    "loader_over_litdata": ("loader, against litdata", "{:.1f} x"),
+    "loader_over_decode": ("loader, against JPEG decoding alone", "{:.0%}"),
+    "start_of_a_million_cold_s": ("a million records ready to serve", "{:.2f} s"),
+    "start_of_a_million_megabytes": ("a million records, memory", "{:.0f} MB"),
+}
+
+
+def write_section(reports: Sequence[Path], readme: Path) -> None:
+    """Puts a table of all figures between the markers in the README.
+
+    Raises:
+        UserError: a report that is none, or a README without the markers.
+    """
+    rows = ["| what | figure | setting | machine, commit |", "|---|---|---|---|"]
+    for path in reports:
+        rows += _rows(_read(path))
+    text = readme.read_text()
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise UserError(f"{readme}: needs the lines {_BEGIN} and {_END} around the table")
+    write_bytes(readme, "\n".join([before + _BEGIN, *rows, _END + after]).encode())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+        report["machine"]["device"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no report of the benchmark ({error}); write one with --json") from None
+    return report
+
+
+def _rows(report: dict[str, Any]) -> list[str]:
+    machine = report["machine"]
+    where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['commit']}"
+    setting = report.get("setting", "")
+    rows = [
+        f"| {meaning} | {style.format(report[key])} | {setting} | {where} |"
+        for key, (meaning, style) in _LINES.items()
+        if key in report
+    ]
+    for kind, rates in report.get("scaling", {}).items():
+        listed = ", ".join(f"{count}: {rate:.1f}" for count, rate in rates.items())
+        rows.append(f"| images a second by processes, {kind} | {listed} | {setting} | {where} |")
+    return rows
