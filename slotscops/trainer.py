@@ -86,7 +86,7 @@ class Trainer:
         start, last = self.step, train.total_steps
         if train.stop_after_steps is not None:
             last = min(last, start + train.stop_after_steps)
-        self._open_run()
+        self.open_run()
         batches = self.open_batches(last - start)
         self.stopwatch.restart()
         for _ in console.track_silently(range(start, last), last - start, "training steps"):
@@ -96,7 +96,7 @@ class Trainer:
                 if train.eval_every_steps and (self.step % train.eval_every_steps == 0 or ends):
                     self._evaluate()
             if self.step % train.log_every_steps == 0 or ends or self.step == 1 or self._was_evaluated_now():
-                self._log(loss, grad_norm)
+                self.log(loss, grad_norm)
             with self.stopwatch.paused():
                 if self.step % train.save_every_steps == 0 or ends:
                     self._save()
@@ -178,7 +178,8 @@ class Trainer:
         self._scores = saved.state.scores
         console.say(f"{path}: going on from step {self.step}")
 
-    def _open_run(self) -> None:
+    def open_run(self) -> None:
+        """Makes the run's folder and opens the trackers."""
         if self.accelerator.is_main_process:
             self.folder.open(self.config, self.step)
         self.accelerator.wait_for_everyone()
@@ -205,8 +206,9 @@ class Trainer:
 
     # ---- what it writes ------------------------------------------------------------------------------------------
 
-    def _log(self, loss: Tensor, grad_norm: Tensor) -> None:
-        row = self.make_row(loss, grad_norm)
+    def log(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Writes down the step just taken: metrics.jsonl, TensorBoard, a line."""
+        row = self._make_row(loss, grad_norm)
         if self._was_evaluated_now():
             row |= {name: score for name, score in self._scores.items() if name.startswith("val_")}
         digest = row.pop("batch_digest")  # text, which TensorBoard cannot plot
@@ -220,7 +222,7 @@ class Trainer:
             )
         self.stopwatch.restart()
 
-    def make_row(self, loss: Tensor, grad_norm: Tensor) -> dict[str, Any]:
+    def _make_row(self, loss: Tensor, grad_norm: Tensor) -> dict[str, Any]:
         """What is written down of the step just taken. The only place where a step waits for the device."""
         loss = self.accelerator.reduce(loss, "mean")
         self._check_finite()

@@ -7,10 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slotscops.benchmark import loader
 from slotscops.benchmark.__main__ import main
 from slotscops.benchmark.loss import materialised
 from slotscops.benchmark.measure import peak_extra_memory_bytes, take_turns
+from slotscops.errors import UserError
 from slotscops.losses import semantic_consistency
+
+SMALL = ["encoder.name=resnet18", "train.batch_size=2", "train.log_every_steps=20"]
 
 
 def test_the_contestants_take_turns_and_the_warm_up_does_not_count() -> None:
@@ -41,19 +45,41 @@ def test_the_loss_it_is_compared_with_is_the_same_loss() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the garbage collector
-def test_the_commands_write_the_figures_they_promise(toy_shards: Path, tmp_path: Path) -> None:
+def test_the_commands_write_the_figures_they_promise(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The test's shards hold 5 samples each: a million records would be 200,000 of them.
+    monkeypatch.setattr(loader, "_STARTS", (10, 100))
     promised = {
         "loss": {"loss_speedup", "loss_memory_ratio"},
         "loader": {"loader_over_webdataset", "loader_over_decode"},
-        "step": {"step_over_encoder", "recipe_over_step"},
+        "step": {"step_over_encoder", "recipe_over_step", "logging_share", "data_wait"},
+        "scaling": {"scaling"},
     }
     for what, keys in promised.items():
-        more = {"loss": ["--quick"], "loader": [], "step": ["encoder.name=resnet18", "train.batch_size=2"]}[what]
+        more = {"loss": ["--quick"], "step": SMALL, "scaling": ["--processes", "1", *SMALL]}.get(what, [])
         shards = ["--shards", str(toy_shards)]
         arguments = [what, "--rounds", "1", "--json", str(tmp_path / what), *shards, *more]
         assert main(arguments) == 0
         figures = json.loads((tmp_path / what).read_text())
         assert keys <= set(figures)
-        assert all(figures[key] > 0 for key in keys)
+        assert all(figures[key] for key in keys)
         assert figures["machine"]["torch"] == torch.__version__
     gc.collect()
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- benchmark: begin -->\nold\n<!-- benchmark: end -->\nafter\n")
+    assert main(["report", "--readme", str(readme), *(str(tmp_path / what) for what in promised)]) == 0
+    text = readme.read_text()
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("-->\nafter\n")
+    assert "images a second by processes, global batch fixed" in text
+
+
+def test_a_report_that_is_none_and_a_readme_without_the_markers_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("no markers")
+    (tmp_path / "none.json").write_text("{}")
+    for arguments in ([], [str(tmp_path / "none.json")]):
+        with pytest.raises(UserError):
+            main(["report", "--readme", str(tmp_path / "README.md"), *arguments])
+    assert (tmp_path / "README.md").read_text() == "no markers"

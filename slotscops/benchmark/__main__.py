@@ -77,7 +77,7 @@ def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         batch_size = load_config(None, settings).train.batch_size
         counts = [int(count) for count in options.processes.split(",")]
         return scaling.compare(settings, batch_size, counts, scratch) | {"setting": f"batch {batch_size}"}
-    config = load_config(None, [*_step_settings(shards), *options.overrides])
+    config = load_config(None, [*_step_settings(shards), f"run_dir={scratch / 'run'}", *options.overrides])
     accelerator = start_accelerator(config)
     return step.compare(config, accelerator, options.rounds)
 

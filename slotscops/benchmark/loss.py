@@ -45,7 +45,13 @@ def compare(rounds: int, device: torch.device, quick: bool) -> dict[str, Any]:
         )  # fmt: skip
     columns = ("batch", "features", "pixels", "exact ms", "MB", "built ms", "MB", "times faster", "times smaller")
     console.show_table("semantic consistency loss, forward and backward", columns, rows)
-    return {"loss_speedup": results[_REFERENCE]["speedup"], "loss_memory_ratio": results[_REFERENCE]["memory_ratio"]}
+    batch, grid, pixels = _REFERENCE
+    setting = f"batch {batch}, {grid} x {grid} features, {pixels} px"
+    return {
+        "setting": setting,
+        "loss_speedup": results[_REFERENCE]["speedup"],
+        "loss_memory_ratio": results[_REFERENCE]["memory_ratio"],
+    }
 
 
 def measure_case(case: tuple[int, int, int], rounds: int, device: torch.device) -> dict[str, float]:

@@ -27,6 +27,7 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
     512-channel tensors built.
     """
     trainer = Trainer(config, accelerator)
+    trainer.open_run()
     batches = trainer.open_batches(2 * rounds + 4)
     batch = next(batches).to(accelerator.device)
     waits: list[float] = []
@@ -78,7 +79,7 @@ def _time_logging(trainer: Trainer) -> float:
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        trainer.make_row(torch.zeros((), device=trainer.accelerator.device), torch.zeros(()))
+        trainer.log(torch.zeros((), device=trainer.accelerator.device), torch.zeros(()))
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
