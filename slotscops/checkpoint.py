@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from slotscops.errors import UserError
-from slotscops.files import fsync_folder, sha256_of_file, write_json
+from slotscops.files import fsync, sha256_of_file, write_json
 
 FORMAT = 1
 _FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
@@ -73,13 +72,13 @@ def save_checkpoint(
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors")
     write_json(partial / "state.json", asdict(state))
     for name in _FILES:
-        _fsync_file(partial / name)
+        fsync(partial / name)
     manifest = {name: _describe(partial / name) for name in _FILES}
     write_json(partial / "manifest.json", manifest)
     if final.exists():  # the same step, written by a run that was resumed from an earlier checkpoint
         shutil.rmtree(final)
     partial.rename(final)
-    fsync_folder(folder)
+    fsync(folder)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -105,14 +104,6 @@ def rng_tensors(rank: int) -> dict[str, Tensor]:
 
 def _describe(path: Path) -> dict[str, Any]:
     return {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
-
-
-def _fsync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
