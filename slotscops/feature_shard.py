@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from slotscops.errors import RunError, UserError
+from slotscops.errors import RunError, UserError, first_line
 
 _SEGMENT = 1 << 16  # values that a uint16 position can tell apart
 _MAX_VALUES = 1 << 28  # of one map; more is no feature map but a damaged file
@@ -135,8 +135,7 @@ def _map_tensors(path: Path) -> dict[str, NDArray[Any]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read ({reason}); {_REBUILD}") from None
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {_REBUILD}") from None
 
 
 _REBUILD = "rebuild it with python -m slotscops.features"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from slotscops.errors import UserError
+from slotscops.errors import UserError, first_line
 from slotscops.files import sha256_of_json, write_bytes, write_json
 from slotscops.records import MEMBERS
 
@@ -62,7 +62,7 @@ class ShardIndex:
             members = (num, len(MEMBERS))
             fits = shapes["offsets"] == shapes["sizes"] == shapes["crc32"] == members and shapes["class_ids"] == (num,)
         except (OSError, SafetensorError, TypeError, IndexError) as error:
-            raise UserError(f"{path}: is no readable shard index ({_first_line(error)}); {_REBUILD}") from None
+            raise UserError(f"{path}: is no readable shard index ({first_line(error)}); {_REBUILD}") from None
         if not (fits and whole and bool((np.diff(index.key_ends) > 0).all())):
             raise UserError(f"{path}: its arrays do not fit each other; {_REBUILD}")
         return index
@@ -150,7 +150,7 @@ def open_dataset(shards: Path) -> Dataset:
         dataset = _from_json(shards, content)
         digest = content["digest"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is damaged ({_first_line(error)}); {_REBUILD}") from None
+        raise UserError(f"{path}: is damaged ({first_line(error)}); {_REBUILD}") from None
     if dataset.digest != digest:
         raise UserError(f"{path}: its content does not fit its own digest; {_REBUILD}")
     for entries in dataset.splits.values():
@@ -191,7 +191,3 @@ def _from_json(shards: Path, content: dict[str, Any]) -> Dataset:
         part_names={name: list(parts) for name, parts in content["part_names"].items()},
         splits={split: [ShardEntry(**entry) for entry in entries] for split, entries in content["splits"].items()},
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

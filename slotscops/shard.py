@@ -19,7 +19,7 @@ from slotscops.pascal_classes import PART_NAMES, check_class_names
 from slotscops.pascal_part import BOX_SHARE
 from slotscops.pascal_tree import SPLITS, find_tree
 from slotscops.shard_reader import ShardReader
-from slotscops.shard_writer import Outcome, ShardSettings, write_shards
+from slotscops.shard_writer import Outcome, ShardSettings, plan_path, write_shards
 from slotscops.teacher import Teacher
 from slotscops.work import usable_cores
 
@@ -33,8 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     teacher = None if options.no_features else Teacher(options.layer, options.teacher_weights)
     root, source = options.root, "files"
     if options.toy:
-        root, source = options.out / "photos", f"toy, seed {options.toy_seed}"
-        toy.write_tree(root, num_train=options.toy_train, num_val=options.toy_val, seed=options.toy_seed)
+        root = options.out / "photos"
+        source = f"toy, seed {options.toy_seed}, {options.toy_train} + {options.toy_val} photos"
+        # The plan is written once the tree is whole; where it was drawn with other numbers, the plan refuses them.
+        if not plan_path(options.out).is_file():
+            toy.write_tree(root, num_train=options.toy_train, num_val=options.toy_val, seed=options.toy_seed)
     settings = ShardSettings(
         classes=classes,
         size=options.size,
@@ -82,6 +85,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _show(outcome: Outcome, out: Path) -> None:
     """A table of what was written, and what was left out and why."""
+    if not console.is_main():
+        return
     dataset = outcome.dataset
     rows = []
     for split in SPLITS:
@@ -97,11 +102,10 @@ def _show(outcome: Outcome, out: Path) -> None:
         console.show_table("left out", ("reason", "class", "split", "objects or files"), left)
         console.say(f"every one with its reason: {out / 'index' / 'left_out.json'}")
     damaged = [item for item in outcome.left_out if item.damaged]
-    if console.is_main():
-        for item in damaged[:_LISTED]:
-            console.warn(f"left out {item.image}: {item.reason}")
-        if len(damaged) > _LISTED:
-            console.warn(f"left out {len(damaged) - _LISTED} more damaged files")
+    for item in damaged[:_LISTED]:
+        console.warn(f"left out {item.image}: {item.reason}")
+    if len(damaged) > _LISTED:
+        console.warn(f"left out {len(damaged) - _LISTED} more damaged files")
 
 
 def _count(dataset: Dataset, split: str) -> Counter[tuple[str, str]]:

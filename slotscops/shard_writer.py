@@ -92,7 +92,7 @@ def write_shards(
 
 def _claim(out: Path, plan: dict[str, Any]) -> bool:
     """Writes down what is made here. False where it is finished already; refuses where it is something else."""
-    path = out / "index" / "plan.json"
+    path = plan_path(out)
     if path.is_file():
         try:
             present = json.loads(path.read_text())
@@ -113,6 +113,10 @@ def _claim(out: Path, plan: dict[str, Any]) -> bool:
         raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from None
     write_json(path, plan)
     return True
+
+
+def plan_path(out: Path) -> Path:
+    return out / "index" / "plan.json"
 
 
 def _withdraw(out: Path) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,12 +42,14 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False) -> None:
     """
     accelerator = start_accelerator(config)
     try:
-        trainer = Trainer(config, accelerator)
+        start_from = None if dry_run else RunFolder.of(config).find_checkpoint(resume)
+        trainer = Trainer(config, accelerator, is_fresh=start_from is None)
         if dry_run:
             trainer.rehearse()
-        else:
-            trainer.resume(resume)
-            trainer.train()
+            return
+        if start_from is not None:
+            trainer.resume(start_from)
+        trainer.train()
     finally:
         accelerator.end_training()
 
@@ -54,14 +57,18 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False) -> None:
 class Trainer:
     """One process of a run: network, optimizer, data, and how far it came."""
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+    def __init__(self, config: Config, accelerator: Accelerator, is_fresh: bool = True) -> None:
+        """
+        Args:
+            is_fresh: False where a checkpoint follows, whose basis need not be looked for.
+        """
         self.config = config
         self.accelerator = accelerator
         self.folder = RunFolder.of(config)
         self.dataset, self.cache = open_training_data(config)
         self.network = build_model(config, self.cache.shape[0])
         self._split = Split(self.dataset, "train", self.cache, with_labels=False)
-        if config.basis.init == "kmeans":
+        if config.basis.init == "kmeans" and is_fresh:
             centres = find_centres(sample_vectors(self._split, config.seed), config.slots.num_parts, config.seed)
             self.network.basis_parameter.data.copy_(centres)
         if config.train.channels_last:
@@ -164,11 +171,8 @@ class Trainer:
 
     # ---- where it starts -----------------------------------------------------------------------------------------
 
-    def resume(self, mode: str) -> None:
-        """Goes on from a checkpoint, exactly; see `fit`."""
-        path = self.folder.find_checkpoint(mode)
-        if path is None:
-            return
+    def resume(self, path: Path) -> None:
+        """Goes on from a checkpoint, exactly."""
         saved = checkpoint.load_checkpoint(path)
         check_same_run(saved.state, self.config, self.dataset, self.cache, path)
         checkpoint.restore_model(self.network, saved.model, path)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slotscops.console import is_main
-from slotscops.errors import UserError
+from slotscops.errors import UserError, first_line
 
 IMAGENET = "imagenet"
 _RANDOM = "random:"
@@ -142,7 +142,7 @@ def _download(pretrained: Pretrained) -> dict[str, Tensor]:
             return dict(pretrained.get_state_dict(progress=is_main(), check_hash=True, weights_only=True))
     except Exception as error:  # no network, no disk space, a wrong hash, a damaged download: too many kinds to list
         raise UserError(
-            f"weights {IMAGENET}: could not get {pretrained.url} ({_first_line(error)}); "
+            f"weights {IMAGENET}: could not get {pretrained.url} ({first_line(error)}); "
             f"connect to the internet, or give {_CHOICES}"
         ) from None
 
@@ -155,7 +155,7 @@ def _read_file(source: str) -> dict[str, Tensor]:
         content: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle_tensors(path)
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(
-            f"weights {source}: cannot be read ({_first_line(error)}); give a state dict of tensors, undamaged"
+            f"weights {source}: cannot be read ({first_line(error)}); give a state dict of tensors, undamaged"
         ) from None
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"weights {source}: holds more or other than tensors by name; save a plain state dict")
@@ -164,7 +164,3 @@ def _read_file(source: str) -> dict[str, Tensor]:
 
 def _unpickle_tensors(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)  # weights_only: runs no code of the file
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -130,6 +130,16 @@ def test_a_folder_of_other_shards_is_refused_by_the_setting(
     assert contents(shards) == before
 
 
+def test_a_toy_of_other_numbers_is_refused_and_the_drawn_photos_stay(tmp_path: Path) -> None:
+    few = ["--toy", "--toy-train", "3", "--toy-val", "1", "--out", str(tmp_path), *COMMON]
+    assert shard.main(few) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert shard.main(few) == 0
+    with pytest.raises(UserError, match="another source"):
+        shard.main([*few, "--toy-seed", "1"])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_a_folder_with_foreign_tars_is_refused(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign.tar").write_bytes(b"x")
     with pytest.raises(UserError, match="holds other shards"):

@@ -38,9 +38,9 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
         waits.append(trainer.stopwatch.waited_s)
 
     contestants = {
-        "encoder alone": _encoder_step(config, accelerator, batch),
+        "encoder alone": _encoder_step(config, accelerator, batch, trainer.cache.shape[0]),
         "whole step": whole_step,
-        "recipe": _recipe_step(config, accelerator, batch),
+        "recipe": _recipe_step(config, accelerator, batch, trainer.cache.shape[0]),
     }
     times = take_turns(contestants, rounds, accelerator.device)
     medians = {name: result.median for name, result in times.items()}
@@ -93,9 +93,9 @@ def _matrix_rate(accelerator: Accelerator) -> float:
     return 2 * size**3 / times["product"].median
 
 
-def _encoder_step(config: Config, accelerator: Accelerator, batch: Batch) -> Callable[[], None]:
+def _encoder_step(config: Config, accelerator: Accelerator, batch: Batch, channels: int) -> Callable[[], None]:
     """Forward, backward and optimizer of the encoder, from a batch that is already there."""
-    network = build_model(config, 512).to(accelerator.device)
+    network = build_model(config, channels).to(accelerator.device)
     if config.train.channels_last:
         network = network.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(config, network)
@@ -113,9 +113,9 @@ def _encoder_step(config: Config, accelerator: Accelerator, batch: Batch) -> Cal
     return run
 
 
-def _recipe_step(config: Config, accelerator: Accelerator, batch: Batch) -> Callable[[], None]:
-    network = build_model(config, 512).to(accelerator.device)
-    teacher = Teacher("relu5_4", "random:0").to(accelerator.device)
+def _recipe_step(config: Config, accelerator: Accelerator, batch: Batch, channels: int) -> Callable[[], None]:
+    network = build_model(config, channels).to(accelerator.device)
+    teacher = Teacher(config.teacher.layer, "random:0").to(accelerator.device)
     optimizer = build_optimizer(config, network)
     size = (config.data.size, config.data.size)
 
