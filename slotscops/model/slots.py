@@ -26,8 +26,13 @@ class SoftPositionEncoding(nn.Module):
         height, width = maps.shape[-2:]
         y = torch.linspace(0, 1, height, device=maps.device)[:, None].expand(height, width)  # (h, w)
         x = torch.linspace(0, 1, width, device=maps.device)[None].expand(height, width)  # (h, w)
-        positions: Tensor = self.project(torch.stack([y, x, 1 - y, 1 - x], dim=-1))  # (h, w, C)
-        return maps + positions.permute(2, 0, 1)  # (B, C, h, w)
+        grid = torch.stack([y, x, 1 - y, 1 - x, torch.ones_like(y)], dim=-1).flatten(0, 1)  # (N, 5)
+        rows = torch.cat([self.project.weight.T, self.project.bias[None]])  # (5, C)
+        # As a product, because the gradient of a broadcast sum is a sum over the batch, which took a third of the
+        # time of all that stands between a ResNet-50 and its slots (CPU, batch 16).
+        tokens = maps.flatten(2).transpose(1, 2)  # (B, N, C)
+        placed = torch.baddbmm(tokens, grid.expand(len(maps), -1, -1), rows.expand(len(maps), -1, -1))  # (B, N, C)
+        return placed.transpose(1, 2).reshape(maps.shape)
 
 
 class SlotAttention(nn.Module):
