@@ -5,7 +5,7 @@ from pathlib import Path
 
 from slotscops import console
 from slotscops.config import load_config, to_yaml
-from slotscops.trainer import fit
+from slotscops.fit import fit
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "toy.yaml"
 
@@ -22,8 +22,7 @@ def main() -> int:
     if arguments.print_config:
         console.say(to_yaml(config).rstrip())
         return 0
-    fit(config, arguments.resume, arguments.dry_run)
-    return 0
+    return fit(config, arguments.resume, arguments.dry_run)
 
 
 if __name__ == "__main__":

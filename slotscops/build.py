@@ -94,5 +94,6 @@ def load_model(run_or_checkpoint: Path) -> Trained:
         raise UserError(f"{path}: its model has no part basis; it is no model of slotscops")
     feature_channels = checkpoint.model["basis_parameter"].shape[1]
     model = build_model(config, feature_channels, pretrained=False)
-    restore_model(model, checkpoint.model, path)
+    # Averaged weights are what was scored while training.
+    restore_model(model, checkpoint.model if checkpoint.ema is None else checkpoint.ema, path)
     return Trained(model.eval(), config, path, checkpoint.state)

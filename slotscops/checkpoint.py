@@ -1,7 +1,8 @@
 """Checkpoints: a folder that appears whole or not at all, every file hashed, no pickle anywhere.
 
 `checkpoints/step-{N}/` holds `model.safetensors`, `optimizer.safetensors`, `rng.safetensors` (one row a process),
-`state.json` (step, samples_seen, what it was trained on) and `manifest.json` (sha256 and size of the other four).
+`ema.safetensors` where weights are averaged, `state.json` (step, samples_seen, what it was trained on) and
+`manifest.json` (sha256 and size of all others). The link `checkpoints/best` leads to the one with the best score.
 """
 
 import json
@@ -23,6 +24,7 @@ from slotscops.files import fsync, sha256_of_file, write_json
 
 FORMAT = 1
 _FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+_EMA = "ema.safetensors"  # only where weights are averaged
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class State:
     teacher_weights: str  # imagenet, random:SEED, or the name of the file
     teacher_sha256: str  # of the teacher's tensors
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    best: dict[str, Any] = field(default_factory=dict)  # score, value, step of the best evaluation so far
     format: int = FORMAT
 
 
@@ -48,6 +51,7 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
+    ema: dict[str, Tensor] | None  # averaged weights, under the model's names
     state: State
 
 
@@ -56,32 +60,65 @@ class Checkpoint:
 
 def save_checkpoint(
     folder: Path,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    rng: Mapping[str, Tensor],
+    tensors: Mapping[str, Mapping[str, Tensor]],
     state: State,
     keep: int,
+    best_step: int | None = None,
 ) -> Path:
-    """Writes `folder/step-{N}` and then removes all but the newest `keep`. A crash leaves the earlier ones whole."""
+    """Writes `folder/step-{N}`, then removes all but the newest `keep` and the best.
+
+    At whatever moment the process dies, every checkpoint that was whole before is whole still.
+
+    Args:
+        tensors: what each safetensors file holds, by its name without ending: model, optimizer, rng, and ema if any.
+        best_step: a checkpoint that stays, however old; the link `best` leads to it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = folder / f".{final.name}.partial", folder / f".{final.name}.replaced"
+    for left_over in folder.glob(".step-*"):  # by a process that died while writing
+        shutil.rmtree(left_over)
     partial.mkdir()
-    for name, tensors in (("model", model), ("optimizer", optimizer), ("rng", rng)):
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors")
-    write_json(partial / "state.json", asdict(state))
-    for name in _FILES:
-        fsync(partial / name)
-    manifest = {name: _describe(partial / name) for name in _FILES}
-    write_json(partial / "manifest.json", manifest)
-    if final.exists():  # the same step, written by a run that was resumed from an earlier checkpoint
-        shutil.rmtree(final)
-    partial.rename(final)
+    try:
+        _write_files(partial, tensors, state)
+        if final.exists():  # damaged, or of a run that was resumed from an earlier checkpoint
+            final.rename(replaced)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     fsync(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if best_step is not None:
+        _link_best(folder, best_step)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old.name != f"step-{best_step}":
+            _remove(old)
     return final
+
+
+def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State) -> None:
+    for name, group in tensors.items():
+        save_file(dict(group), folder / f"{name}.safetensors")
+    write_json(folder / "state.json", asdict(state))
+    names = [*(f"{name}.safetensors" for name in tensors), "state.json"]
+    for name in names:
+        fsync(folder / name)
+    write_json(folder / "manifest.json", {name: _describe(folder / name) for name in names})
+
+
+def _link_best(folder: Path, step: int) -> None:
+    link = folder / ".best"
+    link.unlink(missing_ok=True)
+    link.symlink_to(f"step-{step}")
+    link.rename(folder / "best")
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: one that is half removed must not stand there under a checkpoint's name.
+    leaving = checkpoint.with_name(f".{checkpoint.name}.removed")
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
 
 
 def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -119,7 +156,8 @@ def verify_checkpoint(path: Path) -> None:
     """Raises UserError naming the first file that is missing or differs from the manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        expected = {name: (manifest[name]["sha256"], manifest[name]["bytes"]) for name in _FILES}
+        names = {*_FILES, *manifest}
+        expected = {name: (manifest[name]["sha256"], manifest[name]["bytes"]) for name in sorted(names)}
     except FileNotFoundError:
         raise UserError(f"{path}: is no checkpoint (no manifest.json); give a folder step-N of a run") from None
     except (OSError, ValueError, KeyError, TypeError):
@@ -141,12 +179,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     verify_checkpoint(path)
     try:
         state = State(**json.loads((path / "state.json").read_text()))
-        tensors = {name: load((path / name).read_bytes()) for name in _FILES[:3]}
+        model, optimizer, rng = (load((path / name).read_bytes()) for name in _FILES[:3])
+        ema = load((path / _EMA).read_bytes()) if (path / _EMA).is_file() else None
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {_USE_ANOTHER}") from None
     if state.format != FORMAT:
         raise UserError(f"{path}: has format {state.format}, this version reads {FORMAT}")
-    return Checkpoint(path, tensors[_FILES[0]], tensors[_FILES[1]], tensors[_FILES[2]], state)
+    return Checkpoint(path, model, optimizer, rng, ema, state)
 
 
 def restore_model(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -173,11 +212,18 @@ def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], tensors
     content = optimizer.state_dict()
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     content["state"] = {
-        number: by_parameter[names[parameter]]
+        number: {quantity: _laid_out_as(parameter, tensor) for quantity, tensor in state.items()}
         for number, parameter in enumerate(ordered)
-        if names[parameter] in by_parameter
+        if (state := by_parameter.get(names[parameter]))
     }
     optimizer.load_state_dict(content)
+
+
+def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor in the parameter's order of memory: fused optimizers walk through both side by side, unchecked."""
+    if tensor.shape != parameter.shape:
+        return tensor  # a step counter
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def restore_rng(tensors: Mapping[str, Tensor], rank: int) -> bool:

@@ -88,10 +88,14 @@ class Train:
     channels_last: bool = True
     compile: bool = False
     num_processes: Positive | None = None  # refuse to start on any other number; null: any
-    timeout_minutes: Positive = 30  # a process that waits longer for another one ends the run
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0  # a process that waits longer for another one ends the run
+    reduction: Literal["ddp", "deterministic"] = "ddp"  # deterministic: same bits on any number of processes
+    microbatches: Positive = 4  # of a global batch under deterministic; processes must divide it
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of averaged weights, which are then scored; 0: none
     log_every_steps: Positive = 20
     save_every_steps: Positive = 500
-    keep_checkpoints: Positive = 3  # the newest so many stay
+    keep_checkpoints: Positive = 3  # the newest so many stay, and the best
+    best_score: str | None = "nmi"  # of the val split, evaluated while training, decides which is best; null: none
     eval_every_steps: Count = 1000  # 0: never
     eval_images: Positive = 512  # the first so many of the val split, for scores while training
 

@@ -1,4 +1,4 @@
-"""The run's own folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `pictures/`, `tensorboard/`."""
+"""The run's own folder: `config.yaml`, `metrics.jsonl`, `status.json`, `checkpoints/`, `pictures/`, `tensorboard/`."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from slotscops.checkpoint import State, list_checkpoints, verify_checkpoint
 from slotscops.config import Config, config_from_mapping, differences, load_config, to_mapping, write_config
 from slotscops.errors import UserError
 from slotscops.features import FeatureCache
-from slotscops.files import json_numbers, write_bytes
+from slotscops.files import json_numbers, write_bytes, write_json
 from slotscops.index import Dataset
 
 # Settings that may change between two starts of one run without making it another run.
@@ -54,6 +54,10 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); choose another folder with run_dir=DIR"
             ) from None
+
+    def note(self, state: str, step: int, reason: str = "") -> None:
+        """Writes into `status.json` how the run stands: running, interrupted, finished or failed."""
+        write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason})
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one logged step."""

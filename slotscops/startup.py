@@ -3,14 +3,17 @@
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from slotscops import console, plan
-from slotscops.config import Config
+from slotscops.config import Config, to_mapping
 from slotscops.errors import UserError
 from slotscops.features import FeatureCache, open_cache, warn_if_random
+from slotscops.files import sha256_of_json
 from slotscops.index import Dataset, open_dataset
 from slotscops.teacher import Teacher
 
@@ -28,6 +31,13 @@ def start_accelerator(config: Config) -> Accelerator:
             or the global batch cannot be divided among them.
     """
     _check_environment()
+    # Before the processes meet, and before a GPU is touched.
+    if config.train.num_processes not in (None, console.world_size()):
+        raise UserError(
+            f"train.num_processes is {config.train.num_processes}, but {console.world_size()} were started; "
+            "give the launcher that number or drop the setting"
+        )
+    microbatches_of_process(config, console.world_size())
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         log_with="tensorboard",
@@ -42,13 +52,56 @@ def start_accelerator(config: Config) -> Accelerator:
             f"the launcher promised {console.world_size()} processes, but each runs alone (--multi_gpu without a GPU "
             f"for each); on CPUs launch with: {CPU_LAUNCH}"
         )
-    if config.train.num_processes not in (None, accelerator.num_processes):
-        raise UserError(
-            f"train.num_processes is {config.train.num_processes}, but {accelerator.num_processes} were started; "
-            "give the launcher that number or drop the setting"
-        )
-    plan.check_divisible(config.train.batch_size, accelerator.num_processes, config.train.accumulation_steps)
     return accelerator
+
+
+def microbatches_of_process(config: Config, num_processes: int) -> int:
+    """So many microbatches each process makes of its share of the global batch.
+
+    Raises:
+        UserError: the batch cannot be divided so.
+    """
+    train = config.train
+    if train.reduction == "ddp":
+        plan.check_divisible(train.batch_size, num_processes, train.accumulation_steps)
+        return train.accumulation_steps
+    if train.accumulation_steps != 1:
+        raise UserError(
+            f"train.accumulation_steps is {train.accumulation_steps}, but train.reduction=deterministic splits the "
+            "batch into train.microbatches; set train.accumulation_steps=1"
+        )
+    if train.microbatches % num_processes or train.batch_size % train.microbatches:
+        raise UserError(
+            f"train.microbatches is {train.microbatches}, needed a multiple of the {num_processes} processes that "
+            f"divides train.batch_size, {train.batch_size}"
+        )
+    return train.microbatches // num_processes
+
+
+def check_same_on_all_ranks(config: Config, dataset: Dataset, cache: FeatureCache, start_from: Path | None) -> None:
+    """Refuses to train where the processes were given different things, as by an old copy on one node.
+
+    Raises:
+        UserError: naming what differs on which ranks.
+    """
+    if console.world_size() == 1:
+        return
+    mine = {
+        "settings": sha256_of_json(to_mapping(config) | {"data": config.data.size, "run_dir": ""}),
+        "shards": dataset.digest,
+        "features": cache.digest,
+        "a checkpoint": "none" if start_from is None else start_from.name,
+    }
+    everyone: list[Any] = [None] * console.world_size()
+    between_hosts: Any = dist.new_group(backend="gloo")  # no GPU memory is taken yet
+    dist.all_gather_object(everyone, mine, group=between_hosts)
+    for what, first in everyone[0].items():
+        others = [str(rank) for rank, theirs in enumerate(everyone) if theirs[what] != first]
+        if others:
+            raise UserError(
+                f"rank {', '.join(others)} came with {what} other than rank 0's ({first[:12]}); give every process "
+                "the same command, shards and run folder"
+            )
 
 
 def _check_environment() -> None:

@@ -1,8 +1,9 @@
 """The training loop, and only the loop."""
 
-import time
+import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,102 +13,111 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from slotscops import checkpoint, console
+from slotscops.averaging import WeightAverage
 from slotscops.build import build_model, build_optimizer, parameter_names
+from slotscops.checkpoint_writer import CheckpointWriter
 from slotscops.clusters import find_centres, sample_vectors
 from slotscops.config import Config, to_mapping
 from slotscops.errors import RunError
 from slotscops.evaluate import evaluate_split, picture_of_split
+from slotscops.interruption import Agreement, StopRequest
 from slotscops.loader import Split, move_ahead, training_batches
 from slotscops.losses import semantic_consistency
 from slotscops.plan import TrainingPlan, batch_digest
 from slotscops.records import Batch
+from slotscops.reduction import FixedOrderReducer
 from slotscops.run_folder import RunFolder, check_same_run
 from slotscops.schedule import learning_rate_factor
-from slotscops.startup import open_training_data, start_accelerator
+from slotscops.startup import check_same_on_all_ranks, microbatches_of_process, open_training_data
 from slotscops.stopwatch import Stopwatch, peak_memory_bytes
-
-_REHEARSED_STEPS = 3  # the first is slower than the rest
-
-
-def fit(config: Config, resume: str = "auto", dry_run: bool = False) -> None:
-    """Trains to `train.total_steps`; a dry run takes a few steps, writes nothing and says what all of it would cost.
-
-    Args:
-        resume: `auto` goes on from the run's newest whole checkpoint, `none` refuses where there is one, anything
-            else is the path of a run or checkpoint to go on from.
-
-    Raises:
-        UserError: settings, data, features or checkpoint that do not fit each other.
-        RunError: a loss or gradient that is not finite.
-    """
-    accelerator = start_accelerator(config)
-    try:
-        start_from = None if dry_run else RunFolder.of(config).find_checkpoint(resume)
-        trainer = Trainer(config, accelerator, is_fresh=start_from is None)
-        if dry_run:
-            trainer.rehearse()
-            return
-        if start_from is not None:
-            trainer.resume(start_from)
-        trainer.train()
-    finally:
-        accelerator.end_training()
 
 
 class Trainer:
     """One process of a run: network, optimizer, data, and how far it came."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, is_fresh: bool = True) -> None:
+    def __init__(self, config: Config, accelerator: Accelerator, start_from: Path | None = None) -> None:
         """
         Args:
-            is_fresh: False where a checkpoint follows, whose basis need not be looked for.
+            start_from: the checkpoint to go on from; None begins anew.
         """
         self.config = config
         self.accelerator = accelerator
         self.folder = RunFolder.of(config)
         self.dataset, self.cache = open_training_data(config)
-        self.network = build_model(config, self.cache.shape[0])
+        check_same_on_all_ranks(config, self.dataset, self.cache, start_from)
+        self.network = build_model(config, self.cache.shape[0], pretrained=start_from is None)
         self._split = Split(self.dataset, "train", self.cache, with_labels=False)
-        if config.basis.init == "kmeans" and is_fresh:
+        if config.basis.init == "kmeans" and start_from is None:
             centres = find_centres(sample_vectors(self._split, config.seed), config.slots.num_parts, config.seed)
             self.network.basis_parameter.data.copy_(centres)
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(config, self.network)
-        # The bare network and optimizer stay at hand: what is saved bears no trace of DDP or torch.compile.
-        model = torch.compile(self.network) if config.train.compile else self.network
-        self._model, self._stepper = accelerator.prepare(model, self.optimizer)
+        self._wrap()
+        self._num_microbatches = microbatches_of_process(config, accelerator.num_processes)
         self.step = 0  # steps done
         self.samples_seen = 0
         self._scores: dict[str, float] = {}  # of the last evaluation
+        self._best: dict[str, Any] = {}  # score, value and step of the best one
         self._first_bad_step = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self.stopwatch = Stopwatch()
         # Shared-Gaussian slots draw from this: differently on each process, the same at each start.
         torch.manual_seed(config.seed * 1000 + accelerator.process_index)
+        if start_from is not None:
+            self._resume(start_from)
+
+    def _wrap(self) -> None:
+        """DDP or a fixed order of summing, mixed precision, compilation, averaging of weights."""
+        train = self.config.train
+        # The bare network and optimizer stay at hand: what is saved bears no trace of DDP or torch.compile.
+        model = torch.compile(self.network) if train.compile else self.network
+        self._reducer: FixedOrderReducer | None = None
+        if train.reduction == "deterministic":
+            self._model = self.accelerator.prepare_model(model, evaluation_mode=True)  # without DDP
+            self._reducer = FixedOrderReducer(list(self.network.parameters()))
+        else:
+            self._model = self.accelerator.prepare_model(model)
+        self._stepper = self.accelerator.prepare_optimizer(self.optimizer)
+        self._average = WeightAverage(self.network, train.ema_decay) if train.ema_decay else None
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """From where the run stands to its end, or to `train.stop_after_steps` from here."""
+    def train(self) -> int:
+        """From where the run stands to its end, or to `train.stop_after_steps` from here.
+
+        Returns:
+            The number of the signal that asked to stop before; 0 where none did.
+        """
         train = self.config.train
         start, last = self.step, train.total_steps
         if train.stop_after_steps is not None:
             last = min(last, start + train.stop_after_steps)
         self.open_run()
         batches = self.open_batches(last - start)
-        self.stopwatch.restart()
-        for _ in console.track_silently(range(start, last), last - start, "training steps"):
-            loss, grad_norm = self.take_step(batches)
-            ends = self.step == last
-            with self.stopwatch.paused():
-                if train.eval_every_steps and (self.step % train.eval_every_steps == 0 or ends):
-                    self._evaluate()
-            if self.step % train.log_every_steps == 0 or ends or self.step == 1 or self._was_evaluated_now():
-                self.log(loss, grad_norm)
-            with self.stopwatch.paused():
-                if self.step % train.save_every_steps == 0 or ends:
-                    self._save()
-        self._say_how_it_ended()
+        agreement = Agreement(timedelta(minutes=train.timeout_minutes))
+        signal_number = 0
+        with StopRequest() as request, CheckpointWriter(self.folder.checkpoints, train.keep_checkpoints) as writer:
+            self.stopwatch.restart()
+            for _ in console.track_silently(range(start, last), last - start, "training steps"):
+                loss, grad_norm = self.take_step(batches)
+                signal_number = agreement.exchange(request.signal_number)
+                ends = self.step == last or signal_number > 0
+                with self.stopwatch.paused():
+                    if train.eval_every_steps and not signal_number and (self._is_due(train.eval_every_steps) or ends):
+                        self._evaluate()
+                if self._is_due(train.log_every_steps) or ends or self.step == 1 or self._was_evaluated_now():
+                    self.log(loss, grad_norm)
+                with self.stopwatch.paused():
+                    if self._is_due(train.save_every_steps) or ends or self._best.get("step") == self.step:
+                        self._save(writer)
+                if signal_number:
+                    break
+            agreement.finish()
+        self._say_how_it_ended(signal_number)
+        return signal_number
+
+    def _is_due(self, every_steps: int) -> bool:
+        return self.step % every_steps == 0
 
     def take_step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """One update from one global batch. Returns this process's mean loss and the norm of the whole gradient."""
@@ -116,17 +126,23 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_learning_rate"] * factor
         total = torch.zeros((), device=self.accelerator.device)
-        for number in range(train.accumulation_steps):
+        for number in range(self._num_microbatches):
             with self.stopwatch.waiting():
                 batch = next(batches)
-            is_last = number == train.accumulation_steps - 1
+            is_last = number == self._num_microbatches - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self._model):
-                loss = self._loss(batch) / train.accumulation_steps
-                self.accelerator.backward(loss)
-            total += loss.detach()
+                loss = self._loss(batch)
+                self.accelerator.backward(loss if self._reducer else loss / self._num_microbatches)
+            if self._reducer:
+                self._reducer.collect()
+            total += loss.detach() / self._num_microbatches
+        if self._reducer:
+            self._reducer.reduce()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), train.clip_norm or float("inf"))
         self._stepper.step()
         self._stepper.zero_grad()
+        if self._average:
+            self._average.update()
         self.step += 1
         self.samples_seen += train.batch_size
         self.stopwatch.count(train.batch_size)
@@ -144,12 +160,15 @@ class Trainer:
         is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm)) & (self._first_bad_step == 0)
         self._first_bad_step = torch.where(is_bad, self.step, self._first_bad_step)
 
-    def _check_finite(self) -> None:
-        step = int(self._first_bad_step)
-        if step:
+    def check_finite(self) -> None:
+        """All processes together, so that none goes on where another stops."""
+        first_bad = self.accelerator.gather(self._first_bad_step.view(1)).tolist()
+        if any(first_bad):
+            step = min(number for number in first_bad if number)
+            ranks = ", ".join(str(rank) for rank, number in enumerate(first_bad) if number == step)
             raise RunError(
-                f"step {step}: the loss or its gradient is not finite; lower train.learning_rate or train.clip_norm "
-                f"and go on from the last checkpoint, which is from before it: {self.folder.checkpoints}"
+                f"step {step}: the loss or its gradient is not finite (rank {ranks}); lower train.learning_rate or "
+                "train.clip_norm and go on from the last checkpoint, which is from before it"
             )
 
     def open_batches(self, num_steps: int) -> Iterator[Batch]:
@@ -166,49 +185,35 @@ class Trainer:
             batch_size=self.config.train.batch_size,
             rank=self.accelerator.process_index,
             num_ranks=self.accelerator.num_processes,
-            accumulation_steps=self.config.train.accumulation_steps,
+            accumulation_steps=self._num_microbatches,
             samples_seen=self.samples_seen,
             last=self.samples_seen + num_steps * self.config.train.batch_size,
         )
 
     # ---- where it starts -----------------------------------------------------------------------------------------
 
-    def resume(self, path: Path) -> None:
+    def _resume(self, path: Path) -> None:
         """Goes on from a checkpoint, exactly."""
         saved = checkpoint.load_checkpoint(path)
         check_same_run(saved.state, self.config, self.dataset, self.cache, path)
         checkpoint.restore_model(self.network, saved.model, path)
         checkpoint.restore_optimizer(self.optimizer, parameter_names(self.network), saved.optimizer)
+        if self._average:
+            self._average.restart()
+            if saved.ema is not None:
+                checkpoint.restore_model(self._average.network, saved.ema, path)
         checkpoint.restore_rng(saved.rng, self.accelerator.process_index)
         self.step, self.samples_seen = saved.state.step, saved.state.samples_seen
-        self._scores = saved.state.scores
+        self._scores, self._best = saved.state.scores, saved.state.best
         console.say(f"{path}: going on from step {self.step}")
 
     def open_run(self) -> None:
         """Makes the run's folder and opens the trackers."""
         if self.accelerator.is_main_process:
             self.folder.open(self.config, self.step)
+            self.folder.note("running", self.step)
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
-
-    def rehearse(self) -> None:
-        """Takes a few steps, writes nothing, says what the whole run would cost."""
-        batches = self.open_batches(_REHEARSED_STEPS)
-        for _ in range(_REHEARSED_STEPS):
-            start = time.perf_counter()
-            loss, _ = self.take_step(batches)
-            loss_value = loss.item()
-            step_s = time.perf_counter() - start
-        self._check_finite()
-        train = self.config.train
-        weights_mb = sum(parameter.nbytes for parameter in self.network.parameters()) / 1e6
-        console.say(
-            f"dry run: loss {loss_value:.5g}, {step_s:.3f} s a step of {train.batch_size} images, so about "
-            f"{train.total_steps * step_s / 3600:.2f} h for {train.total_steps} steps on "
-            f"{self.accelerator.num_processes} process(es) of {self.accelerator.device.type}; "
-            f"peak memory {peak_memory_bytes(self.accelerator.device) / 1e9:.2f} GB, "
-            f"{weights_mb:.0f} MB of weights. Nothing was written."
-        )
 
     # ---- what it writes ------------------------------------------------------------------------------------------
 
@@ -231,7 +236,7 @@ class Trainer:
     def _make_row(self, loss: Tensor, grad_norm: Tensor) -> dict[str, Any]:
         """What is written down of the step just taken. The only place where a step waits for the device."""
         loss = self.accelerator.reduce(loss, "mean")
-        self._check_finite()
+        self.check_finite()
         return {
             "step": self.step,
             "samples_seen": self.samples_seen,
@@ -253,46 +258,62 @@ class Trainer:
         if not self.dataset.num_samples("val"):
             return
         split = Split(self.dataset, "val", self.cache, with_labels=True)
-        scores = evaluate_split(self.network, split, self.accelerator, limit=self.config.train.eval_images)
+        network = self._average.network if self._average else self.network
+        scores = evaluate_split(network, split, self.accelerator, limit=self.config.train.eval_images)
         self._scores = {"step": self.step} | {f"val_{name}": score for name, score in scores.pooled().items()}
+        self._note_best()
         if self.accelerator.is_main_process:
-            picture_of_split(self.network, split).save(self.folder.pictures / f"step-{self.step}.png")
+            picture_of_split(network, split).save(self.folder.pictures / f"step-{self.step}.png")
+
+    def _note_best(self) -> None:
+        name = self.config.train.best_score
+        if name is None:
+            return
+        value = self._scores[f"val_{name}"]
+        before = self._best if self._best.get("score") == name else {}
+        if value == value and value > before.get("value", float("-inf")):  # NaN: nothing to score
+            self._best = {"score": name, "value": value, "step": self.step}
 
     def _was_evaluated_now(self) -> bool:
         return self._scores.get("step") == self.step
 
-    def _save(self) -> None:
-        self._check_finite()
+    def _save(self, writer: CheckpointWriter) -> None:
+        self.check_finite()
         generators: dict[str, Tensor] = {}
         for states in gather_object([checkpoint.rng_tensors(self.accelerator.process_index)]):
             generators |= states
-        if self.accelerator.is_main_process:
-            state = checkpoint.State(
-                step=self.step,
-                samples_seen=self.samples_seen,
-                config=to_mapping(self.config),
-                shard_digest=self.dataset.digest,
-                feature_digest=self.cache.digest,
-                teacher_weights=self.cache.manifest["weights"],
-                teacher_sha256=self.cache.manifest["weights_sha256"],
-                scores=self._scores,
-            )
-            optimizer = checkpoint.optimizer_tensors(self.optimizer, parameter_names(self.network))
-            checkpoint.save_checkpoint(
-                self.folder.checkpoints,
-                self.network.state_dict(),
-                optimizer,
-                generators,
-                state,
-                keep=self.config.train.keep_checkpoints,
-            )
-        self.accelerator.wait_for_everyone()
-
-    def _say_how_it_ended(self) -> None:
-        if self.step < self.config.train.total_steps:
-            console.say(f"{self.folder.path}: stopped at step {self.step}; start again to go on")
+        if not self.accelerator.is_main_process:
             return
-        console.say(
-            f"{self.folder.path}: trained {self.step} steps; score it with: python -m slotscops.evaluate "
-            f"--checkpoint {self.folder.path} --shards {self.config.data.shards}"
+        state = checkpoint.State(
+            step=self.step,
+            samples_seen=self.samples_seen,
+            config=to_mapping(self.config),
+            shard_digest=self.dataset.digest,
+            feature_digest=self.cache.digest,
+            teacher_weights=self.cache.manifest["weights"],
+            teacher_sha256=self.cache.manifest["weights_sha256"],
+            scores=self._scores,
+            best=self._best,
         )
+        tensors = {
+            "model": self.network.state_dict(),
+            "optimizer": checkpoint.optimizer_tensors(self.optimizer, parameter_names(self.network)),
+            "rng": generators,
+        }
+        if self._average:
+            tensors["ema"] = self._average.network.state_dict()
+        writer.save(tensors, state, self._best.get("step"))
+
+    def _say_how_it_ended(self, signal_number: int) -> None:
+        if self.step == self.config.train.total_steps:
+            if self.accelerator.is_main_process:
+                self.folder.note("finished", self.step)
+            console.say(
+                f"{self.folder.path}: trained {self.step} steps; score it with: python -m slotscops.evaluate "
+                f"--checkpoint {self.folder.path} --shards {self.config.data.shards}"
+            )
+            return
+        reason = signal.Signals(signal_number).name if signal_number else "train.stop_after_steps"
+        if self.accelerator.is_main_process:
+            self.folder.note("interrupted", self.step, reason)
+        console.say(f"{self.folder.path}: stopped at step {self.step} ({reason}); start again to go on")

@@ -35,9 +35,11 @@ def saved(folder: Path, step: int = 1, keep: int = 3) -> Path:
     train_a_step(model, optimizer)
     return save_checkpoint(
         folder / "checkpoints",
-        model.state_dict(),
-        checkpoint.optimizer_tensors(optimizer, names(model)),
-        checkpoint.rng_tensors(0),
+        {
+            "model": model.state_dict(),
+            "optimizer": checkpoint.optimizer_tensors(optimizer, names(model)),
+            "rng": checkpoint.rng_tensors(0),
+        },
         State(step, step * 4, {"seed": 0}, "shards", "features", "random:0", ""),
         keep,
     )
@@ -51,9 +53,7 @@ def test_a_restored_optimizer_takes_the_very_same_next_step(tmp_path: Path, kind
     train_a_step(model, optimizer)
     path = save_checkpoint(
         tmp_path,
-        model.state_dict(),
-        checkpoint.optimizer_tensors(optimizer, names(model)),
-        {},
+        {"model": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer, names(model)), "rng": {}},
         State(1, 4, {}, "", "", "random:0", ""),
         keep=1,
     )

@@ -22,7 +22,12 @@ def save_run(folder: Path, config: Config) -> Path:
     write_config(config, folder / "config.yaml")
     fingerprint = Teacher("relu5_4", "random:0").fingerprint
     state = checkpoint.State(1, 8, to_mapping(config), "", "", "random:0", fingerprint)
-    checkpoint.save_checkpoint(folder / "checkpoints", build_model(config, 512).state_dict(), {}, {}, state, keep=1)
+    checkpoint.save_checkpoint(
+        folder / "checkpoints",
+        {"model": build_model(config, 512).state_dict(), "optimizer": {}, "rng": {}},
+        state,
+        keep=1,
+    )
     return folder
 
 

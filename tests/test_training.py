@@ -14,8 +14,8 @@ LOGGED = {
 }  # fmt: skip
 
 
-def assert_same_tensors(first: Path, second: Path) -> None:
-    for name in ("model", "optimizer", "rng"):
+def assert_same_tensors(first: Path, second: Path, of: tuple[str, ...] = ("model", "optimizer", "rng")) -> None:
+    for name in of:
         mine, other = load_file(first / f"{name}.safetensors"), load_file(second / f"{name}.safetensors")
         assert mine.keys() == other.keys()
         for key, tensor in mine.items():

@@ -1,0 +1,61 @@
+"""Gradients summed in a fixed order: the same bits whatever the number of processes.
+
+DDP adds gradients in an order that depends on the number of processes, and a sum of floating point numbers depends on
+its order. Here the global batch is cut into M logical microbatches, the same for any number of processes that divides
+M; every process learns all M gradients and adds them up from the first to the last.
+
+Shapes: P processes, M microbatches, V numbers of all gradients together.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_CHUNK = 1 << 22  # numbers gathered at once: 16 MB from each process
+
+
+class FixedOrderReducer:
+    """Takes in one gradient a microbatch and leaves the mean of all of them in `.grad`."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._collected: list[Tensor] = []
+
+    def collect(self) -> None:
+        """Puts this microbatch's gradients aside."""
+        flat = [
+            torch.zeros_like(parameter).view(-1) if parameter.grad is None else parameter.grad.reshape(-1)
+            for parameter in self._parameters
+        ]
+        self._collected.append(torch.cat(flat))  # (V,)
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def reduce(self) -> None:
+        """The mean over the microbatches of all processes, rank by rank, each in its own order."""
+        mine = torch.stack(self._collected)  # (M / P, V)
+        self._collected = []
+        mean = torch.cat([_sum_in_order(chunk) for chunk in mine.split(_CHUNK, dim=1)])  # (V,)
+        mean /= len(mine) * _num_processes()
+        sizes = [parameter.numel() for parameter in self._parameters]
+        for parameter, gradient in zip(self._parameters, mean.split(sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter).clone()
+
+
+def _sum_in_order(mine: Tensor) -> Tensor:
+    """(M / P, V) of each process -> (V,), added one after the other."""
+    everyone = [mine.contiguous()]
+    if _num_processes() > 1:
+        everyone = [torch.empty_like(everyone[0]) for _ in range(_num_processes())]
+        dist.all_gather(everyone, mine.contiguous())
+    rows = [row for of_process in everyone for row in of_process]
+    total: Tensor = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
