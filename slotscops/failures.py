@@ -19,7 +19,6 @@ _LOST = re.compile(
     r"socket|connect failure|remote process exited|watchdog|read error|write error",
     re.IGNORECASE,
 )
-_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", re.IGNORECASE)
 _ASKING_S = 3.0  # how long the others have to say why they leave
 
 
@@ -27,34 +26,31 @@ _ASKING_S = 3.0  # how long the others have to say why they leave
 def named(step: Callable[[], int]) -> Iterator[None]:
     """Turns what fails inside into a RunError that names step and cause, and tells the other processes why.
 
-    An error that is neither a lost process nor a loader's nor a lack of memory passes as it is, traceback and all.
+    An error that is neither a lost process nor a lack of memory passes as it is, traceback and all.
 
     Args:
-        step: number of the step being taken.
+        step: number of steps done.
     """
     try:
         yield
-    except (RunError, UserError) as error:
-        _tell(f"step {step()}: {first_line(error)}")
+    except UserError as error:
+        _tell(first_line(error))
         raise
+    except RunError as error:
+        _tell(f"after step {step()}: {first_line(error)}")
+        raise RunError(f"after step {step()}: {error}") from error
     except Exception as error:
         cause = _explain(error)
-        _tell(f"step {step()}: {cause or type(error).__name__}")
+        _tell(f"after step {step()}: {cause or type(error).__name__}")
         if cause is None:
-            console.warn(f"rank {console.rank()}, step {step()}: {type(error).__name__}: {first_line(error)}")
+            console.warn(f"rank {console.rank()}, after step {step()}: {type(error).__name__}: {first_line(error)}")
             raise
-        raise RunError(f"step {step()}: {cause}") from error
+        raise RunError(f"after step {step()}: {cause}") from error
 
 
 def _explain(error: Exception) -> str | None:
     """One line, or None for an error that nobody foresaw."""
     text = str(error)
-    worker = _WORKER.search(text)
-    if worker:
-        return (
-            f"a loader worker (pid {worker.group(1)}) died, out of memory or killed; start again to go on from the "
-            "last checkpoint, with fewer data.num_workers if memory was short"
-        )
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory; lower train.batch_size or raise train.accumulation_steps"
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _LOST.search(text)):

@@ -30,7 +30,7 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False) -> int:
     accelerator = start_accelerator(config)
     trainer = None
     try:
-        with failures.named(lambda: trainer.step + 1 if trainer else 0):
+        with failures.named(lambda: trainer.step if trainer else 0):
             start_from = None if dry_run else RunFolder.of(config).find_checkpoint(resume)
             trainer = Trainer(config, accelerator, start_from)
             signal_number = _rehearse(trainer) if dry_run else trainer.train()

@@ -5,7 +5,7 @@ the places of the stream to read, so the order is the same with any number of wo
 """
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.context import BaseContext
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from slotscops.errors import UserError
+from slotscops.errors import RunError, UserError
 from slotscops.feature_shard import FeatureShard
 from slotscops.features import FeatureCache
 from slotscops.index import Dataset as ShardDataset
@@ -140,7 +140,19 @@ def training_batches(split: Split, training_plan: TrainingPlan, num_workers: int
         raise UserError(
             f"{split.dataset.folder}: the split '{split.name}' holds no samples; there is nothing to train on"
         )
-    return iter(_data_loader(split, training_plan, num_workers, pin_memory))
+    return _name_lost_workers(_data_loader(split, training_plan, num_workers, pin_memory))
+
+
+def _name_lost_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except (ConnectionError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            "a loader worker died, killed or out of memory; start again to go on from the last checkpoint, with "
+            "fewer data.num_workers if memory was short"
+        ) from error
 
 
 def move_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -59,7 +59,7 @@ class Trainer:
         self.samples_seen = 0
         self._scores: dict[str, float] = {}  # of the last evaluation
         self._best: dict[str, Any] = {}  # score, value and step of the best one
-        self._first_bad_step = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        self._first_bad_steps = torch.zeros(2, dtype=torch.int64, device=accelerator.device)  # loss, gradient; 0: none
         self.stopwatch = Stopwatch()
         # Shared-Gaussian slots draw from this: differently on each process, the same at each start.
         torch.manual_seed(config.seed * 1000 + accelerator.process_index)
@@ -156,20 +156,23 @@ class Trainer:
         return self.config.losses.semantic * semantic_consistency(output.logits, batch.features, output.basis, size)
 
     def _note_if_bad(self, loss: Tensor, grad_norm: Tensor) -> None:
-        # On the device: looking at the number here would make every step wait for it.
-        is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm)) & (self._first_bad_step == 0)
-        self._first_bad_step = torch.where(is_bad, self.step, self._first_bad_step)
+        # On the device: looking at the numbers here would make every step wait for it.
+        bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(grad_norm)])
+        self._first_bad_steps = torch.where(bad & (self._first_bad_steps == 0), self.step, self._first_bad_steps)
 
     def check_finite(self) -> None:
         """All processes together, so that none goes on where another stops."""
-        first_bad = self.accelerator.gather(self._first_bad_step.view(1)).tolist()
-        if any(first_bad):
-            step = min(number for number in first_bad if number)
-            ranks = ", ".join(str(rank) for rank, number in enumerate(first_bad) if number == step)
-            raise RunError(
-                f"step {step}: the loss or its gradient is not finite (rank {ranks}); lower train.learning_rate or "
-                "train.clip_norm and go on from the last checkpoint, which is from before it"
-            )
+        bad_losses, bad_gradients = self.accelerator.gather(self._first_bad_steps[None]).T.tolist()
+        if not any(bad_losses + bad_gradients):
+            return
+        since = min(step for step in bad_losses + bad_gradients if step)
+        # A gradient is everyone's: who brought in what is not finite shows in the loss alone.
+        ranks = ", ".join(str(rank) for rank, step in enumerate(bad_losses) if step == since)
+        what = f"the loss of rank {ranks}" if ranks else "the gradient"
+        raise RunError(
+            f"{what} has not been finite since step {since}; lower train.learning_rate or train.clip_norm and go on "
+            "from the last checkpoint, which is from before it"
+        )
 
     def open_batches(self, num_steps: int) -> Iterator[Batch]:
         """This process's microbatches of the next so many steps."""

@@ -1,4 +1,4 @@
-"""What can go wrong in the middle of a run: it ends within its time, says who and why, and leaves a whole checkpoint."""
+"""What can go wrong amid a run: it ends within its time, says who and why, and leaves a whole checkpoint."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def end_of(running: Running, run_dir: Path, within_s: float) -> str:
 def test_a_killed_rank_ends_the_run_and_is_named(toy_shards: Path, tmp_path: Path, rank: int) -> None:
     run_dir = tmp_path / "run"
     with started(training(TWO_PROCESSES, toy_shards, run_dir, *RUN), **FAST_LAUNCHER) as running:
-        wait_for_step(run_dir, 4, running)
+        wait_for_step(run_dir, 6, running)
         os.kill(rank_id(run_dir, rank), signal.SIGKILL)
         said = end_of(running, run_dir, within_s=40)
     # Where the launcher is quicker than the survivor, it is the launcher that names the rank.
@@ -41,7 +41,7 @@ def test_a_hung_rank_ends_the_run_after_the_timeout_and_is_named(toy_shards: Pat
         wait_for_step(run_dir, 4, running)
         os.kill(rank_id(run_dir, 1), signal.SIGSTOP)
         said = end_of(running, run_dir, within_s=60)
-    assert "slotscops: rank 0: step " in said
+    assert "slotscops: rank 0: after step " in said
     assert "lost rank 1: killed, hung, or cut off within train.timeout_minutes" in said
 
 
@@ -50,7 +50,7 @@ def test_an_error_on_one_rank_is_told_by_the_other(toy_shards: Path, tmp_path: P
     script = sabotaged(tmp_path, "if (rank, step) == (1, 4): raise ZeroDivisionError('of rank 1')")
     with started(training(TWO_PROCESSES, toy_shards, run_dir, *RUN, script=script), **FAST_LAUNCHER) as running:
         said = end_of(running, run_dir, within_s=90)
-    assert "slotscops: rank 1, step 4: ZeroDivisionError: of rank 1" in said
+    assert "slotscops: rank 1, after step 3: ZeroDivisionError: of rank 1" in said
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_only_ends_all_with_its_name(toy_shards: Path, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_only_ends_all_with_its_name(toy_s
     script = sabotaged(tmp_path, "if (rank, step) == (1, 4): return plain(self, batch) * float('nan')")
     with started(training(TWO_PROCESSES, toy_shards, run_dir, *RUN, script=script), **FAST_LAUNCHER) as running:
         said = end_of(running, run_dir, within_s=90)
-    assert "step 4: the loss or its gradient is not finite (rank 1)" in said
+    assert "the loss of rank 1 has not been finite since step 4" in said
 
 
 def test_a_killed_loader_worker_is_named(toy_shards: Path, tmp_path: Path) -> None:
@@ -69,9 +69,8 @@ def test_a_killed_loader_worker_is_named(toy_shards: Path, tmp_path: Path) -> No
         helpers = [number for number in process_ids("forkserver") if os.getpgid(number) == running.pid]
         os.kill(max(helpers), signal.SIGKILL)  # the youngest: the server came before its workers
         said = end_of(running, run_dir, within_s=40)
-    assert "slotscops: step " in said
-    assert "a loader worker (pid" in said
-    assert "Traceback" not in said
+    assert "slotscops: after step " in said
+    assert ": a loader worker died" in said
 
 
 def test_a_relaunch_after_a_failure_goes_on(toy_shards: Path, tmp_path: Path) -> None:
