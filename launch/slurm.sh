@@ -1,19 +1,35 @@
 #!/usr/bin/env bash
 # Slurm: one launcher a node, eight GPUs each. Submit from the repository's root:
 #   sbatch launch/slurm.sh --config configs/toy.yaml run_dir=runs/toy
-# A job that is requeued goes on from its newest checkpoint.
+# Two minutes before the time is over, or when the job is preempted, Slurm signals this script (USR1, to the batch shell
+# alone: accelerate's launcher dies of it). It asks the run to save and stop, and puts the job back into the queue; started
+# again it goes on from that checkpoint.
 #SBATCH --job-name=slotscops
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --requeue
 #SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
 set -euo pipefail
 gpus_per_node=${SLURM_GPUS_ON_NODE:-8}
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export gpus_per_node head_node
+
+stop_and_requeue() {
+  trap '' USR1
+  echo "$0: asked to stop; saving, then back into the queue"
+  scancel --signal=TERM "$SLURM_JOB_ID" # the steps of the job, not this script
+  wait "$run" || true
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+}
+trap stop_and_requeue USR1
+
 srun --kill-on-bad-exit=1 bash -c '
-  accelerate launch --multi_gpu --mixed_precision bf16 --dynamo_backend no \
+  exec accelerate launch --multi_gpu --mixed_precision bf16 --dynamo_backend no \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * gpus_per_node))" \
-    --machine_rank "$SLURM_NODEID" --main_process_ip "$head_node" --main_process_port 29500 \
-    launch/train.py "$@"' launch "$@"
+    --machine_rank "$SLURM_NODEID" --main_process_ip "$head_node" --main_process_port "${MASTER_PORT:-29500}" \
+    launch/train.py "$@"' launch "$@" &
+run=$!
+wait "$run"

@@ -46,6 +46,10 @@ class CheckpointWriter:
         self.wait()
         self._writing = self._thread.submit(save_checkpoint, self._folder, copies, state, self._keep, best_step)
 
+    @property
+    def is_writing(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
     def wait(self) -> None:
         """Until nothing is being written."""
         if self._writing is None:

@@ -146,6 +146,8 @@ def training_batches(split: Split, training_plan: TrainingPlan, num_workers: int
 def _name_lost_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
+    except (RunError, UserError):  # of the data, found by a worker that is well
+        raise
     except (ConnectionError, EOFError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise

@@ -109,7 +109,7 @@ class Trainer:
                     self.log(loss, grad_norm)
                 with self.stopwatch.paused():
                     if self._is_due(train.save_every_steps) or ends or self._best.get("step") == self.step:
-                        self._save(writer)
+                        self.save(writer)
                 if signal_number:
                     break
             agreement.finish()
@@ -280,7 +280,8 @@ class Trainer:
     def _was_evaluated_now(self) -> bool:
         return self._scores.get("step") == self.step
 
-    def _save(self, writer: CheckpointWriter) -> None:
+    def save(self, writer: CheckpointWriter) -> None:
+        """Hands the state of all processes to the writer."""
         self.check_finite()
         generators: dict[str, Tensor] = {}
         for states in gather_object([checkpoint.rng_tensors(self.accelerator.process_index)]):

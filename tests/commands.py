@@ -54,7 +54,8 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 def started(command: list[str], **environment: str) -> Iterator[Running]:
     """A command of the project while it runs; whatever is left of its process group is killed at the end."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    path = environment.pop("PATH", clean["PATH"])
+    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"
     # Files, because a pipe that nobody reads stops the process once it is full.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(

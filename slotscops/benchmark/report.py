@@ -16,6 +16,8 @@ _LINES = {
     "images_per_second": ("images a second in training", "{:.1f}"),
     "data_wait": ("share of a step spent waiting for data", "{:.2%}"),
     "logging_share": ("cost of logging every 20 steps", "{:.2%}"),
+    "checkpoint_share": ("cost of a checkpoint a minute, written beside the training", "{:.2%}"),
+    "deterministic_over_ddp": ("a step with deterministic reduction, against DDP's", "{:.2f} x"),
     "loss_speedup": ("exact loss, faster than with its tensors built (batch 8, 128 px)", "{:.0f} x"),
     "loss_memory_ratio": ("exact loss, smaller in peak memory", "{:.0f} x"),
     "loader_images_per_second": ("loader, images a second on one core", "{:,.0f}"),

@@ -1,9 +1,11 @@
-"""Images a second with 1, 2, ... processes: the global batch fixed, and the batch of each process fixed.
+"""Images a second with 1, 2, ... processes: the global batch fixed, the batch of each process fixed; and what it costs
+to sum gradients in a fixed order.
 
 Each measurement is a real run of `launch/train.py` under torchrun, and reads its `metrics.jsonl`.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -18,22 +20,33 @@ from slotscops.errors import RunError
 
 _STEPS = 8
 _WARMUP_STEPS = 3
+_FIXED, _FIXED_EACH = "global batch fixed", "batch of each process fixed"
+_DETERMINISTIC = "global batch fixed, deterministic reduction"
+_KINDS = (_FIXED, _FIXED_EACH, _DETERMINISTIC)
 _LAUNCH = Path(__file__).parents[2] / "launch" / "train.py"
 
 
 def compare(settings: list[str], batch_size: int, num_processes: list[int], folder: Path) -> dict[str, Any]:
-    """Images a second for each number of processes, and the efficiency against one process."""
-    rates: dict[str, dict[int, float]] = {"global batch fixed": {}, "batch of each process fixed": {}}
+    """Images a second for each number of processes, the efficiency against one, and the cost of determinism."""
+    rates: dict[str, dict[int, float]] = {kind: {} for kind in _KINDS}
+    # As few microbatches as serve all these numbers of processes, so that only the order of summing differs.
+    fixed_order = ["train.reduction=deterministic", f"train.microbatches={math.lcm(*num_processes)}"]
     for count in num_processes:
-        for kind, batch in (("global batch fixed", batch_size), ("batch of each process fixed", batch_size * count)):
+        for kind in _KINDS:
+            batch = batch_size * count if kind == _FIXED_EACH else batch_size
+            more = fixed_order if kind == _DETERMINISTIC else []
             run_dir = folder / f"{kind.replace(' ', '-')}-{count}"
-            rates[kind][count] = _run(settings, batch, count, run_dir)
+            rates[kind][count] = _run([*settings, *more], batch, count, run_dir)
     rows = []
     for kind, by_count in rates.items():
         for count, rate in by_count.items():
             rows.append((kind, count, f"{rate:.1f}", f"{100 * rate / (count * by_count[num_processes[0]]):.0f} %"))
     console.show_table("scaling", ("", "processes", "images/s", "of ideal"), rows)
-    return {"scaling": {kind: {str(count): rate for count, rate in rate_of.items()} for kind, rate_of in rates.items()}}
+    slowest = max(rates[_FIXED][count] / rates[_DETERMINISTIC][count] for count in num_processes)
+    return {
+        "scaling": {kind: {str(count): rate for count, rate in rate_of.items()} for kind, rate_of in rates.items()},
+        "deterministic_over_ddp": slowest,
+    }
 
 
 def _run(settings: list[str], batch_size: int, num_processes: int, run_dir: Path) -> float:

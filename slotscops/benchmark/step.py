@@ -14,11 +14,14 @@ from slotscops import console
 from slotscops.benchmark.loss import materialised
 from slotscops.benchmark.measure import peak_extra_memory_bytes, take_turns
 from slotscops.build import build_model, build_optimizer
+from slotscops.checkpoint_writer import CheckpointWriter
 from slotscops.config import Config
 from slotscops.losses import semantic_consistency
 from slotscops.records import Batch
 from slotscops.teacher import Teacher
 from slotscops.trainer import Trainer
+
+_STEPS_AFTER_CHECKPOINT = 20
 
 
 def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, Any]:
@@ -29,7 +32,7 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
     """
     trainer = Trainer(config, accelerator)
     trainer.open_run()
-    batches = trainer.open_batches(2 * rounds + 4)
+    batches = trainer.open_batches(2 * rounds + 4 + _STEPS_AFTER_CHECKPOINT)
     batch = next(batches)
     waits: list[float] = []
 
@@ -46,7 +49,8 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
     times = take_turns(contestants, rounds, accelerator.device)
     medians = {name: result.median for name, result in times.items()}
     logging_share = _time_logging(trainer) / (config.train.log_every_steps * medians["whole step"])
-    del waits[: len(waits) - rounds]
+    checkpoint_s = _time_checkpoint(trainer, whole_step, medians["whole step"])
+    waits = waits[1 : rounds + 1]  # of the counted turns
     waited_s = sum(waits)
     memory = peak_extra_memory_bytes(contestants["whole step"], accelerator.device)
     loss_memory = peak_extra_memory_bytes(_loss_alone(config, batch), accelerator.device)
@@ -70,6 +74,7 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
         "flops_per_second": flops / medians["whole step"],
         "data_wait": waited_s / sum(times["whole step"].seconds),
         "logging_share": logging_share,
+        "checkpoint_share": checkpoint_s / 60,
         "setting": title,
     }
     if accelerator.device.type == "cuda":
@@ -85,6 +90,18 @@ def _time_logging(trainer: Trainer) -> float:
         trainer.log(torch.zeros((), device=trainer.accelerator.device), torch.zeros(()))
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
+
+
+def _time_checkpoint(trainer: Trainer, step: Callable[[], None], step_s: float) -> float:
+    """Seconds that a checkpoint costs: what the steps took during which it was written, beyond what they take else."""
+    with CheckpointWriter(trainer.folder.checkpoints, keep=1) as writer:
+        start = time.perf_counter()
+        trainer.save(writer)
+        steps = 0
+        while steps < _STEPS_AFTER_CHECKPOINT and (steps == 0 or writer.is_writing):
+            step()
+            steps += 1
+        return max(0.0, time.perf_counter() - start - steps * step_s)
 
 
 def _matrix_rate(accelerator: Accelerator) -> float:
