@@ -3,6 +3,7 @@
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -27,8 +28,7 @@ def start_accelerator(config: Config) -> Accelerator:
         UserError: the launcher started another number of processes than it was asked for, or than the settings want,
             or the global batch cannot be divided among them.
     """
-    _check_environment()
-    accelerator = Accelerator(
+    accelerator = join_processes(
         mixed_precision=config.train.mixed_precision,
         log_with="tensorboard",
         project_dir=config.run_dir,
@@ -37,17 +37,28 @@ def start_accelerator(config: Config) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
-    if accelerator.num_processes != console.world_size():
-        raise UserError(
-            f"the launcher promised {console.world_size()} processes, but each runs alone (--multi_gpu without a GPU "
-            f"for each); on CPUs launch with: {CPU_LAUNCH}"
-        )
     if config.train.num_processes not in (None, accelerator.num_processes):
         raise UserError(
             f"train.num_processes is {config.train.num_processes}, but {accelerator.num_processes} were started; "
             "give the launcher that number or drop the setting"
         )
     plan.check_divisible(config.train.batch_size, accelerator.num_processes, config.train.accumulation_steps)
+    return accelerator
+
+
+def join_processes(**arguments: Any) -> Accelerator:
+    """Joins the other processes; `arguments` are Accelerate's own.
+
+    Raises:
+        UserError: the launcher started another number of processes than it was asked for.
+    """
+    _check_environment()
+    accelerator = Accelerator(**arguments)
+    if accelerator.num_processes != console.world_size():
+        raise UserError(
+            f"the launcher promised {console.world_size()} processes, but each runs alone (--multi_gpu without a GPU "
+            f"for each); on CPUs launch with: {CPU_LAUNCH}"
+        )
     return accelerator
 
 

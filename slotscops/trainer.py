@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from slotscops import checkpoint, console
+from slotscops import checkpoint, console, monitors
 from slotscops.build import build_model, build_optimizer, parameter_names
 from slotscops.clusters import find_centres, sample_vectors
 from slotscops.config import Config, to_mapping
@@ -82,6 +82,8 @@ class Trainer:
         self._scores: dict[str, float] = {}  # of the last evaluation
         self._first_bad_step = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self.stopwatch = Stopwatch()
+        self._watched: tuple[Tensor, Tensor] | None = None  # logits and basis of the last microbatch
+        self._warned: set[str] = set()  # causes of collapse that were named already
         # Shared-Gaussian slots draw from this: differently on each process, the same at each start.
         torch.manual_seed(config.seed * 1000 + accelerator.process_index)
 
@@ -136,6 +138,7 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         assert batch.features is not None
         output = self._model(batch.features if self.config.encoder.name == "features" else batch.images)
+        self._watched = (output.logits.detach(), output.basis.detach())
         size = (self.config.data.size, self.config.data.size)
         return self.config.losses.semantic * semantic_consistency(output.logits, batch.features, output.basis, size)
 
@@ -239,8 +242,22 @@ class Trainer:
             "grad_norm": grad_norm.item(),
             **self.stopwatch.read(),
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            **self._watch(),
             "batch_digest": self._batch_digest(),
         }
+
+    def _watch(self) -> dict[str, float]:
+        """Monitors of collapse, averaged over processes; warns of each likely cause once."""
+        assert self._watched is not None
+        values = monitors.watch(*self._watched)
+        row = dict(
+            zip(values, self.accelerator.reduce(torch.stack(list(values.values())), "mean").tolist(), strict=True)
+        )
+        for cause, message in monitors.likely_causes(row, self.step, self.config.train.total_steps).items():
+            if cause not in self._warned and self.accelerator.is_main_process:
+                console.warn(f"WARNING: step {self.step}: {message}")
+            self._warned.add(cause)
+        return row
 
     def _batch_digest(self) -> str:
         """Hash of the keys of the global batch just trained on, in order."""
