@@ -26,7 +26,7 @@ from slotscops.records import Batch
 NAMES = ("position", "kmeans", "dff")
 Transform = Literal["none", "sqrt"]
 _POSITION_GRID = 16
-_NNLS_STEPS = 100  # measured: after 100 fewer than 1 % of pixels still change their factor
+_NNLS_STEPS = 50  # measured on real faces: beyond 30 fewer than one cell in 2,000 changes its largest factor
 _EPSILON = 1e-9
 
 

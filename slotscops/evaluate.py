@@ -37,6 +37,7 @@ from slotscops.visualise import comparison
 
 _BATCH_SIZE = 16
 _PICTURED_IMAGES = 8
+_KNOWN = ", ".join(baselines.NAMES)
 _MAX_LANDMARK_IMAGES = 10_000  # of the training split, to fit 3 S + 1 numbers a coordinate to
 
 
@@ -144,7 +145,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="runs' folders or single checkpoints; of those that differ in their seed alone, mean and deviation",
     )  # fmt: skip
     parser.add_argument(
-        "--baseline", type=_names, default=[], metavar="NAME,...", help=f"methods without training: {_KNOWN}"
+        "--baseline",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="NAME,...",
+        help=f"methods without training: {_KNOWN}",
     )
     parser.add_argument("--shards", type=Path, help="(default: those the first run was trained on)")
     parser.add_argument("--split", default="val")
@@ -160,6 +165,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the baselines")
     options = parser.parse_args(arguments)
+    for name in options.baseline:
+        if name not in baselines.NAMES:
+            raise UserError(f"--baseline: unknown '{name}'{suggest(name, baselines.NAMES) or f'; known are {_KNOWN}'}")
     if not (options.checkpoint or options.baseline):
         raise UserError("nothing to score; give --checkpoint RUN, --baseline NAME or both")
     if not (options.checkpoint or options.shards):
@@ -167,17 +175,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.clusters is not None and not 2 <= options.clusters <= 255:
         raise UserError(f"--clusters is {options.clusters}, needed 2 to 255: a background and at least one part")
     return options
-
-
-_KNOWN = ", ".join(baselines.NAMES)
-
-
-def _names(text: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in baselines.NAMES:
-            raise UserError(f"--baseline: unknown '{name}'{suggest(name, baselines.NAMES) or f'; known are {_KNOWN}'}")
-    return names
 
 
 @dataclass(frozen=True)

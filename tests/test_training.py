@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 PYTHON = [sys.executable]  # no launcher: a run of one process
 LOGGED = {
     "step", "samples_seen", "loss", "loss_semantic", "lr_encoder", "lr_head", "lr_basis", "grad_norm",
-    "images_per_second", "data_wait", "peak_memory_bytes", "batch_digest",
+    "images_per_second", "data_wait", "peak_memory_bytes", "batch_digest", "slot_share_0", "background_share",
+    "dead_slots", "map_entropy", "basis_cosine", "zero_basis_rows",
 }  # fmt: skip
 
 
@@ -38,7 +39,9 @@ def test_a_launched_run_leaves_everything_the_run_folder_promises(toy_shards: Pa
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2]
     assert set(rows[0]) >= LOGGED
-    assert {"val_nmi", "val_ari", "val_fg_nmi", "val_fg_ari", "val_miou"} <= set(rows[-1])
+    assert {"val_nmi", "val_ari", "val_fg_nmi", "val_fg_ari", "val_miou", "val_mask_nmi", "val_mask_ari"} <= set(
+        rows[-1]
+    )
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["encoder"]["name"] == "resnet18"
     assert (tmp_path / "pictures" / "step-2.png").stat().st_size > 1000
     assert list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))
