@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from slotscops import console, published
 from slotscops.config import differences
@@ -56,6 +57,14 @@ def means(methods: list[Scored]) -> list[Mean]:
     return [_mean(group) for group in groups if len(group) > 1]
 
 
+def _average(values: list[float]) -> float:
+    return float(np.mean(values))
+
+
+def _deviation(values: list[float]) -> float:
+    return float(np.std(values, ddof=1))
+
+
 def _mean(group: list[Scored]) -> Mean:
     def combine(function: Callable[[list[float]], float], name: str) -> Scored:
         first = group[0]
@@ -77,8 +86,8 @@ def _mean(group: list[Scored]) -> Mean:
         }
         return Scored(name, "mean", first.num_parts, rows, landmarks)
 
-    name = f"mean of {len(group)} runs"
-    return Mean([method.name for method in group], combine(fmean, name), combine(stdev, name))
+    name = f"mean of {len(group)} as {group[0].name}"
+    return Mean([method.name for method in group], combine(_average, name), combine(_deviation, name))
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------

@@ -162,6 +162,8 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean_and_a_sample_deviation
         assert mean.mean.rows[protocol]["small"]["horse"]["ari"] == pytest.approx(0.4)
         assert mean.deviation.rows[protocol]["small"]["horse"]["ari"] == pytest.approx(0.2)
     assert mean.mean.landmarks == pytest.approx({"horse": 0.4})
+    (nothing,) = scoreboard.means([scored(0, float("nan")), scored(1, 0.4)])  # a split without a pixel of a true part
+    assert np.isnan(nothing.deviation.rows["own"]["first"]["horse"]["nmi"])
 
 
 def test_published_numbers_stand_only_beside_the_protocol_class_and_number_of_parts_they_are_of(

@@ -193,3 +193,15 @@ def test_a_basis_from_k_means_starts_far_below_a_random_one(toy_shards: Path, tm
         assert train(PYTHON, toy_shards, tmp_path / init, *few).returncode == 0
     losses = {init: metrics(tmp_path / init)[0]["loss"] for init in ("kmeans", "random")}
     assert losses["kmeans"] < 0.8 * losses["random"]
+
+
+def test_a_run_that_decides_nothing_is_told_the_likely_cause_and_the_setting_once(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    stays = ("slots.init=shared_gaussian", "train.learning_rate=0.0", "train.batch_size=2", "train.total_steps=102")
+    done = train(PYTHON, toy_shards, tmp_path, *stays)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("WARNING: step") == 1
+    assert "WARNING: step 100: no cell belongs to one slot more than to another" in done.stderr
+    assert "slots.init=learned" in done.stderr
+    assert all(row["map_entropy"] > 0.98 for row in metrics(tmp_path)[-3:])
