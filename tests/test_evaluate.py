@@ -8,7 +8,7 @@ import torch
 from commands import TWO_PROCESSES, python, run, train
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from slotscops import baselines, clusters, evaluate, published, scoreboard
+from slotscops import baselines, clusters, evaluate, published, scoreboard, shard
 from slotscops.build import build_model
 from slotscops.config import load_config
 from slotscops.errors import UserError
@@ -240,3 +240,26 @@ def test_a_checkpoint_that_is_none_is_one_line_and_code_2(toy_shards: Path, tmp_
     assert done.returncode == 2
     assert done.stderr.startswith(f"slotscops: {tmp_path / 'nowhere'}: no such run or checkpoint; give runs/NAME")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_on_real_annotations_the_orders_differ_and_every_protocol_has_its_numbers(
+    real_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    small = ["--size", "64", "--no-features", "--workers", "1", "--min-box-val", "0.1"]
+    assert shard.main(["--root", str(real_data / "pascal_part"), "--out", str(out), *small]) == 0
+    split = Split(open_dataset(out), "train", None, with_labels=True)
+    batch = split.read(np.arange(len(split)))
+    assert batch.parts is not None
+    assert batch.parts_small is not None
+    assert torch.equal(batch.parts > 0, batch.parts_small > 0)
+    # Heads are listed before the eyes on them: only with the smallest on top are there parts below others.
+    assert (batch.parts != batch.parts_small).float().mean() > 0.01
+    assert len(torch.unique(batch.parts_small)) > len(torch.unique(batch.parts))
+    json_path = tmp_path / "scores.json"
+    command = ["--baseline", "position", "--shards", str(out), "--split", "train", "--json", str(json_path)]
+    assert evaluate.main(command) == 0
+    scores = json.loads(json_path.read_text())["methods"][0]["scores"]
+    values = {scores[protocol][order][ALL_CLASSES]["nmi"] for protocol in PROTOCOLS for order in ORDERS}
+    assert len(values) == len(PROTOCOLS) * len(ORDERS)
+    assert scores["mask"]["first"][ALL_CLASSES]["nmi"] > scores["own"]["first"][ALL_CLASSES]["nmi"]
