@@ -100,15 +100,12 @@ def show(title: str, methods: list[Scored]) -> None:
     for protocol in PROTOCOLS:
         prefix = "FG-" if protocol == "foreground" else ""
         columns = [f"{prefix}{_HEADINGS[score]}\n{order}" for order in ORDERS for score in _SCORES]
-        rows = [
-            (method.name, name, *_cells(method, protocol, name))
-            for method in methods
-            for name in method.rows[protocol][ORDERS[0]]
-        ]
+        rows = _rows([method for method in methods if method.kind == "run"], protocol)
         for mean in averaged:
             for name in mean.mean.rows[protocol][ORDERS[0]]:
                 pairs = zip(_cells(mean.mean, protocol, name), _cells(mean.deviation, protocol, name), strict=True)
                 rows.append((mean.mean.name, name, *(f"{value} ± {off}" for value, off in pairs)))
+        rows += _rows([method for method in methods if method.kind != "run"], protocol)
         if protocol == published.PROTOCOL:
             rows += _published_cells(methods)
         console.show_table(_TITLES[protocol], ("method", "class", *columns), rows)
@@ -119,6 +116,14 @@ def show(title: str, methods: list[Scored]) -> None:
     )
     if _published_cells(methods):
         console.say(f"* other people's numbers, not measured here: {published.SOURCE}; their crops and networks differ")
+
+
+def _rows(methods: list[Scored], protocol: str) -> list[tuple[str, ...]]:
+    return [
+        (method.name, name, *_cells(method, protocol, name))
+        for method in methods
+        for name in method.rows[protocol][ORDERS[0]]
+    ]
 
 
 def _cells(method: Scored, protocol: str, class_name: str) -> list[str]:
