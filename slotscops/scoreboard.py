@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slotscops import console, published
+from slotscops import console, literature
 from slotscops.config import differences
 from slotscops.files import json_numbers, write_json
 from slotscops.protocols import ORDERS, PROTOCOLS
@@ -106,7 +106,7 @@ def show(title: str, methods: list[Scored]) -> None:
                 pairs = zip(_cells(mean.mean, protocol, name), _cells(mean.deviation, protocol, name), strict=True)
                 rows.append((mean.mean.name, name, *(f"{value} ± {off}" for value, off in pairs)))
         rows += _rows([method for method in methods if method.kind != "run"], protocol)
-        if protocol == published.PROTOCOL:
+        if protocol == literature.PROTOCOL:
             rows += _published_cells(methods)
         console.show_table(_TITLES[protocol], ("method", "class", *columns), rows)
     _show_landmarks(methods, averaged)
@@ -115,7 +115,9 @@ def show(title: str, methods: list[Scored]) -> None:
         "one-to-one matching; maj.: each found part counts for the true one it mostly covers."
     )
     if _published_cells(methods):
-        console.say(f"* other people's numbers, not measured here: {published.SOURCE}; their crops and networks differ")
+        console.say(
+            f"* other people's numbers, not measured here: {literature.SOURCE}; their crops and networks differ"
+        )
 
 
 def _rows(methods: list[Scored], protocol: str) -> list[tuple[str, ...]]:
@@ -134,12 +136,12 @@ def _percent(value: float) -> str:
     return "-" if value != value else f"{100 * value:.1f}"
 
 
-def _published(methods: list[Scored]) -> list[tuple[str, published.Published]]:
+def _published(methods: list[Scored]) -> list[tuple[str, literature.Published]]:
     """Class and published scores, for each class and number of parts that was scored."""
     wanted = {
-        (name, method.num_parts): None for method in methods for name in method.rows[published.PROTOCOL][ORDERS[0]]
+        (name, method.num_parts): None for method in methods for name in method.rows[literature.PROTOCOL][ORDERS[0]]
     }
-    return [(name, row) for name, num_parts in wanted for row in published.published_scores(name, num_parts)]
+    return [(name, row) for name, num_parts in wanted for row in literature.published_scores(name, num_parts)]
 
 
 def _published_cells(methods: list[Scored]) -> list[tuple[str, ...]]:
@@ -172,7 +174,7 @@ def write(path: Path, about: dict[str, Any], methods: list[Scored]) -> None:
             for mean in means(methods)
         ],
         "published": [
-            {"class": name, "source": published.SOURCE, "protocol": published.PROTOCOL, **row._asdict()}
+            {"class": name, "source": literature.SOURCE, "protocol": literature.PROTOCOL, **row._asdict()}
             for name, row in _published(methods)
         ],
     }

@@ -9,7 +9,7 @@ from commands import TWO_PROCESSES, python, run, train
 from scipy.optimize import nnls
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from slotscops import baselines, clusters, evaluate, published, scoreboard, shard
+from slotscops import baselines, clusters, evaluate, literature, scoreboard, shard
 from slotscops.build import build_model
 from slotscops.config import load_config
 from slotscops.errors import UserError
@@ -186,8 +186,8 @@ def test_published_numbers_stand_only_beside_the_protocol_class_and_number_of_pa
     assert "published" not in own
     assert "29.4" not in foreground
     assert "other people's numbers, not measured here" in foreground  # below all tables
-    assert published.published_scores("horse", 5) == []
-    assert published.published_scores("person", 4) == []
+    assert literature.published_scores("horse", 5) == []
+    assert literature.published_scores("person", 4) == []
 
 
 def test_the_command_prints_a_table_a_protocol_and_writes_json(

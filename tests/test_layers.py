@@ -12,7 +12,7 @@ ROWS = [
     ["config"],
     ["console"],
     ["work", "records", "images"],
-    ["losses", "warp", "schedule", "metrics", "plan", "stopwatch", "visualise", "published", "monitors"],
+    ["losses", "warp", "schedule", "metrics", "plan", "stopwatch", "visualise", "literature", "monitors"],
     ["protocols"],
     ["landmarks", "scoreboard"],
     ["weights"],
