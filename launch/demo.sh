@@ -8,10 +8,7 @@ mkdir -p "$out"
 python -m slotscops.shard --toy --out "$out/shards" --teacher-weights "${TEACHER_WEIGHTS:-random:0}"
 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no launch/train.py \
   --config configs/toy.yaml run_dir="$out/run" data.shards="$out/shards" "$@"
-python -m slotscops.evaluate --checkpoint "$out/run" --shards "$out/shards"
-for baseline in position kmeans; do
-  python -m slotscops.evaluate --baseline "$baseline" --shards "$out/shards"
-done
+python -m slotscops.evaluate --checkpoint "$out/run" --baseline position,kmeans,dff --shards "$out/shards"
 python -m slotscops.segment --checkpoint "$out/run" --out "$out/pictures" \
   ${TEACHER_WEIGHTS:+--teacher-weights "$TEACHER_WEIGHTS"} "$out"/shards/photos/VOCdevkit/VOC2010/JPEGImages/toy_50000*.jpg
 latest=$(ls -t "$out"/run/pictures/*.png | head -n 1)

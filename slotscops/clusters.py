@@ -1,31 +1,60 @@
-"""Clusters of the teacher's feature vectors: a baseline, and a start for the part basis.
+"""Clusters of the teacher's feature vectors: baselines, and a start for the part basis.
 
-Shapes: M sampled vectors of C channels, G clusters.
+Shapes: B images, M sampled vectors of C channels on an h x w grid, G clusters.
 """
+
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slotscops.loader import Split
 from slotscops.plan import permutation
+from slotscops.records import Batch
 
 _BATCH_SIZE = 32
 _MAX_IMAGES = 2_000  # a fixed sample of the split: reading a million images would take minutes
 _MAX_VECTORS = 50_000
+_NMF_ITERATIONS = 200
 
 
-def sample_vectors(split: Split, seed: int) -> Tensor:
-    """(M, C) float32 feature vectors of grid cells, the same ones for the same seed, from at most 2,000 images."""
+def cached_features(batch: Batch) -> Tensor:
+    """(B, C, h, w) float32 features of the batch."""
+    assert batch.features is not None
+    return batch.features.float()
+
+
+def sample_vectors(
+    split: Split,
+    seed: int,
+    vectors_of: Callable[[Batch], Tensor] = cached_features,
+    inside_objects: bool = False,
+) -> Tensor:
+    """(M, C) float32 vectors of grid cells, the same ones for the same seed, from at most 2,000 images.
+
+    Args:
+        vectors_of: batch -> (B, C, h, w).
+        inside_objects: only from cells at least half covered by the object; needs a split read with labels.
+    """
     images = permutation(len(split), seed, epoch=0)[:_MAX_IMAGES]
     per_image = max(1, _MAX_VECTORS // len(images))
     generator = np.random.default_rng(seed)
     vectors = []
     for start in range(0, len(images), _BATCH_SIZE):
-        features = split.read(images[start : start + _BATCH_SIZE]).features
-        assert features is not None
-        for cells in features.flatten(2).transpose(1, 2):
-            vectors.append(cells[generator.permutation(len(cells))[:per_image]])
+        batch = split.read(images[start : start + _BATCH_SIZE])
+        maps = vectors_of(batch)
+        is_wanted = torch.ones(len(batch), *maps.shape[2:], dtype=torch.bool)
+        if inside_objects:
+            assert batch.object_masks is not None
+            height, width = maps.shape[-2:]
+            covered = functional.adaptive_avg_pool2d(batch.object_masks.float(), (height, width))
+            is_wanted = covered >= covered.amax(dim=(1, 2), keepdim=True).clamp(max=0.5)  # at least one of each image
+        for cells, wanted in zip(maps.flatten(2).transpose(1, 2), is_wanted.flatten(1), strict=True):
+            inside = cells[wanted]
+            vectors.append(inside[generator.permutation(len(inside))[:per_image]])
     return torch.cat(vectors).float()
 
 
@@ -35,3 +64,21 @@ def find_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
 
     centres = KMeans(num_clusters, n_init=4, random_state=seed).fit(vectors.numpy()).cluster_centers_
     return torch.from_numpy(centres).float()
+
+
+def find_factors(vectors: Tensor, num_factors: int, seed: int) -> Tensor:
+    """(G, C) float32 rows of H in the non-negative factorisation vectors = W H, each of length 1.
+
+    scikit-learn's mini-batches, from non-negative double SVD. Collins et al. (ECCV 2018) factorise all vectors of a few
+    images at once; here it is a sample of the split, so that factors mean the same in every photo.
+    """
+    from sklearn.decomposition import MiniBatchNMF  # as above
+    from sklearn.exceptions import ConvergenceWarning
+
+    factorisation = MiniBatchNMF(
+        num_factors, init="nndsvda", batch_size=2048, max_iter=_NMF_ITERATIONS, random_state=seed
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # on a bounded number of passes, by intention
+        factors = torch.from_numpy(factorisation.fit(vectors.numpy()).components_).float()
+    return functional.normalize(factors, dim=1)

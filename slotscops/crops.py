@@ -14,6 +14,7 @@ from slotscops.images import IMAGENET_MEAN
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
 
 _MARGIN = 0.05  # of the box's longer side, on every side of the crop
+SIDE_PER_BOX = 1 + 2 * _MARGIN  # a crop's side over its box's longer side, up to a pixel of the photo
 # Beyond the photo's edge: zero once normalised. Segmentation pads whole photos with the same colour.
 PADDING = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 

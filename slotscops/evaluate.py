@@ -1,17 +1,16 @@
-"""Scores of a trained network on shards.
+"""Scores of trained networks and of baselines on shards, through one scorer.
 
-    python -m slotscops.evaluate --checkpoint RUN --shards SHARDS [--split val] [--json FILE]
-    python -m slotscops.evaluate --baseline kmeans --shards SHARDS
+    python -m slotscops.evaluate --checkpoint RUN... --baseline position,kmeans,dff [--shards SHARDS] [--json FILE]
 
-Protocol: full image, own background. The network's slot 0 counts as background, every pixel of every crop counts, one
-contingency table per class. FG-NMI and FG-ARI look only at pixels that belong to a true part: never compare them with
-full-image numbers.
+Three protocols side by side, in both paint orders of overlapping parts; see `protocols`. Works alone or under a
+launcher, with the same numbers for any number of processes.
 
 Shapes: B images, S slots, H x W pixels.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,98 +19,102 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from slotscops import baselines, console
+from slotscops import baselines, console, scoreboard
 from slotscops.build import Trained, load_model
+from slotscops.config import suggest, to_mapping
+from slotscops.crops import SIDE_PER_BOX
 from slotscops.errors import UserError
 from slotscops.features import open_cache, warn_if_random
-from slotscops.files import json_numbers, write_json
 from slotscops.index import Dataset, open_dataset
+from slotscops.landmarks import LandmarkRegression
 from slotscops.loader import Split, evaluation_batches
-from slotscops.metrics import PartScores
 from slotscops.model import SlotScops
+from slotscops.protocols import ORDERS, PROTOCOLS, Prediction, Predictor, ProtocolScores
 from slotscops.records import Batch
+from slotscops.scoreboard import Scored
+from slotscops.startup import join_processes
 from slotscops.visualise import comparison
 
 _BATCH_SIZE = 16
 _PICTURED_IMAGES = 8
-COLUMNS = ("nmi", "ari", "fg_nmi", "fg_ari", "miou")
-Predictor = Callable[[Batch], Tensor]  # batch -> (B, H, W) labels, 0 = background
-
-
-@dataclass(frozen=True)
-class ClassScores:
-    """One contingency table a class."""
-
-    class_names: list[str]
-    tables: list[PartScores]
-
-    def per_class(self) -> dict[str, dict[str, float]]:
-        """Scores of every class of which there was a pixel."""
-        return {
-            name: scores.compute()
-            for name, scores in zip(self.class_names, self.tables, strict=True)
-            if int(scores.table.sum())
-        }
-
-    def pooled(self) -> dict[str, float]:
-        """Scores over all classes: every class's parts are labels of their own, background is one."""
-        tables = [scores.table for scores in self.tables]
-        background = torch.stack([table[:, 0] for table in tables]).sum(0)
-        joined = torch.cat([background[:, None], *(table[:, 1:] for table in tables)], dim=1)
-        return PartScores.from_table(joined).compute()
-
-
-def score_predictions(
-    predict: Predictor, batches: Iterable[Batch], dataset: Dataset, num_predicted: int
-) -> ClassScores:
-    """Counts predicted against true labels over all batches; labels are compared at the crops' own size."""
-    tables = [PartScores(num_predicted, len(dataset.part_names[name]) + 1) for name in dataset.class_names]
-    for batch in batches:
-        assert batch.parts is not None
-        predicted = predict(batch).cpu()
-        for class_id in sorted(set(batch.class_ids.tolist())):
-            chosen = batch.class_ids == class_id
-            tables[class_id].update(predicted[chosen], batch.parts[chosen])
-    return ClassScores(dataset.class_names, tables)
+_KNOWN = ", ".join(baselines.NAMES)
+_MAX_LANDMARK_IMAGES = 10_000  # of the training split, to fit 3 S + 1 numbers a coordinate to
 
 
 def network_predictor(network: SlotScops, device: torch.device) -> Predictor:
-    """The slot that takes the largest share of each pixel."""
+    """The slot that takes the largest share of each pixel, among all and among the parts."""
 
     @torch.inference_mode()
-    def predict(batch: Batch) -> Tensor:
+    def predict(batch: Batch) -> Prediction:
         inputs = batch.features if network.takes_features else batch.images
         assert inputs is not None
-        labels: Tensor = network(inputs.to(device)).maps(batch.images.shape[-2:]).argmax(dim=1)
-        return labels
+        maps = network(inputs.to(device)).maps(batch.images.shape[-2:])  # (B, S, H, W)
+        return Prediction(maps.argmax(dim=1), maps[:, 1:].argmax(dim=1) + 1)
 
     return predict
 
 
+def score_predictions(
+    predict: Predictor, batches: Iterable[Batch], dataset: Dataset, num_predicted: int
+) -> ProtocolScores:
+    """Counts predicted against true labels over all batches; labels are compared at the crops' own size."""
+    scores = ProtocolScores(_part_names(dataset), num_predicted)
+    for batch in batches:
+        scores.update(predict(batch), batch)
+    return scores
+
+
 def evaluate_split(
     network: SlotScops, split: Split, accelerator: Accelerator | None = None, limit: int | None = None
-) -> ClassScores:
-    """Scores on one split, the same for any number of processes."""
-    rank, num_ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+) -> ProtocolScores:
+    """Scores on one split, or on its first `limit` crops; the same for any number of processes."""
     device = accelerator.device if accelerator else next(network.parameters()).device
-    batches = evaluation_batches(split, _BATCH_SIZE, rank, num_ranks, limit)
     was_training = network.training
     network.eval()
-    scores = score_predictions(
-        network_predictor(network, device), batches, split.dataset, num_predicted=network.num_slots
-    )
+    predict = network_predictor(network, device)
+    scores = score_predictions(predict, _batches(split, accelerator, limit), split.dataset, network.num_slots)
     network.train(was_training)
-    if accelerator is None:
-        return scores
-    summed = [accelerator.reduce(table.table.to(device), "sum").cpu() for table in scores.tables]
-    return ClassScores(scores.class_names, [PartScores.from_table(table) for table in summed])
+    scores.set_counts(_sum(scores.counts(), accelerator))
+    return scores
+
+
+def landmark_errors(
+    predict: Predictor, train: Split, split: Split, num_predicted: int, accelerator: Accelerator | None = None
+) -> dict[str, float]:
+    """By class: error of the true parts' centres, regressed on `train` from the predicted ones; see `landmarks`."""
+    regression = LandmarkRegression(_part_names(split.dataset), num_predicted, SIDE_PER_BOX)
+    for batch in _batches(train, accelerator, _MAX_LANDMARK_IMAGES):
+        regression.fit(predict(batch), batch)
+    regression.set_fit_counts(_sum(regression.fit_counts(), accelerator))
+    for batch in _batches(split, accelerator):
+        regression.score(predict(batch), batch)
+    regression.set_score_counts(_sum(regression.score_counts(), accelerator))
+    return regression.errors()
 
 
 def picture_of_split(network: SlotScops, split: Split) -> Any:
     """PIL image of the split's first crops: photos, parts found, true parts."""
     batch = next(iter(evaluation_batches(split, _PICTURED_IMAGES)))
     device = next(network.parameters()).device
-    return comparison(batch.images, network_predictor(network, device)(batch), batch.parts)
+    return comparison(batch.images, network_predictor(network, device)(batch).labels, batch.parts)
+
+
+def _part_names(dataset: Dataset) -> dict[str, list[str]]:
+    """Part names by class, in the order of class ids."""
+    return {name: dataset.part_names[name] for name in dataset.class_names}
+
+
+def _batches(split: Split, accelerator: Accelerator | None, limit: int | None = None) -> Iterable[Batch]:
+    rank, num_ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    return evaluation_batches(split, _BATCH_SIZE, rank, num_ranks, limit)
+
+
+def _sum(counts: Tensor, accelerator: Accelerator | None) -> Tensor:
+    """Whole numbers summed over all processes."""
+    if accelerator is None:
+        return counts
+    summed: Tensor = accelerator.reduce(counts.to(accelerator.device), "sum")
+    return summed.cpu()
 
 
 # ---- command -----------------------------------------------------------------------------------------------------
@@ -119,71 +122,131 @@ def picture_of_split(network: SlotScops, split: Split) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    if options.baseline:
-        title, scores = _score_baseline(options)
-    else:
-        title, scores = _score_checkpoint(options)
-    rows = scores.per_class()
-    if len(rows) != 1:
-        rows["all classes"] = scores.pooled()
-    cells = [(name, *(f"{100 * row[column]:.1f}" for column in COLUMNS)) for name, row in rows.items()]
-    console.show_table(title, ("class", "NMI", "ARI", "FG-NMI", "FG-ARI", "mIoU"), cells)
-    console.say("x 100; full image with the network's own background; FG: pixels of true parts only")
-    if options.json:
-        write_json(
-            options.json,
-            {"title": title, "split": options.split, "scores": {name: json_numbers(row) for name, row in rows.items()}},
-        )
+    harness = _open_harness(options)
+    methods = [
+        _score_run(harness, trained, path) for trained, path in zip(harness.runs, options.checkpoint, strict=True)
+    ]
+    methods += [_score_baseline(harness, name) for name in options.baseline]
+    about = {
+        "shards": str(harness.dataset.folder),
+        "split": options.split,
+        "num_crops": harness.dataset.num_samples(options.split),
+    }
+    scoreboard.show(f"{about['split']} of {about['shards']}, {about['num_crops']} crops", methods)
+    if options.json and console.is_main():
+        scoreboard.write(options.json, about, methods)
     return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m slotscops.evaluate", description="Score a run, or a baseline.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=Path, help="a run's folder or one of its checkpoints")
-    what.add_argument("--baseline", choices=baselines.NAMES, help="score clusters instead of a network")
-    parser.add_argument("--shards", type=Path, required=True)
+    parser = argparse.ArgumentParser(prog="python -m slotscops.evaluate", description="Score runs and baselines.")
+    parser.add_argument(
+        "--checkpoint", type=Path, nargs="+", default=[], metavar="RUN",
+        help="runs' folders or single checkpoints; of those that differ in their seed alone, mean and deviation",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="NAME,...",
+        help=f"methods without training: {_KNOWN}",
+    )
+    parser.add_argument("--shards", type=Path, help="(default: those the first run was trained on)")
     parser.add_argument("--split", default="val")
     parser.add_argument("--json", type=Path, help="write the scores here, in 0..1")
-    parser.add_argument("--layer", default="relu5_4", help="of a baseline's features (default: %(default)s)")
-    parser.add_argument("--size", type=int, help="of a baseline's features, pixels (default: that of the shards)")
-    parser.add_argument("--clusters", type=int, default=6, help="of a baseline, background included (default: 6)")
-    parser.add_argument("--seed", type=int, default=0, help="of a baseline")
-    return parser.parse_args(arguments)
+    parser.add_argument("--landmarks", action="store_true", help="regress part centres too; reads the training split")
+    parser.add_argument("--layer", help="of the baselines' features (default: the first run's, or relu5_4)")
+    parser.add_argument("--size", type=int, help="of the baselines' features, pixels (default: as --layer)")
+    parser.add_argument(
+        "--transform", choices=("none", "sqrt"), default="none", help="of the baselines' features (default: none)"
+    )
+    parser.add_argument(
+        "--clusters", type=int, help="of the baselines, background included (default: the first run's slots, or 6)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the baselines")
+    options = parser.parse_args(arguments)
+    for name in options.baseline:
+        if name not in baselines.NAMES:
+            raise UserError(f"--baseline: unknown '{name}'{suggest(name, baselines.NAMES) or f'; known are {_KNOWN}'}")
+    if not (options.checkpoint or options.baseline):
+        raise UserError("nothing to score; give --checkpoint RUN, --baseline NAME or both")
+    if not (options.checkpoint or options.shards):
+        raise UserError("a baseline alone needs data; give --shards SHARDS")
+    if options.clusters is not None and not 2 <= options.clusters <= 255:
+        raise UserError(f"--clusters is {options.clusters}, needed 2 to 255: a background and at least one part")
+    return options
 
 
-def _score_checkpoint(options: argparse.Namespace) -> tuple[str, ClassScores]:
-    trained = load_model(options.checkpoint)
-    network = trained.network.to("cuda" if torch.cuda.is_available() else "cpu")
-    split = _open_split(open_dataset(options.shards), options.split, trained)
-    title = f"{trained.path} on {options.split} of {options.shards}, {len(split)} crops"
-    return title, evaluate_split(network, split)
+@dataclass(frozen=True)
+class _Harness:
+    """What all methods of one command share."""
+
+    dataset: Dataset
+    options: argparse.Namespace
+    runs: list[Trained]
+    accelerator: Accelerator | None  # None: a single process
 
 
-def _open_split(dataset: Dataset, name: str, trained: Trained) -> Split:
+def _open_harness(options: argparse.Namespace) -> _Harness:
+    accelerator = join_processes() if console.world_size() > 1 else None
+    runs = [load_model(path) for path in options.checkpoint]
+    dataset = open_dataset(options.shards or Path(runs[0].config.data.shards))
+    if not dataset.num_samples(options.split):
+        raise UserError(f"{dataset.folder}: the split '{options.split}' holds no samples; there is nothing to score")
+    first = runs[0].config if runs else None
+    if options.layer is None:
+        options.layer = first.teacher.layer if first else "relu5_4"
+        options.size = options.size or (first.teacher_size if first else None)
+    options.size = options.size or dataset.size
+    options.clusters = options.clusters or (runs[0].network.num_slots if runs else 6)
+    return _Harness(dataset, options, runs, accelerator)
+
+
+def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
+    if harness.accelerator is not None:
+        device = harness.accelerator.device
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = trained.network.to(device)
     cache, config = None, trained.config
-    if dataset.size != config.data.size:
+    if harness.dataset.size != config.data.size:
         raise UserError(
-            f"{dataset.folder}: holds crops of {dataset.size} px, the run was trained at {config.data.size}; "
-            f"make shards with python -m slotscops.shard --size {config.data.size}"
+            f"{harness.dataset.folder}: holds crops of {harness.dataset.size} px, {path} was trained at "
+            f"{config.data.size}; make shards with python -m slotscops.shard --size {config.data.size}"
         )
-    if trained.network.takes_features:
-        cache = open_cache(dataset, config.teacher.layer, config.teacher_size, trained.state.teacher_sha256)
+    if network.takes_features:
+        cache = open_cache(harness.dataset, config.teacher.layer, config.teacher_size, trained.state.teacher_sha256)
         warn_if_random(cache)
-    return Split(dataset, name, cache, with_labels=True)
+    train, split = (Split(harness.dataset, name, cache, with_labels=True) for name in ("train", harness.options.split))
+    predict = network_predictor(network, device)
+    scored = _score(harness, str(path), predict, train, split, network.num_slots)
+    return scored._replace(kind="run", settings=to_mapping(config))
 
 
-def _score_baseline(options: argparse.Namespace) -> tuple[str, ClassScores]:
-    dataset = open_dataset(options.shards)
-    cache = None
-    if options.baseline != "position":
-        cache = open_cache(dataset, options.layer, options.size or dataset.size)
+def _score_baseline(harness: _Harness, name: str) -> Scored:
+    options, cache, title = harness.options, None, name
+    if not harness.dataset.num_samples("train"):
+        raise UserError(f"{harness.dataset.folder}: holds no training samples, which a baseline is fit to")
+    if name != "position":
+        cache = open_cache(harness.dataset, options.layer, options.size)
         warn_if_random(cache)
-    train, split = (Split(dataset, name, cache, with_labels=True) for name in ("train", options.split))
-    predict = baselines.fit(options.baseline, train, options.clusters, options.seed)
-    batches = evaluation_batches(split, _BATCH_SIZE)
-    title = f"baseline {options.baseline} on {options.split} of {options.shards}, {len(split)} crops"
-    return title, score_predictions(predict, batches, dataset, num_predicted=options.clusters)
+        title = f"{name} {options.layer} {options.size} px" + (" sqrt" if options.transform == "sqrt" else "")
+    train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", options.split))
+    # Every process fits the same: samples and starts are drawn from the seed.
+    predict = baselines.fit(name, train, options.clusters, options.seed, options.transform)
+    return _score(harness, title, predict, train, split, options.clusters)
+
+
+def _score(harness: _Harness, name: str, predict: Predictor, train: Split, split: Split, num_predicted: int) -> Scored:
+    total = math.ceil(len(split) / _BATCH_SIZE / console.world_size())
+    batches = console.track(_batches(split, harness.accelerator), total, f"scoring {name}, batches")
+    scores = score_predictions(predict, batches, split.dataset, num_predicted)
+    scores.set_counts(_sum(scores.counts(), harness.accelerator))
+    landmarks = {}
+    if harness.options.landmarks:
+        landmarks = landmark_errors(predict, train, split, num_predicted, harness.accelerator)
+    rows = {protocol: {order: scores.scores(protocol, order) for order in ORDERS} for protocol in PROTOCOLS}
+    return Scored(name, "baseline", num_predicted - 1, rows, landmarks)
 
 
 if __name__ == "__main__":

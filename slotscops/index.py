@@ -18,7 +18,7 @@ from slotscops.errors import UserError, first_line
 from slotscops.files import sha256_of_json, write_bytes, write_json
 from slotscops.records import MEMBERS
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

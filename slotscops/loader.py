@@ -59,7 +59,7 @@ class Split(Dataset[Batch]):
         shards, rows = self._locate(samples)
         size = self.dataset.size
         pixels = np.empty((len(samples), size, size, 3), np.uint8)
-        parts = np.empty((len(samples), size, size), np.uint8)
+        parts, parts_small = np.empty((2, len(samples), size, size), np.uint8)
         objects = np.empty(parts.shape, np.bool_)
         places = list(zip(shards.tolist(), rows.tolist(), strict=True))
         for place, (shard, row) in enumerate(places):
@@ -67,6 +67,7 @@ class Split(Dataset[Batch]):
             reader.read_image_into(pixels[place], row)
             if self.with_labels:
                 parts[place] = reader.read_parts(row)
+                parts_small[place] = reader.read_parts(row, smallest_on_top=True)
                 objects[place] = reader.read_object_mask(row)
         return Batch(
             images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # laid out channels last
@@ -75,6 +76,7 @@ class Split(Dataset[Batch]):
             object_masks=torch.from_numpy(objects) if self.with_labels else None,
             class_ids=torch.tensor([self._index(s).class_ids[r] for s, r in places]),
             keys=[self._index(s).key(r) for s, r in places],
+            parts_small=torch.from_numpy(parts_small) if self.with_labels else None,
         )
 
     def __getitems__(self, samples: Sequence[int]) -> Batch:
@@ -184,10 +186,15 @@ def _copy(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Str
 def evaluation_batches(
     split: Split, batch_size: int, rank: int = 0, num_ranks: int = 1, limit: int | None = None, num_workers: int = 0
 ) -> Iterator[Batch]:
-    """Every sample once over all processes, in the shards' order; the last batch may be smaller."""
-    num_samples = min(len(split), limit or len(split))
-    mine = range(rank * num_samples // num_ranks, (rank + 1) * num_samples // num_ranks)
-    batches = [list(mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
+    """Every sample once over all processes, in the shards' order; the last batch may be smaller.
+
+    The batches are the same for any number of processes, which share them out whole: another batch may change the last
+    bits of a convolution.
+    """
+    samples = range(min(len(split), limit or len(split)))
+    starts = range(0, len(samples), batch_size)
+    mine = starts[rank * len(starts) // num_ranks : (rank + 1) * len(starts) // num_ranks]
+    batches = [list(samples[start : start + batch_size]) for start in mine]
     return iter(_data_loader(split, batches, num_workers, pin_memory=False))
 
 

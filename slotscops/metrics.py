@@ -96,6 +96,20 @@ class PartScores:
         }
 
 
+def score_table(table: NDArray[np.int64]) -> dict[str, float]:
+    """The four numbers that every protocol reports; NaN without pixels.
+
+    Args:
+        table: (P, T) pixel counts of the pixels that the protocol looks at.
+    """
+    return {
+        "nmi": normalized_mutual_information(table),
+        "ari": adjusted_rand_index(table),
+        "miou": mean_iou(table),
+        "majority_miou": majority_mean_iou(table),
+    }
+
+
 def normalized_mutual_information(table: NDArray[np.int64]) -> float:
     """What the predicted label tells about the true one, 0 (nothing) to 1 (everything).
 
@@ -164,6 +178,24 @@ def mean_iou(table: NDArray[np.int64]) -> float:
     iou = occurring / union  # a column that occurs makes every union positive
     rows, columns = linear_sum_assignment(iou, maximize=True)
     return float(iou[rows, columns].sum() / occurring.shape[1])
+
+
+def majority_mean_iou(table: NDArray[np.int64]) -> float:
+    """Mean intersection over union of the true labels that occur, in [0, 1], when predicted labels may join.
+
+    Each predicted label is taken for the true label that most of its pixels have (of equal ones the first), so that
+    several may make up one part. A true label that no predicted one is taken for counts 0. NaN without pixels.
+
+    Args:
+        table: (P, T) pixel counts.
+    """
+    occurring = table[:, table.sum(0) > 0]  # (P, labels that occur)
+    if not occurring.size:
+        return math.nan
+    merged = np.zeros((occurring.shape[1], occurring.shape[1]), np.int64)  # row: the true label that is claimed
+    np.add.at(merged, occurring.argmax(1), occurring)
+    found = np.diag(merged)
+    return float(np.mean(found / (merged.sum(1) + merged.sum(0) - found)))
 
 
 def _entropy(counts: NDArray[np.int64]) -> float:

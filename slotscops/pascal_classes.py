@@ -78,10 +78,20 @@ class AnnotatedObject:
     parts: list[tuple[str, NDArray[np.bool_]]]  # (name as in the file, (H, W) mask), in the file's order
 
 
-def paint_parts(item: AnnotatedObject) -> NDArray[np.uint8]:
-    """(H, W) part labels, 0 = none. Where masks overlap the first listed wins, as with Choudhury et al."""
+def paint_parts(item: AnnotatedObject, smallest_on_top: bool = False) -> NDArray[np.uint8]:
+    """(H, W) part labels, 0 = none.
+
+    Where masks overlap the first listed wins, as with Choudhury et al.; a head then hides its eyes where the file lists
+    it before them.
+
+    Args:
+        smallest_on_top: the mask of the fewest pixels wins instead; of equal ones the first listed.
+    """
+    parts = item.parts
+    if smallest_on_top:
+        parts = sorted(parts, key=lambda part: int(np.count_nonzero(part[1])))  # stable
     labels = np.zeros_like(item.mask, np.uint8)
-    for name, mask in reversed(item.parts):
+    for name, mask in reversed(parts):
         label = part_label(item.class_name, name)
         assert label is not None  # scan_image leaves such objects out
         np.copyto(labels, np.uint8(label), where=mask)

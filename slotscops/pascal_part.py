@@ -270,13 +270,14 @@ def _is_unchanged(candidate: Candidate, item: AnnotatedObject) -> bool:
 
 
 def _make_record(candidate: Candidate, item: AnnotatedObject, photo: Image.Image, size: int) -> Record:
-    labels = Image.fromarray(paint_parts(item))
+    labels, small = (Image.fromarray(paint_parts(item, smallest_on_top)) for smallest_on_top in (False, True))
     crop = square_crop(candidate.box)
     names = zip(PART_NAMES[item.class_name], labels.histogram()[1:], strict=False)
     return Record(
         key=f"{candidate.image}_{candidate.object_number}",
         image=crop_photo(photo, crop, size),
         parts=crop_labels(labels, crop, size),
+        parts_small=crop_labels(small, crop, size),
         object_mask=crop_labels(Image.fromarray(item.mask.astype(np.uint8)), crop, size) > 0,
         description={
             "image": candidate.image,

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 # Members of one sample, in the order they stand in the tar.
-MEMBERS = ("jpg", "parts.png", "object.png", "json")
+MEMBERS = ("jpg", "parts.png", "parts_small.png", "object.png", "json")
 JPEG_QUALITY = 95
 
 
@@ -25,7 +25,8 @@ class Record:
 
     key: str  # "{image}_{object}", unique within a dataset
     image: NDArray[np.uint8]  # (S, S, 3) RGB, 0..255
-    parts: NDArray[np.uint8]  # (S, S) part label of the object's class, 0 = no part
+    parts: NDArray[np.uint8]  # (S, S) part label of the object's class, 0 = no part; first listed on top
+    parts_small: NDArray[np.uint8]  # (S, S) the same with the smallest part on top
     object_mask: NDArray[np.bool_]  # (S, S) True on the object
     description: dict[str, Any]  # image, object, class, box, crop, source_size, part_names
 
@@ -37,6 +38,7 @@ def to_members(record: Record) -> dict[str, bytes]:
     return {
         "jpg": jpeg.getvalue(),
         "parts.png": _encode_png(record.parts),
+        "parts_small.png": _encode_png(record.parts_small),
         "object.png": _encode_png(record.object_mask.astype(np.uint8) * 255),
         "json": json.dumps(record.description, sort_keys=True).encode(),
     }
@@ -48,6 +50,7 @@ def from_members(key: str, members: dict[str, bytes]) -> Record:
         key=key,
         image=decode_image(members["jpg"]),
         parts=decode_image(members["parts.png"]),
+        parts_small=decode_image(members["parts_small.png"]),
         object_mask=decode_image(members["object.png"]) > 0,
         description=json.loads(members["json"]),
     )
@@ -75,6 +78,7 @@ class Batch:
     object_masks: Tensor | None  # (B, S, S) bool
     class_ids: Tensor  # (B,) int64 row of the index's class table
     keys: list[str]  # B record keys
+    parts_small: Tensor | None = None  # (B, S, S) as parts, with the smallest part on top
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -104,4 +108,5 @@ class Batch:
             apply(self.object_masks),
             function(self.class_ids),
             self.keys,
+            apply(self.parts_small),
         )

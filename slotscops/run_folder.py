@@ -1,6 +1,7 @@
 """The run's own folder: `config.yaml`, `metrics.jsonl`, `status.json`, `checkpoints/`, `pictures/`, `tensorboard/`."""
 
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,19 @@ class RunFolder:
     def note(self, state: str, step: int, reason: str = "") -> None:
         """Writes into `status.json` how the run stands: running, interrupted, finished or failed."""
         write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason})
+
+    def close(self, config: Config, step: int, signal_number: int) -> None:
+        """Writes down and says how far a run came that did not fail."""
+        if step == config.train.total_steps:
+            self.note("finished", step)
+            console.say(
+                f"{self.path}: trained {step} steps; score it with: python -m slotscops.evaluate "
+                f"--checkpoint {self.path} --shards {config.data.shards}"
+            )
+            return
+        reason = signal.Signals(signal_number).name if signal_number else "train.stop_after_steps"
+        self.note("interrupted", step, reason)
+        console.say(f"{self.path}: stopped at step {step} ({reason}); start again to go on")
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one logged step."""

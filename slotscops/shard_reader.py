@@ -58,9 +58,9 @@ class ShardReader:
         """Decodes a crop into (S, S, 3) uint8 RGB."""
         decode_jpeg(self.read_member(row, "jpg"), buffer=pixels)
 
-    def read_parts(self, row: int) -> NDArray[np.uint8]:
+    def read_parts(self, row: int, smallest_on_top: bool = False) -> NDArray[np.uint8]:
         """(S, S) uint8 part labels, 0 = none."""
-        return decode_image(self.read_member(row, "parts.png"))
+        return decode_image(self.read_member(row, "parts_small.png" if smallest_on_top else "parts.png"))
 
     def read_object_mask(self, row: int) -> NDArray[np.bool_]:
         """(S, S) bool, True on the object."""

@@ -30,7 +30,6 @@ def start_accelerator(config: Config) -> Accelerator:
         UserError: the launcher started another number of processes than it was asked for, or than the settings want,
             or the global batch cannot be divided among them.
     """
-    _check_environment()
     # Before the processes meet, and before a GPU is touched.
     if config.train.num_processes not in (None, console.world_size()):
         raise UserError(
@@ -38,7 +37,7 @@ def start_accelerator(config: Config) -> Accelerator:
             "give the launcher that number or drop the setting"
         )
     microbatches_of_process(config, console.world_size())
-    accelerator = Accelerator(
+    return join_processes(
         mixed_precision=config.train.mixed_precision,
         log_with="tensorboard",
         project_dir=config.run_dir,
@@ -47,6 +46,16 @@ def start_accelerator(config: Config) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
+
+
+def join_processes(**arguments: Any) -> Accelerator:
+    """Joins the other processes; `arguments` are Accelerate's own.
+
+    Raises:
+        UserError: the launcher started another number of processes than it was asked for.
+    """
+    _check_environment()
+    accelerator = Accelerator(**arguments)
     if accelerator.num_processes != console.world_size():
         raise UserError(
             f"the launcher promised {console.world_size()} processes, but each runs alone (--multi_gpu without a GPU "

@@ -1,6 +1,5 @@
 """The training loop, and only the loop."""
 
-import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -9,12 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from slotscops import checkpoint, console
+from slotscops import checkpoint, console, monitors, snapshot
 from slotscops.averaging import WeightAverage
-from slotscops.build import build_model, build_optimizer, parameter_names
+from slotscops.build import build_model, build_optimizer
 from slotscops.checkpoint_writer import CheckpointWriter
 from slotscops.clusters import find_centres, sample_vectors
 from slotscops.config import Config, to_mapping
@@ -61,6 +59,8 @@ class Trainer:
         self._best: dict[str, Any] = {}  # score, value and step of the best one
         self._first_bad_steps = torch.zeros(2, dtype=torch.int64, device=accelerator.device)  # loss, gradient; 0: none
         self.stopwatch = Stopwatch()
+        self._watched: tuple[Tensor, Tensor] | None = None  # logits and basis of the last microbatch
+        self._warned: set[str] = set()  # causes of collapse that were named already
         # Shared-Gaussian slots draw from this: differently on each process, the same at each start.
         torch.manual_seed(config.seed * 1000 + accelerator.process_index)
         if start_from is not None:
@@ -113,7 +113,8 @@ class Trainer:
                 if signal_number:
                     break
             agreement.finish()
-        self._say_how_it_ended(signal_number)
+        if self.accelerator.is_main_process:
+            self.folder.close(self.config, self.step, signal_number)
         return signal_number
 
     def _is_due(self, every_steps: int) -> bool:
@@ -152,6 +153,7 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         assert batch.features is not None
         output = self._model(batch.features if self.config.encoder.name == "features" else batch.images)
+        self._watched = (output.logits.detach(), output.basis.detach())
         size = (self.config.data.size, self.config.data.size)
         return self.config.losses.semantic * semantic_consistency(output.logits, batch.features, output.basis, size)
 
@@ -199,13 +201,7 @@ class Trainer:
         """Goes on from a checkpoint, exactly."""
         saved = checkpoint.load_checkpoint(path)
         check_same_run(saved.state, self.config, self.dataset, self.cache, path)
-        checkpoint.restore_model(self.network, saved.model, path)
-        checkpoint.restore_optimizer(self.optimizer, parameter_names(self.network), saved.optimizer)
-        if self._average:
-            self._average.restart()
-            if saved.ema is not None:
-                checkpoint.restore_model(self._average.network, saved.ema, path)
-        checkpoint.restore_rng(saved.rng, self.accelerator.process_index)
+        snapshot.restore(saved, self.network, self._average, self.optimizer, self.accelerator.process_index)
         self.step, self.samples_seen = saved.state.step, saved.state.samples_seen
         self._scores, self._best = saved.state.scores, saved.state.best
         console.say(f"{path}: going on from step {self.step}")
@@ -249,8 +245,22 @@ class Trainer:
             "grad_norm": grad_norm.item(),
             **self.stopwatch.read(),
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            **self._watch(),
             "batch_digest": self._batch_digest(),
         }
+
+    def _watch(self) -> dict[str, float]:
+        """Monitors of collapse, averaged over processes; warns of each likely cause once."""
+        assert self._watched is not None
+        values = monitors.watch(*self._watched)
+        row = dict(
+            zip(values, self.accelerator.reduce(torch.stack(list(values.values())), "mean").tolist(), strict=True)
+        )
+        for cause, message in monitors.likely_causes(row, self.step, self.config.train.total_steps).items():
+            if cause not in self._warned and self.accelerator.is_main_process:
+                console.warn(f"WARNING: step {self.step}: {message}")
+            self._warned.add(cause)
+        return row
 
     def _batch_digest(self) -> str:
         """Hash of the keys of the global batch just trained on, in order."""
@@ -283,9 +293,7 @@ class Trainer:
     def save(self, writer: CheckpointWriter) -> None:
         """Hands the state of all processes to the writer."""
         self.check_finite()
-        generators: dict[str, Tensor] = {}
-        for states in gather_object([checkpoint.rng_tensors(self.accelerator.process_index)]):
-            generators |= states
+        tensors = snapshot.take(self.network, self._average, self.optimizer, self.accelerator)
         if not self.accelerator.is_main_process:
             return
         state = checkpoint.State(
@@ -299,25 +307,4 @@ class Trainer:
             scores=self._scores,
             best=self._best,
         )
-        tensors = {
-            "model": self.network.state_dict(),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer, parameter_names(self.network)),
-            "rng": generators,
-        }
-        if self._average:
-            tensors["ema"] = self._average.network.state_dict()
         writer.save(tensors, state, self._best.get("step"))
-
-    def _say_how_it_ended(self, signal_number: int) -> None:
-        if self.step == self.config.train.total_steps:
-            if self.accelerator.is_main_process:
-                self.folder.note("finished", self.step)
-            console.say(
-                f"{self.folder.path}: trained {self.step} steps; score it with: python -m slotscops.evaluate "
-                f"--checkpoint {self.folder.path} --shards {self.config.data.shards}"
-            )
-            return
-        reason = signal.Signals(signal_number).name if signal_number else "train.stop_after_steps"
-        if self.accelerator.is_main_process:
-            self.folder.note("interrupted", self.step, reason)
-        console.say(f"{self.folder.path}: stopped at step {self.step} ({reason}); start again to go on")

@@ -23,7 +23,7 @@ def plan_of(split: Split, rank: int = 0, ranks: int = 1, accumulation: int = 1, 
 
 def assert_same(first: Batch, second: Batch) -> None:
     assert first.keys == second.keys
-    for name in ("images", "features", "parts", "object_masks", "class_ids"):
+    for name in ("images", "features", "parts", "parts_small", "object_masks", "class_ids"):
         mine, other = getattr(first, name), getattr(second, name)
         assert (mine is None and other is None) or torch.equal(mine, other), name
 
@@ -33,6 +33,7 @@ def test_a_batch_holds_exactly_what_the_tar_and_the_cache_hold(toy_shards: Path)
     order = np.random.default_rng(0).permutation(len(split))
     batch = split.read(order)
     assert batch.parts is not None
+    assert batch.parts_small is not None
     assert batch.object_masks is not None
     assert batch.features is not None
     rows = [(entry, row) for entry in split.dataset.splits["train"] for row in range(entry.num_samples)]
@@ -45,6 +46,7 @@ def test_a_batch_holds_exactly_what_the_tar_and_the_cache_hold(toy_shards: Path)
         pixels = decode_image(reader.read_member(row, "jpg"))
         assert (batch.images[place].permute(1, 2, 0).numpy() == pixels).all()
         assert (batch.parts[place].numpy() == reader.read_parts(row)).all()
+        assert (batch.parts_small[place].numpy() == reader.read_parts(row, smallest_on_top=True)).all()
         assert (batch.object_masks[place].numpy() == reader.read_object_mask(row)).all()
         assert split.cache is not None
         assert torch.equal(batch.features[place], split.cache.open_shard(entry)[row])

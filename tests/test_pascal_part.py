@@ -354,6 +354,19 @@ def test_where_parts_overlap_the_first_listed_stays_on_top(objects: list[Describ
             assert labels[y, x] == (here[0] if here else 0)
 
 
+@given(described_objects())
+@settings(max_examples=100, deadline=None)
+def test_painted_the_other_way_the_smallest_part_stays_on_top(objects: list[Described]) -> None:
+    for item in read_annotation(io.BytesIO(annotation(objects))):
+        labels = paint_parts(item, smallest_on_top=True)
+        assert ((labels > 0) == (paint_parts(item) > 0)).all()
+        for y, x in np.ndindex(labels.shape):
+            here = [(int(mask.sum()), place) for place, (_, mask) in enumerate(item.parts) if mask[y, x]]
+            if here:
+                name, _ = item.parts[min(here)[1]]
+                assert labels[y, x] == part_label(item.class_name, name)
+
+
 def test_a_label_of_each_class_is_its_place_in_the_table() -> None:
     mask = np.ones((1, 1), np.bool_)
     for name, parts in PART_NAMES.items():

@@ -15,7 +15,7 @@ from PIL import Image
 from slotscops import shard, toy
 from slotscops.errors import UserError
 from slotscops.index import open_dataset
-from slotscops.records import from_members
+from slotscops.records import MEMBERS, from_members
 from slotscops.shard_reader import ShardReader
 
 COMMON = ["--no-features", "--size", "48", "--samples-per-shard", "4", "--workers", "1"]
@@ -77,7 +77,7 @@ def test_reading_by_index_gives_what_reading_the_tar_gives(shards: Path) -> None
         reader = ShardReader(dataset, entry)
         with tarfile.open(dataset.tar_path(entry)) as tar:
             for row in range(entry.num_samples):
-                for member in ("jpg", "parts.png", "object.png", "json"):
+                for member in MEMBERS:
                     file = tar.extractfile(f"{reader.index.key(row)}.{member}")
                     assert file is not None
                     assert bytes(reader.read_member(row, member)) == file.read()

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 PYTHON = [sys.executable]  # no launcher: a run of one process
 LOGGED = {
     "step", "samples_seen", "loss", "loss_semantic", "lr_encoder", "lr_head", "lr_basis", "grad_norm",
-    "images_per_second", "data_wait", "peak_memory_bytes", "batch_digest",
+    "images_per_second", "data_wait", "peak_memory_bytes", "batch_digest", "slot_share_0", "background_share",
+    "dead_slots", "map_entropy", "basis_cosine", "zero_basis_rows",
 }  # fmt: skip
 
 
@@ -38,7 +39,9 @@ def test_a_launched_run_leaves_everything_the_run_folder_promises(toy_shards: Pa
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2]
     assert set(rows[0]) >= LOGGED
-    assert {"val_nmi", "val_ari", "val_fg_nmi", "val_fg_ari", "val_miou"} <= set(rows[-1])
+    assert {"val_nmi", "val_ari", "val_fg_nmi", "val_fg_ari", "val_miou", "val_mask_nmi", "val_mask_ari"} <= set(
+        rows[-1]
+    )
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["encoder"]["name"] == "resnet18"
     assert (tmp_path / "pictures" / "step-2.png").stat().st_size > 1000
     assert list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))
@@ -190,3 +193,15 @@ def test_a_basis_from_k_means_starts_far_below_a_random_one(toy_shards: Path, tm
         assert train(PYTHON, toy_shards, tmp_path / init, *few).returncode == 0
     losses = {init: metrics(tmp_path / init)[0]["loss"] for init in ("kmeans", "random")}
     assert losses["kmeans"] < 0.8 * losses["random"]
+
+
+def test_a_run_that_decides_nothing_is_told_the_likely_cause_and_the_setting_once(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    stays = ("slots.init=shared_gaussian", "train.learning_rate=0.0", "train.batch_size=2", "train.total_steps=102")
+    done = train(PYTHON, toy_shards, tmp_path, *stays)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("WARNING: step") == 1
+    assert "WARNING: step 100: no cell belongs to one slot more than to another" in done.stderr
+    assert "slots.init=learned" in done.stderr
+    assert all(row["map_entropy"] > 0.98 for row in metrics(tmp_path)[-3:])

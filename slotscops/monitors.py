@@ -1,0 +1,96 @@
+"""Monitors of collapse: how the slots share an image, how alike the basis' rows are, and what likely went wrong.
+
+Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher channels, h x w grid of the logits.
+"""
+
+import math
+
+from torch import Tensor
+from torch.nn import functional
+
+# A slot that wins less is dead. Of 16 crops on a 16 x 16 grid it is 4 cells: eyes win more.
+DEAD_SHARE = 0.001
+_ALL = 0.95  # a slot that wins more has taken everything
+_UNDECIDED = 0.98  # entropy of maps that say nothing, as a share of that of equal maps
+_ALIKE = 0.98  # cosine of two basis rows that stand for the same part
+_GRACE_STEPS = 100  # before that, and in the first tenth of a run, every run looks collapsed
+
+
+def watch(logits: Tensor, basis: Tensor) -> dict[str, Tensor]:
+    """What to look at, each a float32 scalar on the logits' own device: nothing waits for it here.
+
+    Args:
+        logits: (B, S, h, w) before the softmax over slots.
+        basis: (K, C).
+
+    Returns:
+        slot_share_0 ...: share of the grid's cells that each slot wins; they sum to 1.
+        background_share: that of slot 0.
+        dead_slots: how many slots win less than 0.1 %, the background among them.
+        map_entropy: mean entropy of a cell's maps over that of equal maps: 0 decided, 1 undecided.
+        basis_cosine: largest cosine between two different basis rows; 0 with a single row.
+        zero_basis_rows: how many rows are all zero: ReLU lets them no gradient.
+    """
+    logits = logits.float()
+    num_slots = logits.shape[1]
+    winners = functional.one_hot(logits.argmax(dim=1), num_slots)  # (B, h, w, S)
+    shares = winners.float().mean(dim=(0, 1, 2))  # (S,)
+    log_maps = logits.log_softmax(dim=1)
+    entropy = -(log_maps.exp() * log_maps).sum(dim=1).mean() / math.log(num_slots)
+    rows = functional.normalize(basis.float(), dim=1, eps=1e-12)
+    cosines = (rows @ rows.T).fill_diagonal_(0)  # of a zero row: 0
+    return {
+        **{f"slot_share_{slot}": share for slot, share in enumerate(shares)},
+        "background_share": shares[0],
+        "dead_slots": (shares < DEAD_SHARE).sum().float(),
+        "map_entropy": entropy,
+        "basis_cosine": cosines.max(),
+        "zero_basis_rows": (basis == 0).all(dim=1).sum().float(),
+    }
+
+
+def likely_causes(row: dict[str, float], step: int, total_steps: int) -> dict[str, str]:
+    """What looks wrong in a logged step: cause -> what was seen, why, and the setting to change. Usually nothing.
+
+    Args:
+        row: the values of `watch`.
+        step: steps done; nothing is said of a run's first tenth nor of its first 100 steps.
+    """
+    if step < max(_GRACE_STEPS, total_steps // 10):
+        return {}
+    shares = [value for name, value in row.items() if name.startswith("slot_share_")]
+    causes = {}
+    if row["map_entropy"] > _UNDECIDED:
+        causes["undecided"] = (
+            f"no cell belongs to one slot more than to another (map_entropy {row['map_entropy']:.3f}); slots that "
+            "cannot be told apart never decide: set slots.init=learned, or raise train.learning_rate"
+        )
+    elif max(shares) > _ALL:
+        slot = shares.index(max(shares))
+        who = "the background" if slot == 0 else f"slot {slot}"
+        causes["one slot takes all"] = (
+            f"{who} wins {100 * max(shares):.1f} % of all cells; the basis fits too little of the features for the "
+            "other slots to win anything: set basis.init=kmeans, and train.optimizer=adamw if it is sgd"
+        )
+    elif shares[0] < DEAD_SHARE:
+        causes["no background"] = (
+            f"the background wins {100 * shares[0]:.2f} % of all cells, so a part has taken its place; a slot too many "
+            "for the features does that: lower slots.num_parts, or set basis.init=kmeans"
+        )
+    dead = [slot for slot, share in enumerate(shares) if slot and share < DEAD_SHARE]
+    if dead and not causes:
+        causes["dead slots"] = (
+            f"slot(s) {', '.join(map(str, dead))} win nothing; their basis rows fit no feature: set basis.init=kmeans, "
+            "lower slots.num_parts, or lower train.basis_learning_rate"
+        )
+    if row["zero_basis_rows"] >= 1:
+        causes["zero basis rows"] = (
+            f"{row['zero_basis_rows']:.0f} row(s) of the basis are all zero and get no gradient any more: lower "
+            "train.basis_learning_rate"
+        )
+    if row["basis_cosine"] > _ALIKE:
+        causes["rows alike"] = (
+            f"two rows of the basis are alike (cosine {row['basis_cosine']:.3f}), so two slots share one part: lower "
+            "slots.num_parts, or set basis.init=kmeans"
+        )
+    return causes
