@@ -12,7 +12,7 @@ PROGRAMS = {
     "srun": 'shift; echo $$ > "$SLURM_STANDIN/step"; export SLURM_NODEID=0; exec "$@"',
     # As Slurm does: every process of the step gets it, the loader workers too.
     "scancel": 'step=$(cat "$SLURM_STANDIN/step"); kill -TERM $(pgrep -P "$step") "$step"',
-    "scontrol": '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$SLURM_STANDIN/scontrol"',
+    "scontrol": '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$SLURM_STANDIN/asked"',
 }
 
 
@@ -34,7 +34,7 @@ def test_a_preempted_job_saves_and_goes_back_into_the_queue(toy_shards: Path, tm
         wait_for_step(run_dir, 3, running)
         os.kill(running.pid, signal.SIGUSR1)
         assert running.wait(timeout=60) == 0, running.said(running.err)
-    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("interrupted", "SIGTERM")
     assert (run_dir / "checkpoints" / f"step-{status['step']}").is_dir()
