@@ -18,7 +18,7 @@ from slotscops.config import Config, to_mapping
 from slotscops.errors import RunError
 from slotscops.evaluate import evaluate_split, picture_of_split
 from slotscops.loader import Split, training_batches
-from slotscops.losses import semantic_consistency
+from slotscops.objective import check_objective, compute_terms, weighted_sum
 from slotscops.plan import TrainingPlan, batch_digest
 from slotscops.records import Batch
 from slotscops.run_folder import RunFolder, check_same_run
@@ -65,12 +65,14 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator
         self.folder = RunFolder.of(config)
+        check_objective(config, accelerator.num_processes)
         self.dataset, self.cache = open_training_data(config)
         self.network = build_model(config, self.cache.shape[0])
-        self._split = Split(self.dataset, "train", self.cache, with_labels=False)
-        if config.basis.init == "kmeans" and is_fresh:
-            centres = find_centres(sample_vectors(self._split, config.seed), config.slots.num_parts, config.seed)
-            self.network.basis_parameter.data.copy_(centres)
+        # Only the object masks are looked at, and only where the target is masked by them.
+        needs_masks = config.losses.target_mask == "object"
+        self._split = Split(self.dataset, "train", self.cache, with_labels=needs_masks)
+        if is_fresh:
+            self._start_from_features()
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(config, self.network)
@@ -80,10 +82,22 @@ class Trainer:
         self.step = 0  # steps done
         self.samples_seen = 0
         self._scores: dict[str, float] = {}  # of the last evaluation
+        self._terms: dict[str, Tensor] = {}  # of the last step, unweighted, this process's mean
         self._first_bad_step = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self.stopwatch = Stopwatch()
         # Shared-Gaussian slots draw from this: differently on each process, the same at each start.
         torch.manual_seed(config.seed * 1000 + accelerator.process_index)
+
+    def _start_from_features(self) -> None:
+        """The target's scales and the basis, in the target's space, from a sample of the cache."""
+        if self.config.basis.init != "kmeans" and self.config.teacher.transform != "channel_standardised":
+            return
+        vectors = sample_vectors(self._split, self.config.seed)
+        self.network.target.measure(vectors)
+        if self.config.basis.init == "kmeans":
+            vectors = self.network.target(vectors)
+            centres = find_centres(vectors, self.config.slots.num_parts, self.config.seed)
+            self.network.basis_parameter.data.copy_(centres)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -116,6 +130,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_learning_rate"] * factor
         total = torch.zeros((), device=self.accelerator.device)
+        self._terms = {}
         for number in range(train.accumulation_steps):
             with self.stopwatch.waiting():
                 batch = next(batches).to(self.accelerator.device)
@@ -134,10 +149,11 @@ class Trainer:
         return total, grad_norm
 
     def _loss(self, batch: Batch) -> Tensor:
-        assert batch.features is not None
-        output = self._model(batch.features if self.config.encoder.name == "features" else batch.images)
-        size = (self.config.data.size, self.config.data.size)
-        return self.config.losses.semantic * semantic_consistency(output.logits, batch.features, output.basis, size)
+        terms = compute_terms(self._model, self.network.target, batch, self.config, self.step)
+        share = 1 / self.config.train.accumulation_steps
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0) + share * term.detach()
+        return weighted_sum(terms, self.config.losses)
 
     def _note_if_bad(self, loss: Tensor, grad_norm: Tensor) -> None:
         # On the device: looking at the number here would make every step wait for it.
@@ -229,12 +245,13 @@ class Trainer:
     def _make_row(self, loss: Tensor, grad_norm: Tensor) -> dict[str, Any]:
         """What is written down of the step just taken. The only place where a step waits for the device."""
         loss = self.accelerator.reduce(loss, "mean")
+        terms = {name: self.accelerator.reduce(term, "mean") for name, term in self._terms.items()}
         self._check_finite()
         return {
             "step": self.step,
             "samples_seen": self.samples_seen,
             "loss": loss.item(),
-            "loss_semantic": loss.item() / (self.config.losses.semantic or 1.0),
+            **{f"loss_{name}": term.item() for name, term in terms.items()},
             **{f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups},
             "grad_norm": grad_norm.item(),
             **self.stopwatch.read(),
