@@ -1,7 +1,7 @@
 """Terms that look at the part maps or the basis alone, as pure functions. All in float32, also under autocast.
 
-Each term over images is a mean over B of what each image gives alone, so that the mean over processes of equal shares is
-that of the whole batch.
+Each term over images is a mean over B of what each image gives alone, so that the mean over processes of equal shares
+is that of the whole batch.
 
 Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher channels, H x W pixels.
 """
