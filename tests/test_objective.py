@@ -19,10 +19,11 @@ ALL_BUT_WARPS = {
     "part_contrast": 0.1,
     "visual_consistency": 0.1,
 }
+RESNET = {"encoder": {"name": "resnet18", "weights": "random:0"}}
 CHOICES = [
     {"losses": ALL_BUT_WARPS},
     {"losses": {"target_mask": "object"}},
-    {"losses": {"equivariance": 1.0, "landmark_equivariance": 1.0}, "encoder": {"name": "resnet18", "weights": "random:0"}},
+    {"losses": {"equivariance": 1.0, "landmark_equivariance": 1.0}} | RESNET,
     {"teacher": {"transform": "sqrt"}, "basis": {"init": "kmeans"}},
     {"teacher": {"transform": "channel_standardised"}},
     {"teacher": {"transform": "l2"}, "basis": {"kind": "free"}},

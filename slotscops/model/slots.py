@@ -57,8 +57,8 @@ class SlotAttention(nn.Module):
         Args:
             dim: D, of inputs and slots.
             hidden_dim: width of the residual MLP.
-            init: `learned`, one start per slot; `shared_gaussian`, the paper's; or `image_conditioned`, `learned` plus a
-                linear map, zero at first, of the mean of the normalised inputs.
+            init: `learned`, one start per slot; `shared_gaussian`, the paper's; or `image_conditioned`, `learned` plus
+                a linear map, zero at first, of the mean of the normalised inputs.
             epsilon: added to every attention weight, so that a slot that wins nothing still has a mean.
             gradient: through how much of the iterations it flows: `full`; `last_iteration`, as if the iterations
                 before had found a fixed point (Chang et al., arXiv:2207.00787), so that the starts do not train; or
