@@ -32,8 +32,8 @@ def part_contrast(parts: Tensor, features: Tensor, class_ids: Tensor, temperatur
     Raises:
         ValueError: an odd number of images.
 
-    Source: after Choudhury et al. (NeurIPS 2021), contrastive loss over parts of different images. Their pairs are
-    random within the whole batch; ours are fixed.
+    Source: after Choudhury et al. (NeurIPS 2021), contrastive loss over parts of different images. The fixed pairs
+    and both directions are ours; not yet compared with the paper's equation.
     """
     num_images, num_parts = parts.shape[:2]
     if num_images % 2:
@@ -67,7 +67,7 @@ def visual_consistency(parts: Tensor, images: Tensor) -> Tensor:
     Returns:
         Scalar in [0, 3/4], in squared units of the colour range.
 
-    Source: after Choudhury et al. (NeurIPS 2021), visual consistency.
+    Source: after Choudhury et al. (NeurIPS 2021), visual consistency; not yet compared with the paper's equation.
     """
     with torch.autocast(parts.device.type, enabled=False):
         dtype = torch.promote_types(parts.dtype, torch.float32)
