@@ -37,7 +37,13 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True) 
             slot_dim=config.slots.dim,
             num_iterations=config.slots.iterations,
             slot_init=config.slots.init,
-            decoder_grid=config.decoder.grid if config.decoder.maps == "head" else None,
+            decoder_grid=config.decoder.grid,
+            slot_gradient=config.slots.gradient,
+            maps_from=config.decoder.maps,
+            decoder_kind=config.decoder.kind,
+            decoder_mixing=config.decoder.mixing,
+            free_basis=config.basis.kind == "free",
+            transform=config.teacher.transform,
         )
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slotscops.config import Config
 from slotscops.loader import Split
+from slotscops.model import SlotScops
 from slotscops.plan import permutation
 from slotscops.records import Batch
 
@@ -82,3 +84,14 @@ def find_factors(vectors: Tensor, num_factors: int, seed: int) -> Tensor:
         warnings.simplefilter("ignore", ConvergenceWarning)  # on a bounded number of passes, by intention
         factors = torch.from_numpy(factorisation.fit(vectors.numpy()).components_).float()
     return functional.normalize(factors, dim=1)
+
+
+def start_from_features(network: SlotScops, split: Split, config: Config) -> None:
+    """The target's scales and the basis, in the target's space, from a sample of the cache. The same on every rank."""
+    if config.basis.init != "kmeans" and config.teacher.transform != "channel_standardised":
+        return
+    vectors = sample_vectors(split, config.seed)
+    network.target.measure(vectors)
+    if config.basis.init == "kmeans":
+        centres = find_centres(network.target(vectors), config.slots.num_parts, config.seed)
+        network.basis_parameter.data.copy_(centres)

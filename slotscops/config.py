@@ -36,6 +36,7 @@ class Teacher:
     layer: str = "relu5_4"  # VGG19 layer whose features are the target; "relu5_2+relu5_4" joins channels
     size: Positive | None = None  # side the crops had when VGG saw them, pixels; null: data.size
     weights: str | None = None  # refuse a cache made with other weights than these; null: take the cache as it is
+    transform: Literal["none", "sqrt", "channel_standardised", "l2"] = "none"  # of the features, before the loss
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -50,23 +51,54 @@ class Slots:
     num_parts: Annotated[int, Field(ge=1, le=254)] = 5  # K; one slot more is the background
     dim: Positive = 64
     iterations: Positive = 3
-    init: Literal["learned", "shared_gaussian"] = "learned"  # shared_gaussian stays at chance; for the record
+    # shared_gaussian stays at chance; for the record. image_conditioned: learned, plus a linear map of the mean token
+    init: Literal["learned", "shared_gaussian", "image_conditioned"] = "learned"
+    # last_iteration (Chang et al. 2022): the starts do not train; bilevel (Jia et al. 2023): they do, straight through
+    gradient: Literal["full", "last_iteration", "bilevel"] = "full"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Decoder:
-    maps: Literal["head", "attention"] = "head"  # where part maps come from: SCOPS' head, or the slots' last attention
-    grid: Positive = 8  # side of the grid on which each slot is broadcast; of no matter to attention
+    # where part maps come from: a decoder, the slots' last attention, or SCOPS' head on the encoder without any slots
+    maps: Literal["head", "attention", "head_only"] = "head"
+    kind: Literal["scops", "mlp_broadcast", "conv"] = "scops"  # of the decoder, for maps: head
+    mixing: bool = False  # scops: 1x1 convolution and ReLU before the head, which alone cannot place a slot
+    grid: Positive | None = 8  # side of the grid on which each slot is broadcast; null: the encoder's own
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Basis:
+    kind: Literal["relu", "free"] = "relu"  # relu: no negative numbers, as the teacher's features
     init: Literal["random", "kmeans"] = "random"  # |N(0,1)|, or K clusters of a sample of the cached features
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Losses:
-    semantic: Rate = 1.0  # weight of the semantic consistency loss
+    # Weights; 0 is off and costs nothing.
+    semantic: Rate = 1.0  # semantic consistency
+    concentration: Rate = 0.0  # each part close to its own centre
+    orthonormality: Rate = 0.0  # rows of the basis unlike each other
+    entropy: Rate = 0.0  # every pixel sure of its slot
+    equivariance: Rate = 0.0  # maps follow a warp of the photo; doubles the encoder's work
+    landmark_equivariance: Rate = 0.0  # parts' centres do
+    part_contrast: Rate = 0.0  # a part's features: alike in two photos, unlike other parts'
+    visual_consistency: Rate = 0.0  # one colour within a part
+    # What is no loss weight but belongs to them.
+    contrast_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    target_mask: Literal["none", "object"] = "none"  # object: outside the true object the target is zero
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Warp:
+    """Of the second photo of the equivariance terms; SCOPS' published setting but for the jitter."""
+
+    points: Annotated[int, Field(ge=2)] = 5  # thin-plate spline: so many control points a side
+    bend: Rate = 0.01  # deviation of the control points' shifts, half-image units
+    rotation: Rate = 60.0  # degrees, at most
+    translation: Rate = 0.1  # half-image units, at most
+    min_scale: Annotated[float, Field(gt=0)] = 0.7
+    max_scale: Annotated[float, Field(gt=0)] = 2.0
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.3  # of brightness, contrast and saturation, at most
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -111,6 +143,7 @@ class Config:
     decoder: Decoder = Decoder()
     basis: Basis = Basis()
     losses: Losses = Losses()
+    warp: Warp = Warp()
     train: Train = Train()
 
     @property

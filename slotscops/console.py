@@ -125,6 +125,8 @@ def run_command(command: Callable[[], int]) -> None:
         warn("interrupted")
         code = 130
     sys.stdout.flush()
+    if code == 1 and world_size() > 1:
+        os._exit(code)  # tidying up would wait for processes that are gone, for minutes over a dead link
     sys.exit(code)
 
 

@@ -2,9 +2,10 @@
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -65,29 +66,25 @@ def _explain(error: Exception) -> str | None:
 
 def _tell(reason: str) -> None:
     """Leaves a word for the other processes."""
-    store = _store()
-    if store is not None:
-        try:
-            store.set(_key(console.rank()), reason)
-        except (RuntimeError, dist.DistError):  # the store itself went with the process that kept it
-            return
+    _within_time(lambda store: store.set(_key(console.rank()), reason))
 
 
 def _who_left() -> str:
     """The processes that failed before this one, as they said it themselves; or those that say nothing at all."""
     _tell(_WAITING)
-    store = _store()
     others = [number for number in range(console.world_size()) if number != console.rank()]
     reasons: dict[int, str] = {}
-    ends = time.monotonic() + _ASKING_S
-    try:
-        while store is not None and len(reasons) < len(others) and time.monotonic() < ends:
+
+    def ask(store: Any) -> None:
+        ends = time.monotonic() + _ASKING_S
+        while len(reasons) < len(others) and time.monotonic() < ends:
             for number in others:
                 if number not in reasons and store.check([_key(number)]):
                     reasons[number] = store.get(_key(number)).decode()
             time.sleep(0.1)
-    except (RuntimeError, dist.DistError):
-        return "lost the connection to another process, and with it the main one"
+
+    if not _within_time(ask):
+        return "lost the main process, killed, or this node was cut off from it"
     causes = {number: reason for number, reason in reasons.items() if reason != _WAITING}
     if causes:
         return "; ".join(f"rank {number} failed: {reason}" for number, reason in sorted(causes.items()))
@@ -96,15 +93,25 @@ def _who_left() -> str:
     return f"lost {listed}: killed, hung, or cut off within train.timeout_minutes"
 
 
+def _within_time(use: Callable[[Any], None]) -> bool:
+    """Whether the processes' common store could be used; over a dead link it would wait for minutes."""
+    if not dist.is_initialized() or console.world_size() == 1:
+        return False
+    done = threading.Event()
+
+    def run() -> None:
+        # Where the store went with the process that kept it, this one has nobody to talk to.
+        with suppress(RuntimeError, dist.DistError):
+            use(dist.distributed_c10d._get_default_store())
+            done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.wait(_ASKING_S + 2)
+
+
 _WAITING = "waits for another process"
 
 
 def _key(rank: int) -> str:
     # A launcher that restarts its processes keeps the store.
     return f"slotscops/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/left/{rank}"
-
-
-def _store() -> Any:
-    if not dist.is_initialized() or console.world_size() == 1:
-        return None
-    return dist.distributed_c10d._get_default_store()

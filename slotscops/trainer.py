@@ -14,13 +14,13 @@ from slotscops import checkpoint, console, monitors, snapshot
 from slotscops.averaging import WeightAverage
 from slotscops.build import build_model, build_optimizer
 from slotscops.checkpoint_writer import CheckpointWriter
-from slotscops.clusters import find_centres, sample_vectors
+from slotscops.clusters import start_from_features
 from slotscops.config import Config, to_mapping
 from slotscops.errors import RunError
 from slotscops.evaluate import evaluate_split, picture_of_split
 from slotscops.interruption import Agreement, StopRequest
 from slotscops.loader import Split, move_ahead, training_batches
-from slotscops.losses import semantic_consistency
+from slotscops.objective import check_objective, compute_terms, weighted_sum
 from slotscops.plan import TrainingPlan, batch_digest
 from slotscops.records import Batch
 from slotscops.reduction import FixedOrderReducer
@@ -41,23 +41,26 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator
         self.folder = RunFolder.of(config)
+        self._num_microbatches = microbatches_of_process(config, accelerator.num_processes)
+        check_objective(config, accelerator.num_processes, self._num_microbatches)
         self.dataset, self.cache = open_training_data(config)
         check_same_on_all_ranks(config, self.dataset, self.cache, start_from)
         self.network = build_model(config, self.cache.shape[0], pretrained=start_from is None)
-        self._split = Split(self.dataset, "train", self.cache, with_labels=False)
-        if config.basis.init == "kmeans" and start_from is None:
-            centres = find_centres(sample_vectors(self._split, config.seed), config.slots.num_parts, config.seed)
-            self.network.basis_parameter.data.copy_(centres)
+        # Only the object masks are looked at, and only where the target is masked by them.
+        needs_masks = config.losses.target_mask == "object"
+        self._split = Split(self.dataset, "train", self.cache, with_labels=needs_masks)
+        if start_from is None:
+            start_from_features(self.network, self._split, config)
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(config, self.network)
         self._wrap()
-        self._num_microbatches = microbatches_of_process(config, accelerator.num_processes)
         self.step = 0  # steps done
         self.samples_seen = 0
         self._scores: dict[str, float] = {}  # of the last evaluation
         self._best: dict[str, Any] = {}  # score, value and step of the best one
         self._first_bad_steps = torch.zeros(2, dtype=torch.int64, device=accelerator.device)  # loss, gradient; 0: none
+        self._terms: dict[str, Tensor] = {}  # of the last step, unweighted, this process's mean
         self.stopwatch = Stopwatch()
         self._watched: tuple[Tensor, Tensor] | None = None  # logits and basis of the last microbatch
         self._warned: set[str] = set()  # causes of collapse that were named already
@@ -127,6 +130,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_learning_rate"] * factor
         total = torch.zeros((), device=self.accelerator.device)
+        self._terms = {}
         for number in range(self._num_microbatches):
             with self.stopwatch.waiting():
                 batch = next(batches)
@@ -151,11 +155,11 @@ class Trainer:
         return total, grad_norm
 
     def _loss(self, batch: Batch) -> Tensor:
-        assert batch.features is not None
-        output = self._model(batch.features if self.config.encoder.name == "features" else batch.images)
+        output, terms = compute_terms(self._model, self.network.target, batch, self.config, self.step)
         self._watched = (output.logits.detach(), output.basis.detach())
-        size = (self.config.data.size, self.config.data.size)
-        return self.config.losses.semantic * semantic_consistency(output.logits, batch.features, output.basis, size)
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0) + term.detach() / self._num_microbatches
+        return weighted_sum(terms, self.config.losses)
 
     def _note_if_bad(self, loss: Tensor, grad_norm: Tensor) -> None:
         # On the device: looking at the numbers here would make every step wait for it.
@@ -235,12 +239,13 @@ class Trainer:
     def _make_row(self, loss: Tensor, grad_norm: Tensor) -> dict[str, Any]:
         """What is written down of the step just taken. The only place where a step waits for the device."""
         loss = self.accelerator.reduce(loss, "mean")
+        terms = {name: self.accelerator.reduce(term, "mean") for name, term in self._terms.items()}
         self.check_finite()
         return {
             "step": self.step,
             "samples_seen": self.samples_seen,
             "loss": loss.item(),
-            "loss_semantic": loss.item() / (self.config.losses.semantic or 1.0),
+            **{f"loss_{name}": term.item() for name, term in terms.items()},
             **{f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups},
             "grad_norm": grad_norm.item(),
             **self.stopwatch.read(),

@@ -263,7 +263,7 @@ def test_the_whole_network_is_one_graph_for_the_compiler(resnet18: ResNetEncoder
 
 
 def test_without_decoder_the_maps_are_the_attention_on_the_encoders_grid() -> None:
-    model = SlotScops(FeatureEncoder(8), feature_channels=8, decoder_grid=None)
+    model = SlotScops(FeatureEncoder(8), feature_channels=8, maps_from="attention")
     output = model(torch.rand(2, 8, 5, 7))
     assert output.broadcast is None
     assert output.slot_logits is None
@@ -275,4 +275,4 @@ def test_without_decoder_the_maps_are_the_attention_on_the_encoders_grid() -> No
 
 def test_without_decoder_a_single_iteration_is_refused() -> None:
     with pytest.raises(UserError, match=r"slots\.iterations"):
-        SlotScops(FeatureEncoder(8), num_iterations=1, decoder_grid=None)
+        SlotScops(FeatureEncoder(8), num_iterations=1, maps_from="attention")

@@ -153,7 +153,7 @@ def _loss_alone(config: Config, batch: Batch) -> Callable[[], None]:
     features = batch.features
     assert features is not None
     slots, device = config.slots.num_parts + 1, features.device
-    logits = torch.randn(len(batch), slots, config.decoder.grid, config.decoder.grid, device=device, requires_grad=True)
+    logits = torch.randn(len(batch), slots, *features.shape[2:], device=device, requires_grad=True)
     basis = torch.rand(slots - 1, features.shape[1], device=device, requires_grad=True)
     size = (config.data.size, config.data.size)
     return lambda: semantic_consistency(logits, features, basis, size).backward()

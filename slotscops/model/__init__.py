@@ -5,7 +5,7 @@ D slot dimension; G x G decoder grid; C teacher channels; H x W pixels.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from slotscops.errors import UserError
 from slotscops.losses import part_maps
-from slotscops.model.decoder import DilatedHead, SlotDecoder
+from slotscops.model.decoder import DecoderKind, DilatedHead, SlotDecoder
 from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder
-from slotscops.model.slots import SlotAttention, SlotInit, SoftPositionEncoding
+from slotscops.model.slots import SlotAttention, SlotGradient, SlotInit, SoftPositionEncoding
+from slotscops.model.target import TargetTransform, Transform
 
 __all__ = [
     "DilatedHead",
@@ -27,7 +28,10 @@ __all__ = [
     "SlotDecoder",
     "SlotScops",
     "SoftPositionEncoding",
+    "TargetTransform",
 ]
+
+MapsFrom = Literal["head", "attention", "head_only"]
 
 _EPSILON = 1e-8  # keeps the log of an attention that rounds to 0 finite
 
@@ -36,13 +40,13 @@ class ModelOutput(NamedTuple):
     """Everything that was computed on the way, in its order. A tuple, so that DDP and Accelerate see the tensors."""
 
     encoded: Tensor  # (B, C_e, h, w) the encoder's maps, without positions
-    tokens: Tensor  # (B, N, D) what the slots attend to
-    slots: Tensor  # (B, S, D)
-    attention: Tensor  # (B, S, N) of the last iteration; sums to 1 over slots
+    tokens: Tensor | None  # (B, N, D) what the slots attend to; None without slots, as the next two
+    slots: Tensor | None  # (B, S, D)
+    attention: Tensor | None  # (B, S, N) of the last iteration; sums to 1 over slots
     broadcast: Tensor | None  # (B * S, D, G, G) each slot at every position, plus the positions; None without decoder
     slot_logits: Tensor | None  # (B * S, 1, G, G) the head's answer to each slot; None without decoder
     logits: Tensor  # (B, S, G, G) the same, or (B, S, h, w) the log of the attention; slot 0 the background
-    basis: Tensor  # (K, C) non-negative part basis; row k belongs to slot k + 1
+    basis: Tensor  # (K, C) part basis, non-negative unless free; row k belongs to slot k + 1
 
     def maps(self, size: Sequence[int]) -> Tensor:
         """(B, S, H, W) float32 soft maps for size (H, W): upsampled, then softmax over slots; channel 0 background."""
@@ -51,6 +55,8 @@ class ModelOutput(NamedTuple):
 
     def attention_maps(self) -> Tensor:
         """(B, S, h, w): the last attention on the encoder's grid."""
+        if self.attention is None:
+            raise ValueError("this model has no slots, so there is no attention")
         height, width = self.encoded.shape[-2:]
         return self.attention.view(*self.attention.shape[:2], height, width)
 
@@ -71,6 +77,12 @@ class SlotScops(nn.Module):
         num_iterations: int = 3,
         slot_init: SlotInit = "learned",
         decoder_grid: int | None = 8,
+        slot_gradient: SlotGradient = "full",
+        maps_from: MapsFrom = "head",
+        decoder_kind: DecoderKind = "scops",
+        decoder_mixing: bool = False,
+        free_basis: bool = False,
+        transform: Transform = "none",
     ) -> None:
         """
         Args:
@@ -79,22 +91,42 @@ class SlotScops(nn.Module):
             feature_channels: C of the teacher.
             slot_dim: D.
             num_iterations: of Slot Attention.
-            slot_init: `learned` or `shared_gaussian`.
-            decoder_grid: G; None takes the part maps straight from the last attention, on the encoder's grid.
+            slot_init, slot_gradient: see `SlotAttention`.
+            decoder_grid: G; None takes the encoder's own.
+            maps_from: `head`, the decoder's; `attention`, the last one, on the encoder's grid; `head_only`, SCOPS' head
+                on the encoder's normalised maps, without any slots: what slots have to beat.
+            decoder_kind, decoder_mixing: see `SlotDecoder`.
+            free_basis: the basis may hold negative numbers.
+            transform: what is done to the teacher's features before the parts rebuild them; see `TargetTransform`.
 
         Raises:
             UserError: no decoder and a single iteration, which would leave the slots' update untrained.
         """
-        if decoder_grid is None and num_iterations < 2:
+        if maps_from == "attention" and num_iterations < 2:
             raise UserError("decoder.maps is attention, which needs slots.iterations of 2 or more, came 1")
         super().__init__()
         self.num_slots = num_parts + 1
+        self.maps_from, self.free_basis = maps_from, free_basis
         self.encoder = encoder
-        self.positions = SoftPositionEncoding(encoder.out_channels)
         self.norm = nn.LayerNorm(encoder.out_channels)
-        self.project = nn.Linear(encoder.out_channels, slot_dim)
-        self.slot_attention = SlotAttention(self.num_slots, slot_dim, num_iterations, init=slot_init)
-        self.decoder = None if decoder_grid is None else SlotDecoder(slot_dim, decoder_grid)
+        self.decoder = None
+        if maps_from == "head_only":
+            self.head = DilatedHead(encoder.out_channels, self.num_slots)
+        else:
+            self.positions = SoftPositionEncoding(encoder.out_channels)
+            self.project = nn.Linear(encoder.out_channels, slot_dim)
+            attached = 2 if maps_from == "attention" else 1
+            self.slot_attention = SlotAttention(
+                self.num_slots,
+                slot_dim,
+                num_iterations,
+                init=slot_init,
+                gradient=slot_gradient,
+                attached_iterations=attached,
+            )
+            if maps_from == "head":
+                self.decoder = SlotDecoder(slot_dim, decoder_grid, decoder_kind, decoder_mixing)
+        self.target = TargetTransform(transform, feature_channels)
         self.basis_parameter = nn.Parameter(torch.randn(num_parts, feature_channels).abs())
 
     def forward(self, inputs: Tensor, noise: Tensor | None = None) -> ModelOutput:
@@ -105,6 +137,11 @@ class SlotScops(nn.Module):
             noise: (B, S, D) standard normal numbers for `shared_gaussian`; drawn if not given.
         """
         encoded = self.encoder(inputs)  # (B, C_e, h, w)
+        basis = self.basis_parameter if self.free_basis else functional.relu(self.basis_parameter)  # (K, C)
+        if self.maps_from == "head_only":
+            normalised = self.norm(encoded.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C_e, h, w)
+            logits = self.head(normalised)  # (B, S, h, w)
+            return ModelOutput(encoded, None, None, None, None, None, logits, basis)
         positioned = self.positions(encoded).flatten(2).transpose(1, 2)  # (B, N, C_e)
         tokens = self.project(self.norm(positioned))  # (B, N, D)
         slots, attention = self.slot_attention(tokens, noise)  # (B, S, D), (B, S, N)
@@ -112,8 +149,8 @@ class SlotScops(nn.Module):
         if self.decoder is None:
             logits = (attention + _EPSILON).log().unflatten(2, encoded.shape[2:])  # (B, S, h, w)
         else:
-            broadcast, slot_logits = self.decoder(slots)  # (B * S, D, G, G), (B * S, 1, G, G)
-            logits = slot_logits.view(-1, self.num_slots, self.decoder.grid, self.decoder.grid)  # (B, S, G, G)
+            broadcast, slot_logits = self.decoder(slots, encoded.shape[2:])  # (B * S, D, G, G), (B * S, 1, G, G)
+            logits = slot_logits.view(-1, self.num_slots, *slot_logits.shape[2:])  # (B, S, G, G)
         return ModelOutput(
             encoded=encoded,
             tokens=tokens,
@@ -122,7 +159,7 @@ class SlotScops(nn.Module):
             broadcast=broadcast,
             slot_logits=slot_logits,
             logits=logits,
-            basis=functional.relu(self.basis_parameter),  # (K, C)
+            basis=basis,
         )
 
     @property

@@ -4,6 +4,7 @@ Shapes: B images, S slots, D slot dimension, G x G decoder grid.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from slotscops.model.slots import SoftPositionEncoding
 
 DILATIONS = (6, 12, 18, 24)
+
+DecoderKind = Literal["scops", "mlp_broadcast", "conv"]
 
 
 class DilatedHead(nn.Module):
@@ -34,27 +37,44 @@ class DilatedHead(nn.Module):
 
 
 class SlotDecoder(nn.Module):
-    """Spatial broadcast of each slot, positional encoding, SCOPS' head.
+    """Spatial broadcast of each slot, positional encoding, a head.
+
+        scops          SCOPS' dilated head. Linear up to the softmax over slots, in which what positions add cancels: it
+                       cannot place a slot, but for its padding. `mixing` puts a 1x1 convolution and a ReLU before it.
+        mlp_broadcast  each position alone: three 1x1 convolutions with ReLUs between
+        conv           the same with 3x3 convolutions
 
     Source: Watters et al. (arXiv:1901.07017), spatial broadcast, as in Locatello et al. (arXiv:2006.15055).
     """
 
-    def __init__(self, dim: int = 64, grid: int = 8) -> None:
+    def __init__(self, dim: int = 64, grid: int | None = 8, kind: DecoderKind = "scops", mixing: bool = False) -> None:
+        """
+        Args:
+            grid: G; None takes the grid of the call.
+        """
         super().__init__()
         self.grid = grid
         self.positions = SoftPositionEncoding(dim)
-        self.head = DilatedHead(dim)
+        if kind == "scops":
+            head: nn.Module = DilatedHead(dim)
+            self.head = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.ReLU(), head) if mixing else head
+        else:
+            size = 1 if kind == "mlp_broadcast" else 3
+            layers = [nn.Conv2d(dim, width, size, padding=size // 2) for width in (dim, dim, 1)]
+            self.head = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
-    def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, slots: Tensor, grid: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """
         Args:
             slots: (B, S, D).
+            grid: height and width, for a decoder without a grid of its own.
 
         Returns:
             broadcast: (B * S, D, G, G), what the head sees: the slot at every position, plus the positions.
             slot_logits: (B * S, 1, G, G) float32.
         """
-        repeated = slots.flatten(0, 1)[:, :, None, None].expand(-1, -1, self.grid, self.grid)  # (B * S, D, G, G)
+        height, width = (self.grid, self.grid) if self.grid is not None else grid or (8, 8)
+        repeated = slots.flatten(0, 1)[:, :, None, None].expand(-1, -1, height, width)  # (B * S, D, G, G)
         broadcast: Tensor = self.positions(repeated)
         slot_logits: Tensor = self.head(broadcast)
-        return broadcast, slot_logits
+        return broadcast, slot_logits.float()

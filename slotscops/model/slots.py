@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-SlotInit = Literal["learned", "shared_gaussian"]
+SlotInit = Literal["learned", "shared_gaussian", "image_conditioned"]
+SlotGradient = Literal["full", "last_iteration", "bilevel"]
 
 
 class SoftPositionEncoding(nn.Module):
@@ -54,25 +55,39 @@ class SlotAttention(nn.Module):
         hidden_dim: int = 128,
         init: SlotInit = "learned",
         epsilon: float = 1e-8,
+        gradient: SlotGradient = "full",
+        attached_iterations: int = 1,
     ) -> None:
         """
         Args:
             dim: D, of inputs and slots.
             hidden_dim: width of the residual MLP.
-            init: `learned`, one start per slot; or `shared_gaussian`, the paper's.
+            init: `learned`, one start per slot; `shared_gaussian`, the paper's; or `image_conditioned`, `learned` plus
+                a linear map, zero at first, of the mean of the normalised inputs.
             epsilon: added to every attention weight, so that a slot that wins nothing still has a mean.
+            gradient: through how much of the iterations it flows: `full`; `last_iteration`, as if the iterations
+                before had found a fixed point (Chang et al., arXiv:2207.00787), so that the starts do not train; or
+                `bilevel`, the same but straight through to the starts (Jia et al., arXiv:2210.08990).
+            attached_iterations: so many at the end count as the last: 2 where the attention is what is read out,
+                because the update that it follows from lies in the iteration before.
         """
         super().__init__()
-        assert init in ("learned", "shared_gaussian"), init
+        assert init in ("learned", "shared_gaussian", "image_conditioned"), init
         self.num_slots, self.dim, self.num_iterations, self.epsilon = num_slots, dim, num_iterations, epsilon
-        self.init = init
-        if init == "learned":
+        self.init, self.gradient, self.attached_iterations = init, gradient, attached_iterations
+        if init != "shared_gaussian":
             # Of the size of the GRU's state: at a tenth of it the first update, nearly the same for all slots,
             # drowns what tells them apart.
             self.start = nn.Parameter(torch.randn(num_slots, dim))
         else:
             self.mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, dim)))
             self.log_sigma = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, dim)))
+        if init == "image_conditioned":
+            self.condition = nn.Linear(dim, num_slots * dim)
+            nn.init.zeros_(self.condition.weight)
+            nn.init.zeros_(self.condition.bias)
+        if gradient == "last_iteration":  # no gradient would ever come, for which DDP waits
+            self.requires_grad_(False)  # the starts alone: the rest is made below
         self.norm_inputs = nn.LayerNorm(dim)
         self.norm_slots = nn.LayerNorm(dim)
         self.norm_mlp = nn.LayerNorm(dim)
@@ -98,10 +113,13 @@ class SlotAttention(nn.Module):
             inputs = self.norm_inputs(inputs.float())
             keys, values = self.key(inputs), self.value(inputs)  # (B, N, D) both
             slots = self._start(inputs, noise)  # (B, S, D)
-            attention = self._attend(slots, keys)  # (B, S, N)
+            start = slots
             for iteration in range(self.num_iterations):
-                if iteration:
-                    attention = self._attend(slots, keys)
+                if self.gradient != "full" and iteration == max(0, self.num_iterations - self.attached_iterations):
+                    slots = slots.detach()
+                    if self.gradient == "bilevel":
+                        slots = slots + start - start.detach()
+                attention = self._attend(slots, keys)  # (B, S, N)
                 slots = self._update(slots, attention, values)
         return slots, attention
 
@@ -110,6 +128,10 @@ class SlotAttention(nn.Module):
         if self.init == "learned":
             assert noise is None, "learned slots start without noise"
             return self.start.expand(shape)
+        if self.init == "image_conditioned":
+            assert noise is None, "image-conditioned slots start without noise"
+            predicted: Tensor = self.condition(inputs.mean(dim=1))  # (B, S * D)
+            return self.start + predicted.view(shape)
         if noise is None:
             noise = torch.randn(shape, device=inputs.device)
         return self.mean + self.log_sigma.exp() * noise

@@ -1,0 +1,101 @@
+"""Terms that look at the part maps or the basis alone, as pure functions. All in float32, also under autocast.
+
+Each term over images is a mean over B of what each image gives alone, so that the mean over processes of equal shares
+is that of the whole batch.
+
+Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher channels, H x W pixels.
+"""
+
+import torch
+from torch import Tensor
+
+_EPSILON = 1e-8  # keeps a part without mass, or a row of zeros, finite
+
+
+def part_centres(parts: Tensor) -> Tensor:
+    """(B, K, 2) mean x, y of each part in [-1, 1] across the image; 0, the middle, for a part without mass.
+
+        c_bk = sum_yx p_bk(y,x) (x, y) / sum_yx p_bk(y,x)
+
+    Args:
+        parts: (B, K, H, W) soft part maps in [0, 1].
+    """
+    with torch.autocast(parts.device.type, enabled=False):
+        parts = _at_least_float32(parts)
+        x, y = _axes(parts)
+        mass = parts.sum((2, 3)) + _EPSILON  # (B, K)
+        return torch.stack([(parts.sum(2) * x).sum(2), (parts.sum(3) * y).sum(2)], dim=2) / mass[:, :, None]
+
+
+def concentration(parts: Tensor) -> Tensor:
+    """How far each part spreads around its own centre, averaged over parts and images.
+
+        L = 1/(B K) sum_bk  sum_yx p_bk(y,x) |(y,x) - c_bk|^2 / sum_yx p_bk(y,x)
+
+    Args:
+        parts: (B, K, H, W) soft part maps in [0, 1], background already dropped.
+
+    Returns:
+        Scalar, in squared half-image units ([-1, 1] across the image). 0 for a part without mass.
+
+    Source: SCOPS (arXiv:1905.01298), geometric concentration loss. Their code divides by B twice; we do not.
+    """
+    with torch.autocast(parts.device.type, enabled=False):
+        parts = _at_least_float32(parts)
+        x, y = _axes(parts)
+        centres = part_centres(parts)  # (B, K, 2)
+        # Around the centre, not as E x^2 - (E x)^2: the difference of two near numbers would lose what is small.
+        across = (parts.sum(2) * (x - centres[:, :, :1]).square()).sum(2)  # (B, K)
+        down = (parts.sum(3) * (y - centres[:, :, 1:]).square()).sum(2)
+        mean: Tensor = ((across + down) / (parts.sum((2, 3)) + _EPSILON)).mean()
+    return mean
+
+
+def entropy(maps: Tensor) -> Tensor:
+    """How undecided the pixels are, averaged over pixels and images.
+
+        L = -1/(B H W) sum_byx sum_s p_bs(y,x) log p_bs(y,x)
+
+    Args:
+        maps: (B, S, H, W) soft maps that sum to 1 over slots, background included.
+
+    Returns:
+        Scalar in nats, 0 (every pixel sure) to log S.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        maps = _at_least_float32(maps)
+        mean: Tensor = -torch.special.xlogy(maps, maps.clamp_min(_EPSILON)).sum(1).mean()
+    return mean
+
+
+def orthonormality(basis: Tensor) -> Tensor:
+    """How far the rows of the basis, scaled to length 1, are from being orthogonal to each other.
+
+        L = 1/K^2 |w w^T - I|_F^2,   w_k = W_k / |W_k|
+
+    Args:
+        basis: (K, C) part basis.
+
+    Returns:
+        Scalar in [0, 1]. A row of zeros counts as a row of length 0, not as NaN.
+
+    Source: SCOPS (arXiv:1905.01298), orthonormal constraint; theirs is the sum, ours the mean over the K^2 products.
+    """
+    with torch.autocast(basis.device.type, enabled=False):
+        rows = torch.nn.functional.normalize(_at_least_float32(basis), dim=1, eps=_EPSILON)
+        products = rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        mean: Tensor = products.square().mean()
+    return mean
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _axes(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """x (W,) and y (H,) of the pixels, [-1, 1] from the first pixel's centre to the last one's."""
+    height, width = parts.shape[-2:]
+    return (
+        torch.linspace(-1, 1, width, dtype=parts.dtype, device=parts.device),
+        torch.linspace(-1, 1, height, dtype=parts.dtype, device=parts.device),
+    )

@@ -1,0 +1,177 @@
+"""Random warps of photos, and how far part maps are from following them; in float32, also under autocast.
+
+Points are (x, y) in [-1, 1] across the image, as `torch.nn.functional.grid_sample` takes them with align_corners=True.
+A warp says where each point of the new photo lies in the old one, so that new(u) = old(g(u)).
+
+Shapes: B images, S slots, K parts, P = points^2 control points, N points, H x W pixels.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_EPSILON = 1e-8
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+class Warp(NamedTuple):
+    """g(u) = A [u, 1] + sum_i w_i r_i^2 log r_i^2 + the spline's affine part, r_i = |u - c_i|; and other colours."""
+
+    affine: Tensor  # (B, 2, 3)
+    bend: Tensor  # (B, P + 3, 2) weights of the spline, then of 1, x, y
+    centres: Tensor  # (P, 2) control points
+    jitter: Tensor  # (B, 3) factors of brightness, contrast, saturation
+
+    def move(self, points: Tensor) -> Tensor:
+        """(B, N, 2) points of the new photo -> (B, N, 2) where they lie in the old one."""
+        with torch.autocast(points.device.type, enabled=False):
+            straight = points @ self.affine[:, :, :2].mT + self.affine[:, None, :, 2]
+            return straight + _spline_terms(points, self.centres) @ self.bend
+
+    def to(self, device: torch.device) -> "Warp":
+        return Warp(*(tensor.to(device) for tensor in self))
+
+
+def draw_warps(
+    keys: Sequence[str],
+    seed: int,
+    step: int,
+    points: int = 5,
+    bend: float = 0.01,
+    rotation: float = 60.0,
+    translation: float = 0.1,
+    min_scale: float = 0.7,
+    max_scale: float = 2.0,
+    jitter: float = 0.3,
+) -> Warp:
+    """One warp a sample, drawn from (seed, step, key) alone: the same on any number of processes and workers.
+
+    Args:
+        keys: B record keys.
+        bend: deviation of the control points' shifts, half-image units.
+        rotation, translation: degrees and half-image units, uniform in +-.
+        min_scale, max_scale: uniform; 2 shows the object twice as large.
+        jitter: factors are uniform in 1 +- jitter.
+
+    Source: SCOPS (arXiv:1905.01298) for the ranges; Bookstein (1989) for the spline.
+    """
+    axis = np.linspace(-1, 1, points)
+    centres = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)  # (P, 2)
+    affines, shifts, factors = [], [], []
+    for key in keys:
+        generator = np.random.default_rng([seed, step, zlib.crc32(key.encode())])
+        angle = math.radians(generator.uniform(-rotation, rotation))
+        scale = generator.uniform(min_scale, max_scale)
+        cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+        offset = generator.uniform(-translation, translation, 2)
+        affines.append([[cos, -sin, offset[0]], [sin, cos, offset[1]]])
+        shifts.append(generator.normal(0, bend, centres.shape))
+        factors.append(generator.uniform(1 - jitter, 1 + jitter, 3))
+    nodes = torch.from_numpy(centres)
+    return Warp(
+        affine=torch.tensor(np.array(affines), dtype=torch.float32),
+        bend=_solve_spline(nodes, torch.from_numpy(np.stack(shifts))).float(),
+        centres=nodes.float(),
+        jitter=torch.tensor(np.array(factors), dtype=torch.float32),
+    )
+
+
+def warp_maps(maps: Tensor, warp: Warp) -> tuple[Tensor, Tensor]:
+    """The maps as the new photo would show them, and where they come from inside the old one.
+
+    Args:
+        maps: (B, C, H, W) floating point.
+
+    Returns:
+        warped: (B, C, H, W), bilinear; zero outside the old photo.
+        inside: (B, H, W) bool.
+    """
+    height, width = maps.shape[-2:]
+    y = torch.linspace(-1, 1, height, device=maps.device)[:, None].expand(height, width)
+    x = torch.linspace(-1, 1, width, device=maps.device)[None].expand(height, width)
+    pixels = torch.stack([x, y], dim=-1).reshape(1, -1, 2).expand(len(maps), -1, -1)  # (B, H*W, 2)
+    grid = warp.move(pixels).view(len(maps), height, width, 2).to(maps.dtype)
+    warped = functional.grid_sample(maps, grid, align_corners=True)
+    return warped, (grid.abs() <= 1).all(dim=3)
+
+
+@torch.no_grad()
+def warp_images(images: Tensor, warp: Warp) -> Tensor:
+    """(B, 3, H, W) uint8 RGB -> the same, warped and with other colours; black outside the old photo."""
+    with torch.autocast(images.device.type, enabled=False):
+        warped, _ = warp_maps(images.float() / 255, warp)
+        brightness, contrast, saturation = (factor[:, None, None, None] for factor in warp.jitter.unbind(1))
+        luma = warped.new_tensor(_LUMA)[:, None, None]
+        warped = warped * brightness
+        mean = (warped * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+        warped = mean + (warped - mean) * contrast
+        grey = (warped * luma).sum(1, keepdim=True)
+        warped = grey + (warped - grey) * saturation
+        return (warped.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def equivariance(plain: Tensor, of_warped: Tensor, warp: Warp) -> Tensor:
+    """How far the maps of the warped photo are from the warped maps of the plain one.
+
+        L = 1/B sum_b  mean over pixels u inside of  sum_s q_bs(u) log( q_bs(u) / p_bs(u) )
+
+    q = plain maps, warped; p = maps of the warped photo. Both receive gradients. An image's pixels count as its own
+    mean, so that no image's share depends on the others.
+
+    Args:
+        plain, of_warped: (B, S, H, W) soft maps that sum to 1 over slots.
+
+    Returns:
+        Scalar in nats, 0 where the maps follow the warp.
+
+    Source: SCOPS (arXiv:1905.01298), equivariance loss.
+    """
+    with torch.autocast(plain.device.type, enabled=False):
+        dtype = torch.promote_types(plain.dtype, torch.float32)
+        expected, inside = warp_maps(plain.to(dtype), warp)
+        ratio = (expected.clamp_min(_EPSILON) / of_warped.to(dtype).clamp_min(_EPSILON)).log()
+        divergence = (expected * ratio).sum(1) * inside  # (B, H, W)
+        mean: Tensor = (divergence.sum((1, 2)) / inside.sum((1, 2)).clamp_min(1)).mean()
+    return mean
+
+
+def landmark_equivariance(centres: Tensor, centres_of_warped: Tensor, warp: Warp) -> Tensor:
+    """How far the parts' centres are from following the warp, averaged over parts and images.
+
+        L = 1/(B K) sum_bk |g(c'_bk) - c_bk|^2
+
+    Args:
+        centres, centres_of_warped: (B, K, 2) of the plain and the warped photo.
+
+    Returns:
+        Scalar in squared half-image units of the plain photo.
+
+    Source: SCOPS (arXiv:1905.01298), equivariance of the parts' centres.
+    """
+    mean: Tensor = (warp.move(centres_of_warped) - centres).square().sum(2).mean()
+    return mean
+
+
+def _spline_terms(points: Tensor, centres: Tensor) -> Tensor:
+    """(..., N, 2) and (P, 2) -> (..., N, P + 3): r^2 log r^2 to each control point, then 1, x, y."""
+    square = (points[..., :, None, :] - centres).square().sum(-1)  # (..., N, P)
+    # Where r is 0 the gradient of r^2 log r^2 is 0 too, but the log's is not finite.
+    radial = square * square.clamp_min(1e-12).log()
+    return torch.cat([radial, torch.ones_like(points[..., :1]), points], dim=-1)
+
+
+def _solve_spline(centres: Tensor, shifts: Tensor) -> Tensor:
+    """(B, P + 3, 2) weights of the spline that moves control point i by shifts[b, i], in float64."""
+    num_points = len(centres)
+    system = torch.zeros(num_points + 3, num_points + 3, dtype=torch.float64)
+    terms = _spline_terms(centres, centres)  # (P, P + 3)
+    system[:num_points] = terms
+    system[num_points:, :num_points] = terms[:, num_points:].T
+    solution: Tensor = torch.linalg.solve(system, functional.pad(shifts, (0, 0, 0, 3)))
+    return solution
