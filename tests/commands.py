@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from slotscops.run_folder import read_metrics
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 240
+_MARK = "SLOTSCOPS_TEST"
 # Facts about Accelerate: on CPUs this line, and no other, starts as many processes as it says.
 _ACCELERATE = ["accelerate", "launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 _ON_ITS_OWN = ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
@@ -56,12 +58,13 @@ def started(command: list[str], **environment: str) -> Iterator[Running]:
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = environment.pop("PATH", clean["PATH"])
     clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"
+    mark = uuid.uuid4().hex
     # Files, because a pipe that nobody reads stops the process once it is full.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=clean | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment,
+            env=clean | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", _MARK: mark} | environment,
             stdout=out,
             stderr=err,
             start_new_session=True,
@@ -69,8 +72,10 @@ def started(command: list[str], **environment: str) -> Iterator[Running]:
         try:
             yield Running(process, out, err)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            # A launcher puts its processes into sessions of their own: they are found by what they inherited.
+            for number in [process.pid, *process_ids("", f"{_MARK}={mark}")]:
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
             process.wait()
 
 
@@ -128,15 +133,17 @@ def last_step(run_dir: Path) -> int:
     return rows[-1]["step"] if rows else 0
 
 
-def process_ids(marker: str) -> dict[int, dict[str, str]]:
-    """Environment of each process that is running with `marker` in its command line, by process id (Linux)."""
+def process_ids(marker: str, variable: str = "") -> dict[int, dict[str, str]]:
+    """Environment of each process that runs with `marker` in its command line and `variable` in its environment."""
     found = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         with suppress(OSError):
-            if marker in (folder / "cmdline").read_bytes().decode(errors="replace"):
-                variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            if marker in (folder / "cmdline").read_bytes().decode(errors="replace") and (
+                not variable or variable in variables
+            ):
                 found[int(folder.name)] = dict(item.split("=", 1) for item in variables if "=" in item)
     return found
 
