@@ -17,9 +17,10 @@ from slotscops.features import build_cache, report
 from slotscops.index import Dataset
 from slotscops.pascal_classes import PART_NAMES, check_class_names
 from slotscops.pascal_part import BOX_SHARE
-from slotscops.pascal_tree import SPLITS, find_tree
+from slotscops.pascal_tree import SPLITS
 from slotscops.shard_reader import ShardReader
 from slotscops.shard_writer import Outcome, ShardSettings, plan_path, write_shards
+from slotscops.sources import open_pascal_part
 from slotscops.teacher import Teacher
 from slotscops.work import usable_cores
 
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         min_box_share={"train": options.min_box_train, "val": options.min_box_val},
         samples_per_shard=options.samples_per_shard,
     )
-    outcome = write_shards(find_tree(root), options.out, settings, options.workers, source)
+    with open_pascal_part(root, options.out / ".unpacked") as pascal_part:
+        outcome = write_shards(pascal_part, options.out, settings, options.workers, source)
     _show(outcome, options.out)
     if teacher is not None:
         report(build_cache(outcome.dataset, teacher, options.size))
@@ -54,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m slotscops.shard", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--root", type=Path, help="folder of VOCdevkit and Annotations_Part")
+    source.add_argument(
+        "--root", type=Path, help="folder of VOCdevkit and Annotations_Part, or of their archives"
+    )
     source.add_argument("--toy", action="store_true", help="draw a synthetic tree into OUT/photos and shard that")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--classes", help="comma-separated VOC names (default: all 20)")
