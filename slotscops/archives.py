@@ -177,10 +177,12 @@ def _share(scratch: Path, archive: Path, plain: Path) -> int:
             if _is_current(lock, scratch) and not plain.is_file():
                 for left in scratch.glob(".*.partial"):  # of processes that were killed: no other writes now
                     left.unlink()
-                _gunzip(archive, plain)
+                try:
+                    _gunzip(archive, plain)
+                except BaseException:
+                    shutil.rmtree(scratch, ignore_errors=True)  # whoever waits for the lock starts anew
+                    raise
         except BaseException:
-            if _is_current(lock, scratch):
-                shutil.rmtree(scratch, ignore_errors=True)
             os.close(lock)
             raise
         os.close(lock)

@@ -101,7 +101,7 @@ def _part_rows(dataset: Dataset, split: str, name: str, count: _ClassCounts) -> 
 
 def _tile(photo: Any, labels: Any, names: list[str], title: str) -> Image.Image:
     """One crop with its parts coloured, and below it their names in two columns."""
-    tile = Image.new("RGB", (_TILE, _TILE + _LINE * (1 + _NAMES_SHOWN)), (255, 255, 255))
+    tile = Image.new("RGB", (_TILE, _TILE + _LINE * (1 + _NAMES_SHOWN) + 4), (255, 255, 255))
     tile.paste(overlay(photo, labels).resize((_TILE, _TILE), Image.Resampling.BICUBIC), (0, 0))
     draw, colours = ImageDraw.Draw(tile), voc_palette()
     draw.text((1, _TILE), title, fill=(0, 0, 0))
