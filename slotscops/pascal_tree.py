@@ -11,8 +11,8 @@ from slotscops.archives import ArchivePlace, FolderPlace, Place, find_archives, 
 from slotscops.errors import UserError
 
 SPLITS = ("train", "val")
-_GET_PHOTOS = "put or unpack VOCtrainval_03-May-2010.tar"
-_GET_PARTS = "put or unpack PASCAL-Part's trainval.tar.gz"
+_GET_PHOTOS = "unpack VOCtrainval_03-May-2010.tar"
+_GET_PARTS = "unpack PASCAL-Part's trainval.tar.gz"
 _FOLDERS = ("JPEGImages", "ImageSets/Main", "Annotations_Part")
 
 
