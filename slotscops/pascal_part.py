@@ -33,6 +33,7 @@ class Candidate:
     class_name: str
     split: str
     box: Box
+    highest_label: int = 0  # of its parts, where the source has no table of their names
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Turns PASCAL-Part into WebDataset shards with an index and the teacher's features.
 
     python -m slotscops.shard --root DIR --out SHARDS [--classes horse,cow] [--size 128] [--teacher-weights FILE]
+    python -m slotscops.shard --images DIR [--parts DIR] --out SHARDS [--val-share 0.1] [--class-name NAME]
     python -m slotscops.shard --toy --out shards/toy
+    python -m slotscops.shard --inspect SHARDS [--out FILE.png]
 
 Works alone or under a launcher. Started again after any interruption it finishes what is missing.
 """
@@ -15,11 +17,14 @@ from slotscops import console, toy
 from slotscops.errors import UserError
 from slotscops.features import build_cache, report
 from slotscops.index import Dataset
+from slotscops.inspect_shards import inspect_shards
 from slotscops.pascal_classes import PART_NAMES, check_class_names
 from slotscops.pascal_part import BOX_SHARE
-from slotscops.pascal_tree import SPLITS, find_tree
+from slotscops.pascal_tree import SPLITS
+from slotscops.photo_folder import PhotoFolder
 from slotscops.shard_reader import ShardReader
 from slotscops.shard_writer import Outcome, ShardSettings, plan_path, write_shards
+from slotscops.sources import open_pascal_part
 from slotscops.teacher import Teacher
 from slotscops.work import usable_cores
 
@@ -28,7 +33,13 @@ _LISTED = 20  # damaged files named at the end; all are in index/left_out.json
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    classes = check_class_names(options.classes.split(",")) if options.classes else list(PART_NAMES)
+    if options.inspect:
+        inspect_shards(options.inspect, options.out)
+        return 0
+    if options.images:
+        classes = [options.class_name]
+    else:
+        classes = check_class_names(options.classes.split(",")) if options.classes else list(PART_NAMES)
     # Before any work: a teacher without weights is an error at the start, not after an hour.
     teacher = None if options.no_features else Teacher(options.layer, options.teacher_weights)
     root, source = options.root, "files"
@@ -41,22 +52,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = ShardSettings(
         classes=classes,
         size=options.size,
-        min_box_share={"train": options.min_box_train, "val": options.min_box_val},
+        min_box_share={split: _min_box_share(options, split) for split in SPLITS},
         samples_per_shard=options.samples_per_shard,
     )
-    outcome = write_shards(find_tree(root), options.out, settings, options.workers, source)
+    if options.images:
+        folder = PhotoFolder(options.images, options.parts, options.val_share, options.class_name)
+        source = f"photos, parts {options.parts is not None}, val {options.val_share}"
+        outcome = write_shards(folder, options.out, settings, options.workers, source)
+    else:
+        with open_pascal_part(root, options.out / ".unpacked") as pascal_part:
+            outcome = write_shards(pascal_part, options.out, settings, options.workers, source)
     _show(outcome, options.out)
     if teacher is not None:
         report(build_cache(outcome.dataset, teacher, options.size))
     return 1 if options.strict and outcome.num_damaged else 0
 
 
+def _min_box_share(options: argparse.Namespace, split: str) -> float:
+    """Photos of one's own are all kept unless asked otherwise."""
+    asked: float | None = getattr(options, f"min_box_{split}")
+    return asked if asked is not None else 0.0 if options.images else BOX_SHARE[split]
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m slotscops.shard", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--root", type=Path, help="folder of VOCdevkit and Annotations_Part")
+    source.add_argument("--root", type=Path, help="folder of VOCdevkit and Annotations_Part, or of their archives")
     source.add_argument("--toy", action="store_true", help="draw a synthetic tree into OUT/photos and shard that")
-    parser.add_argument("--out", type=Path, required=True)
+    source.add_argument("--images", type=Path, help="folder of photos, each one object; train/ and val/ are splits")
+    source.add_argument("--inspect", type=Path, metavar="SHARDS", help="print statistics and draw a sheet (--out PNG)")
+    parser.add_argument("--parts", type=Path, help="of --images: folder of label PNGs, parts.txt names the labels")
+    parser.add_argument("--val-share", type=float, default=0.1, help="of --images (default: 0.1)")
+    parser.add_argument("--class-name", default="object", help="of --images (default: object)")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--classes", help="comma-separated VOC names (default: all 20)")
     parser.add_argument("--size", type=int, default=128, help="side of the crops, pixels (default: 128)")
     parser.add_argument(
@@ -68,7 +96,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for split in SPLITS:
         share = BOX_SHARE[split]
         parser.add_argument(
-            f"--min-box-{split}", type=float, default=share, metavar="SHARE",
+            f"--min-box-{split}", type=float, metavar="SHARE",
             help=f"leave out {split} objects whose box covers no more of the image (default: {share})",
         )  # fmt: skip
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes for crops (default: all cores)")
@@ -77,6 +105,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--toy-val", type=int, default=150, help="toy photos to score on (default: 150)")
     parser.add_argument("--toy-seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.out is None and not options.inspect:
+        parser.error("the following arguments are required: --out")
+    if options.parts and not options.images:
+        parser.error("--parts goes with --images")
+    if not 0 <= options.val_share <= 1:
+        raise UserError(f"--val-share is {options.val_share}, needed 0 to 1")
     for name, least in (("size", 32), ("samples_per_shard", 1), ("workers", 1)):
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, needed at least {least}")

@@ -1,4 +1,4 @@
-"""Objects of a PASCAL-Part tree become shards with their index; restartable at any moment, byte-identical each time.
+"""Objects of a source become shards with their index; restartable at any moment, byte-identical each time.
 
 Two phases, each split into units whose files appear whole or not at all: scanning decides from the annotations which
 objects are kept, so that every shard's content is known before one is written; then each shard is cropped and written.
@@ -24,10 +24,10 @@ from slotscops.config import differences
 from slotscops.errors import UserError
 from slotscops.files import sha256_of_file, sha256_of_json, write_bytes, write_json
 from slotscops.index import Dataset, ShardEntry, ShardIndex, dataset_path, index_path, open_dataset, write_dataset
-from slotscops.pascal_classes import PART_NAMES
-from slotscops.pascal_part import Candidate, LeftOut, read_records, scan_image
-from slotscops.pascal_tree import SPLITS, PascalPartTree, find_splits, list_images
+from slotscops.pascal_part import Candidate, LeftOut
+from slotscops.pascal_tree import SPLITS
 from slotscops.records import MEMBERS, to_members
+from slotscops.sources import Source
 from slotscops.work import WorkerPool, units_in_turn
 
 _IMAGES_PER_SCAN = 256  # a unit of the first phase: a second or two of work
@@ -55,34 +55,34 @@ class Outcome:
 
 
 def write_shards(
-    tree: PascalPartTree, out: Path, settings: ShardSettings, num_workers: int, source: str = "files"
+    source: Source, out: Path, settings: ShardSettings, num_workers: int, description: str = "files"
 ) -> Outcome:
     """Writes whatever is missing of the shards below `out`, and returns the finished data set.
 
     Finished shards are taken as they are: whoever changes photos or annotations chooses another folder.
 
     Args:
-        source: what the photos are, to tell apart trees whose images have the same names.
+        description: what the photos are, to tell apart sources whose images have the same names.
 
     Raises:
         UserError: the folder holds something else, or no object is left to write (then nothing stays behind).
         RunError: a worker process died.
     """
-    images = list_images(tree)
+    images = source.list_images()
     plan = {
-        "source": source,
+        "source": description,
         "settings": asdict(settings),
         "images": len(images),
         "images_sha256": sha256_of_json(images),
     }
     if _claim(out, plan):
         with WorkerPool(num_workers) as pool:
-            candidates, left_out = _scan(tree, out, settings, images, pool)
+            candidates, left_out = _scan(source, out, settings, images, pool)
             if not candidates:
                 _withdraw(out)
-                raise UserError(_nothing_left(tree, left_out))
-            _write_missing(tree, out, settings, candidates, pool)
-        _finish(out, settings, candidates, left_out)
+                raise UserError(_nothing_left(source, left_out))
+            _write_missing(source, out, settings, candidates, pool)
+        _finish(source, out, settings, candidates, left_out)
     left_out = [LeftOut(**item) for item in json.loads(_left_out_path(out).read_text())]
     return Outcome(open_dataset(out), left_out)
 
@@ -130,28 +130,28 @@ def _left_out_path(out: Path) -> Path:
     return out / "index" / "left_out.json"
 
 
-def _nothing_left(tree: PascalPartTree, left_out: list[LeftOut]) -> str:
+def _nothing_left(source: Source, left_out: list[LeftOut]) -> str:
     worst = sorted(left_out, key=lambda item: not item.damaged)[:1]
     reason = "; ".join(f"{item.image}: {item.reason}" for item in worst) or "no object of these classes in any split"
     more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
-    return f"{tree.root}: no object is left to write: {reason}{more}"
+    return f"{source.root}: no object is left to write: {reason}{more}"
 
 
 # ---- first phase: which objects ----------------------------------------------------------------------------------
 
 
 def _scan(
-    tree: PascalPartTree, out: Path, settings: ShardSettings, images: list[str], pool: WorkerPool
+    source: Source, out: Path, settings: ShardSettings, images: list[str], pool: WorkerPool
 ) -> tuple[list[Candidate], list[LeftOut]]:
     """All kept objects in the order of image and object number, and all left out."""
-    splits = find_splits(tree, settings.classes)
+    splits = source.splits(settings.classes)
     chunks = [images[start : start + _IMAGES_PER_SCAN] for start in range(0, len(images), _IMAGES_PER_SCAN)]
     folder = out / "index" / "scan"
     folder.mkdir(exist_ok=True)
     for number in console.track(units_in_turn(len(chunks)), len(chunks), "scanning annotations, chunks"):
         path = folder / f"{number:06d}.json"
         if not path.is_file():
-            task = partial(scan_image, tree, class_names=settings.classes, min_box_share=settings.min_box_share)
+            task = partial(source.scan, class_names=settings.classes, min_box_share=settings.min_box_share)
             found = pool.map(task, chunks[number], [splits.of_image(image) for image in chunks[number]])
             write_json(path, [[asdict(item) for kind in pair for item in kind] for pair in found])
     rows = [row for number in range(len(chunks)) for row in json.loads((folder / f"{number:06d}.json").read_text())]
@@ -174,7 +174,7 @@ def _shards(candidates: list[Candidate], settings: ShardSettings) -> list[tuple[
 
 
 def _write_missing(
-    tree: PascalPartTree, out: Path, settings: ShardSettings, candidates: list[Candidate], pool: WorkerPool
+    source: Source, out: Path, settings: ShardSettings, candidates: list[Candidate], pool: WorkerPool
 ) -> None:
     shards = _shards(candidates, settings)
     for number in console.track(units_in_turn(len(shards)), len(shards), "writing shards"):
@@ -182,7 +182,7 @@ def _write_missing(
         if index_path(out, name).is_file():
             continue
         by_image = [list(group) for _, group in groupby(objects, key=lambda candidate: candidate.image)]
-        made = pool.map(partial(_make_samples, tree, settings.size), by_image)
+        made = pool.map(partial(_make_samples, source, settings.size), by_image)
         samples = [sample for found, _ in made for sample in found]
         write_bytes(out / f"{name}.tar", _tar_bytes(samples))
         write_json(_shard_left_out_path(out, name), [asdict(item) for _, missing in made for item in missing])
@@ -193,9 +193,9 @@ def _shard_left_out_path(out: Path, shard: str) -> Path:
     return out / "index" / "scan" / f"{shard}.json"
 
 
-def _make_samples(tree: PascalPartTree, size: int, candidates: list[Candidate]) -> tuple[list[Sample], list[LeftOut]]:
+def _make_samples(source: Source, size: int, candidates: list[Candidate]) -> tuple[list[Sample], list[LeftOut]]:
     """Crops and encodes the objects of one image."""
-    records, left_out = read_records(tree, candidates[0].image, candidates, size)
+    records, left_out = source.read(candidates[0].image, candidates, size)
     return [(record.key, record.description["class"], to_members(record)) for record in records], left_out
 
 
@@ -224,7 +224,9 @@ def _index_tar(path: Path, samples: Sequence[Sample], class_names: list[str]) ->
     )
 
 
-def _finish(out: Path, settings: ShardSettings, candidates: list[Candidate], left_out: list[LeftOut]) -> None:
+def _finish(
+    source: Source, out: Path, settings: ShardSettings, candidates: list[Candidate], left_out: list[LeftOut]
+) -> None:
     """Writes the table of everything. Any process may: all write the same."""
     splits: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     for name, objects in _shards(candidates, settings):
@@ -250,7 +252,7 @@ def _finish(out: Path, settings: ShardSettings, candidates: list[Candidate], lef
             folder=out,
             settings=asdict(settings),
             class_names=settings.classes,
-            part_names={name: list(PART_NAMES[name]) for name in settings.classes},
+            part_names={name: source.part_names(name, candidates) for name in settings.classes},
             splits=splits,
         )
     )

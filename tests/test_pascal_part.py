@@ -459,7 +459,7 @@ def test_a_list_that_is_none_is_named_with_its_line(tmp_path: Path, lists: dict[
 
 def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
     tree = write_tree(tmp_path, {"a": annotation([HORSE])})
-    (tree.lists / "train.txt").write_bytes(b"\xff\xfe\x00")
+    tree.lists.path("train.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"train\.txt: cannot be read \(UnicodeDecodeError\)"):
         find_splits(tree, ["horse"])
 
