@@ -95,7 +95,7 @@ class Segmenter(HubModel):
     def segment_batch(self, photos: Sequence[str | Path | Image.Image]) -> list[Parts]:
         """Finds the parts in several photos at once, of whatever sizes."""
         images = [to_rgb(p) if isinstance(p, Image.Image) else read_photo(Path(p)) for p in photos]
-        crops = torch.stack([self._crop(image) for image in images]).to(self.device)
+        crops = torch.stack([self.crop(image) for image in images]).to(self.device)
         logits = self.logits(crops).cpu().numpy()
         return [Parts(np.asarray(image), logits[number]) for number, image in enumerate(images)]
 
@@ -108,8 +108,9 @@ class Segmenter(HubModel):
         logits: Tensor = self.network(inputs).logits.float()
         return logits
 
-    def _crop(self, image: Image.Image) -> Tensor:
-        """(3, size, size) uint8. Resized before it is padded: a long thin photo must not become a huge square."""
+    def crop(self, image: Image.Image) -> Tensor:
+        """(3, size, size) uint8, what the network sees of an RGB photo."""
+        # Resized before it is padded: a long thin photo must not become a huge square.
         scale = self.size / max(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
         square = Image.new("RGB", (self.size, self.size), PADDING)
