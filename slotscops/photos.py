@@ -13,6 +13,7 @@ from slotscops.crops import PADDING
 from slotscops.errors import UserError
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+_RESULT_ENDINGS = (".parts.png", ".overlay.jpg")
 _MAX_PIXELS = 100_000_000  # a photo of more is refused before it is decoded
 
 
@@ -20,7 +21,7 @@ def find_photos(paths: Iterable[Path], out: Path | None = None) -> list[Path]:
     """The photos themselves and those anywhere below the folders, sorted within each folder, each once.
 
     Args:
-        out: a folder of results; what lies in it is not taken for a photo.
+        out: the folder of results, which may be one of these or lie in one; results are not taken for photos.
 
     Raises:
         UserError: no such photo or folder.
@@ -29,12 +30,16 @@ def find_photos(paths: Iterable[Path], out: Path | None = None) -> list[Path]:
     for path in paths:
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file())
-            photos |= dict.fromkeys(p for p in found if out is None or not p.resolve().is_relative_to(out.resolve()))
+            photos |= dict.fromkeys(p for p in found if out is None or not _is_result(p.resolve(), out.resolve()))
         elif path.exists():
             photos[path] = None
         else:
             raise UserError(f"{path}: no such photo or folder")
     return list(photos)
+
+
+def _is_result(path: Path, out: Path) -> bool:
+    return path.is_relative_to(out / "gallery") or (path.parent == out and path.name.endswith(_RESULT_ENDINGS))
 
 
 def read_photo(path: Path) -> Image.Image:
