@@ -12,6 +12,7 @@ from slotscops.checkpoint import State, load_checkpoint, restore_model
 from slotscops.config import Config
 from slotscops.errors import UserError
 from slotscops.model import FeatureEncoder, ResNetEncoder, SlotScops
+from slotscops.published import is_published, read_published
 from slotscops.run_folder import read_config, resolve_checkpoint
 
 
@@ -88,18 +89,23 @@ class Trained(NamedTuple):
 
 
 def load_model(run_or_checkpoint: Path) -> Trained:
-    """The trained network of a run or checkpoint.
+    """The trained network of a run, of a checkpoint, or of a model given away on its own.
 
     Raises:
         UserError: nothing there, damaged, or settings that do not fit the tensors.
     """
-    path = resolve_checkpoint(run_or_checkpoint)
-    config = read_config(path)
-    checkpoint = load_checkpoint(path)
-    if "basis_parameter" not in checkpoint.model:
+    if is_published(run_or_checkpoint):
+        path = run_or_checkpoint
+        tensors, config, state = read_published(path)
+    else:
+        path = resolve_checkpoint(run_or_checkpoint)
+        config = read_config(path)
+        checkpoint = load_checkpoint(path)
+        # Averaged weights are what was scored while training.
+        tensors = checkpoint.model if checkpoint.ema is None else checkpoint.ema
+        state = checkpoint.state
+    if "basis_parameter" not in tensors:
         raise UserError(f"{path}: its model has no part basis; it is no model of slotscops")
-    feature_channels = checkpoint.model["basis_parameter"].shape[1]
-    model = build_model(config, feature_channels, pretrained=False)
-    # Averaged weights are what was scored while training.
-    restore_model(model, checkpoint.model if checkpoint.ema is None else checkpoint.ema, path)
-    return Trained(model.eval(), config, path, checkpoint.state)
+    model = build_model(config, tensors["basis_parameter"].shape[1], pretrained=False)
+    restore_model(model, tensors, path)
+    return Trained(model.eval(), config, path, state)

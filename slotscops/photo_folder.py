@@ -155,10 +155,12 @@ class PhotoFolder:
         else:
             crop, mask = square_crop(candidate.box), (labels > 0).astype(np.uint8)
         names = self._listed_names or self._names_up_to(int(labels.max()))
+        parts = crop_labels(Image.fromarray(labels), crop, size)
         return Record(
             key=f"{_key_of(candidate.image)}_0",
             image=crop_photo(photo, crop, size),
-            parts=crop_labels(Image.fromarray(labels), crop, size),
+            parts=parts,
+            parts_small=parts,  # nothing overlaps in a label map
             object_mask=crop_labels(Image.fromarray(mask), crop, size) > 0,
             description={
                 "image": candidate.image,

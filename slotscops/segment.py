@@ -1,201 +1,128 @@
-"""Photos in, parts out.
+"""Photos in, parts out, and a page to look at them all.
 
     python -m slotscops.segment --checkpoint RUN --out DIR PHOTO_OR_FOLDER...
 
-For each photo: `NAME.parts.png` (indexed, pixel value = part label, VOC colours), `NAME.overlay.png`, and with
-`--soft` `NAME.maps.safetensors`. The network was trained on square crops around one object, so the photo is seen as
-one such crop: padded to a square, resized, and the maps are brought back to the photo's own size.
+For each photo: `NAME.parts.png` (indexed, pixel value = part label, VOC colours), `NAME.overlay.jpg`, and with
+`--soft` `NAME.maps.safetensors` (`maps`: (S, H, W) float32). `DIR/index.html` shows them all, straight from disk.
 
-Shapes: S slots, H x W pixels of the photo.
+Exit code: 0 if at least one photo was segmented (those that could not be read are listed, on stderr and in the page),
+1 if none could, or with `--strict` if any could not; 2 for a mistake in the command.
 """
 
 import argparse
+import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.numpy import save
-from torch import Tensor
-from torch.nn import functional
 
 from slotscops import console
-from slotscops.build import Trained, load_model
-from slotscops.crops import PADDING
 from slotscops.errors import RunError, UserError
-from slotscops.features import compute_features
 from slotscops.files import write_bytes
-from slotscops.model import SlotScops
-from slotscops.teacher import Teacher
-from slotscops.visualise import label_image, overlay, picture_bytes
+from slotscops.gallery import Entry, Gallery, Skipped, write_pictures
+from slotscops.photos import PHOTO_SUFFIXES, find_photos, read_photo, unique_names
+from slotscops.segmenter import Parts, Segmenter, load
+from slotscops.visualise import label_image, picture_bytes
+from slotscops.work import usable_cores
 
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
-_MAX_PIXELS = 100_000_000  # a photo of more is refused before it is decoded
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What was found in one photo."""
-
-    photo: NDArray[np.uint8]  # (H, W, 3) RGB
-    maps: NDArray[np.float32]  # (S, H, W) share of each slot in each pixel, sums to 1; slot 0 is background
-
-    @property
-    def labels(self) -> NDArray[np.uint8]:
-        """(H, W) the slot with the largest share; 0 = background."""
-        labels: NDArray[np.uint8] = self.maps.argmax(axis=0).astype(np.uint8)
-        return labels
-
-    def overlay(self, opacity: float = 0.6) -> Image.Image:
-        """The photo with its parts coloured."""
-        return overlay(self.photo, self.labels, opacity)
+_BATCH_PIXELS = 50_000_000  # a batch of huge photos is cut short here, so that it fits into memory
 
 
-class Segmenter:
-    """A trained network that takes photos. Made by `slotscops.load`."""
-
-    def __init__(self, network: SlotScops, size: int, teacher: tuple[Teacher, int] | None = None) -> None:
-        self.network = network
-        self.size = size  # pixels, side of the crops the network was trained on
-        self._teacher = teacher  # and the side of its crops; where the network's input is the teacher's features
-
-    def segment(self, photo: str | Path | Image.Image) -> Parts:
-        """Finds the parts in one photo, of any size and mode.
-
-        Raises:
-            UserError: no such file, not an image, or more than 100 million pixels.
-        """
-        image = photo if isinstance(photo, Image.Image) else read_photo(Path(photo))
-        image = image.convert("RGB")
-        return Parts(np.asarray(image), self._soft_maps(image).numpy())
-
-    @torch.inference_mode()
-    def _soft_maps(self, image: Image.Image) -> Tensor:
-        width, height = image.size
-        side = max(width, height)
-        square = ImageOps.pad(image, (side, side), color=PADDING).resize(
-            (self.size, self.size), Image.Resampling.BICUBIC
-        )
-        device = next(self.network.parameters()).device
-        crop = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].to(device)  # (1, 3, size, size) uint8
-        if self._teacher is not None:
-            crop = compute_features(self._teacher[0].to(device), crop, self._teacher[1])
-        logits = self.network(crop).logits.float()
-        square_logits = functional.interpolate(logits, (side, side), mode="bilinear", align_corners=True)[0]
-        top, left = (side - height) // 2, (side - width) // 2
-        return square_logits[:, top : top + height, left : left + width].softmax(dim=0).cpu()
-
-
-def load(run_or_checkpoint: str | Path, teacher_weights: str | None = None) -> Segmenter:
-    """A trained model from a run or checkpoint, on the GPU where there is one.
-
-    Args:
-        teacher_weights: VGG19's, needed only by a model that was trained on cached features: `imagenet`, a
-            .safetensors or .pth file, or random:SEED; default: those it was trained with, unless they were a file.
-
-    Raises:
-        UserError: nothing there, damaged, or other teacher weights than those of the training.
-    """
-    trained = load_model(Path(run_or_checkpoint))
-    network = trained.network.to("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = (_load_teacher(trained, teacher_weights), trained.config.teacher_size) if network.takes_features else None
-    return Segmenter(network, trained.config.data.size, teacher)
-
-
-def _load_teacher(trained: Trained, weights: str | None) -> Teacher:
-    original = trained.state.teacher_weights
-    if weights is None and original != "imagenet" and not original.startswith("random:"):
-        raise UserError(
-            f"{trained.path}: was trained on features of VGG19 with weights from {original}; "
-            "give that file with --teacher-weights (in Python: teacher_weights=)"
-        )
-    teacher = Teacher(trained.config.teacher.layer, weights or original)
-    if teacher.fingerprint != trained.state.teacher_sha256:
-        raise UserError(
-            f"{trained.path}: was trained with teacher {original} (sha256 {trained.state.teacher_sha256[:12]}), "
-            f"came {teacher.weights_name} ({teacher.fingerprint[:12]}); give the ones of the training"
-        )
-    return teacher
-
-
-def read_photo(path: Path) -> Image.Image:
-    """The photo, turned as its EXIF says, in RGB."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise UserError(f"{path}: {image.width} x {image.height} pixels, at most {_MAX_PIXELS} are read")
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such photo") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: is no readable image ({type(error).__name__})") from None
-
-
-def find_photos(paths: Iterable[Path]) -> list[Path]:
-    """The photos themselves and those anywhere below the folders, sorted within each folder."""
-    photos: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            photos += sorted(p for p in path.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES)
-        elif path.exists():
-            photos.append(path)
-        else:
-            raise UserError(f"{path}: no such photo or folder")
-    return photos
-
-
-def _segment_all(model: Segmenter, photos: Sequence[Path], out: Path, soft: bool) -> Iterator[str]:
-    """Writes every photo's pictures; yields the reason for each photo that was passed over."""
-    names = _unique_names(photos)
-    for photo, name in console.track(zip(photos, names, strict=True), len(photos), "photos"):
+def _batches(
+    named: Iterable[tuple[Path, str]], size: int, skipped: list[Skipped]
+) -> Iterator[list[tuple[Image.Image, str]]]:
+    """Photos that could be read, `size` at a time; the others go to `skipped` with the reason."""
+    batch: list[tuple[Image.Image, str]] = []
+    num_pixels = 0
+    for path, name in named:
         try:
-            parts = model.segment(photo)
+            image = read_photo(path)
         except UserError as error:
-            yield str(error)
+            skipped.append(Skipped(str(path), str(error)))
             continue
-        write_bytes(out / f"{name}.parts.png", picture_bytes(label_image(parts.labels)))
-        write_bytes(out / f"{name}.overlay.png", picture_bytes(parts.overlay()))
-        if soft:
-            write_bytes(out / f"{name}.maps.safetensors", save({"maps": parts.maps}))
+        batch.append((image, name))
+        num_pixels += image.width * image.height
+        if len(batch) == size or num_pixels >= _BATCH_PIXELS:
+            yield batch
+            batch, num_pixels = [], 0
+    if batch:
+        yield batch
 
 
-def _unique_names(photos: Sequence[Path]) -> list[str]:
-    """File names without suffix; two photos of one name in different folders get a number."""
-    seen: dict[str, int] = {}
-    names = []
-    for photo in photos:
-        seen[photo.stem] = seen.get(photo.stem, 0) + 1
-        names.append(photo.stem if seen[photo.stem] == 1 else f"{photo.stem}-{seen[photo.stem]}")
+def _write(out: Path, name: str, parts: Parts, num_slots: int, soft: bool) -> Entry:
+    """One photo's files."""
+    write_bytes(out / f"{name}.parts.png", picture_bytes(label_image(parts.labels)))
+    overlay = io.BytesIO()
+    parts.overlay().save(overlay, "JPEG", quality=92)
+    write_bytes(out / f"{name}.overlay.jpg", overlay.getvalue())
+    if soft:
+        write_bytes(out / f"{name}.maps.safetensors", save({"maps": parts.maps}))
+    return write_pictures(out, name, parts.photo, parts.labels, num_slots)
+
+
+def segment_all(
+    model: Segmenter, photos: Sequence[Path], out: Path, gallery: Gallery, batch_size: int, soft: bool
+) -> list[Skipped]:
+    """Segments the photos, writes their files and adds them to the gallery; returns those passed over."""
+    skipped: list[Skipped] = []
+    named = console.track(zip(photos, unique_names(photos), strict=True), len(photos), "photos")
+    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow packs pictures without holding the interpreter
+        for batch in _batches(named, batch_size, skipped):
+            found = model.segment_batch([image for image, _ in batch])
+            jobs = [
+                pool.submit(_write, out, name, parts, model.network.num_slots, soft)
+                for (_, name), parts in zip(batch, found, strict=True)
+            ]
+            for job in jobs:
+                gallery.add(job.result())
+    return skipped
+
+
+def _read_part_names(text: str | None, num_parts: int) -> list[str]:
+    if text is None:
+        return [f"part {number}" for number in range(1, num_parts + 1)]
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != num_parts or not all(names):
+        raise UserError(f"--part-names {text}: {len(names)} names, the model has {num_parts} parts; give one for each")
     return names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m slotscops.segment", description="Find the parts in photos.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a run's folder or one of its checkpoints")
+    parser = argparse.ArgumentParser(
+        prog="python -m slotscops.segment",
+        description="Find the parts in photos.",
+        epilog="Exit code 0: parts found, photos that could not be read are listed; 1: none could be read, or with "
+        "--strict any could not; 2: a mistake in the command.",
+    )
+    parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--soft", action="store_true", help="write the soft maps too")
+    parser.add_argument("--batch-size", type=int, default=16, help="photos seen at once (default: 16)")
+    parser.add_argument("--part-names", metavar="A,B,...", help="names of parts 1 to K in the gallery")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if any photo could not be read")
     parser.add_argument("--teacher-weights", help="VGG19's, for a model trained on cached features")
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO_OR_FOLDER")
     options = parser.parse_args(arguments)
-    photos = find_photos(options.photos)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: give 1 or more")
+    photos = find_photos(options.photos, options.out)
     if not photos:
         raise UserError(
             f"no photos in {', '.join(map(str, options.photos))}; needed {', '.join(sorted(PHOTO_SUFFIXES))}"
         )
     model = load(options.checkpoint, options.teacher_weights)
-    options.out.mkdir(parents=True, exist_ok=True)
-    passed_over = list(_segment_all(model, photos, options.out, options.soft))
-    for reason in passed_over:
-        console.warn(f"passed over: {reason}")
-    console.say(f"{options.out}: parts of {len(photos) - len(passed_over)} photos, {len(passed_over)} passed over")
-    if len(passed_over) == len(photos):
+    part_names = _read_part_names(options.part_names, model.network.num_slots - 1)
+    gallery = Gallery.begin(options.out, Path(options.checkpoint).name, part_names, options.soft)
+    skipped = segment_all(model, photos, options.out, gallery, options.batch_size, options.soft)
+    for photo in skipped:
+        console.warn(f"passed over: {photo.reason}")
+    if len(skipped) == len(photos):
         raise RunError("no photo could be read")
-    return 0
+    page = gallery.finish(skipped)
+    console.say(f"{page}: parts of {len(photos) - len(skipped)} photos, {len(skipped)} passed over")
+    return 1 if options.strict and skipped else 0
 
 
 if __name__ == "__main__":

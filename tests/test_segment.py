@@ -6,41 +6,18 @@ import pytest
 from commands import python
 from PIL import Image
 from safetensors.numpy import load_file
+from small_runs import photo, save_feature_run, save_resnet_run
 
 import slotscops
-from slotscops import checkpoint, segment
-from slotscops.build import build_model
-from slotscops.config import Config, load_config, to_mapping, write_config
-from slotscops.errors import UserError
+from slotscops import segment
+from slotscops.errors import RunError, UserError
 from slotscops.evaluate import main as evaluate_main
-from slotscops.teacher import Teacher
-
-
-def save_run(folder: Path, config: Config) -> Path:
-    """A run's folder with one checkpoint of the untrained network."""
-    folder.mkdir()
-    write_config(config, folder / "config.yaml")
-    fingerprint = Teacher("relu5_4", "random:0").fingerprint
-    state = checkpoint.State(1, 8, to_mapping(config), "", "", "random:0", fingerprint)
-    checkpoint.save_checkpoint(
-        folder / "checkpoints",
-        {"model": build_model(config, 512).state_dict(), "optimizer": {}, "rng": {}},
-        state,
-        keep=1,
-    )
-    return folder
+from slotscops.segmenter import Parts
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = load_config(None, ["encoder.name=resnet18", "encoder.weights=random:0", "data.size=64"])
-    return save_run(tmp_path_factory.mktemp("runs") / "resnet", config)
-
-
-def photo(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
-    generator = np.random.default_rng(0)
-    coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    return coarse.resize(size, Image.Resampling.BICUBIC).convert(mode)
+    return save_resnet_run(tmp_path_factory.mktemp("runs") / "resnet")
 
 
 def test_three_lines_of_python_give_parts_at_the_photos_own_size(run: Path, tmp_path: Path) -> None:
@@ -85,12 +62,56 @@ def test_the_command_writes_pictures_for_all_and_lists_what_it_could_not_read(ru
     done = python("-m", "slotscops.segment", "--checkpoint", run, "--out", out, "--soft", photos)
     assert done.returncode == 0, done.stderr
     names = {"alpha", "cmyk", "grey", "grey-2"}
-    kinds = (".parts.png", ".overlay.png", ".maps.safetensors")
-    assert {path.name for path in out.iterdir()} == {name + kind for name in names for kind in kinds}
+    kinds = (".parts.png", ".overlay.jpg", ".maps.safetensors")
+    written = {name + kind for name in names for kind in kinds}
+    assert {path.name for path in out.iterdir()} == written | {"index.html", "gallery"}
     assert "broken.jpg: is no readable image" in done.stderr
     with Image.open(out / "cmyk.parts.png") as labels:
         assert labels.mode == "P"
         assert (np.asarray(labels) == load_file(out / "cmyk.maps.safetensors")["maps"].argmax(axis=0)).all()
+
+
+def test_a_batch_gives_what_each_photo_gives_alone(run: Path) -> None:
+    model = slotscops.load(run)
+    photos = [photo(size) for size in ((64, 64), (90, 50), (3, 200), (1, 1))]
+    for image, parts in zip(photos, model.segment_batch(photos), strict=True):
+        np.testing.assert_allclose(parts.maps, model.segment(image).maps, atol=1e-5)
+        assert parts.photo.shape == (image.height, image.width, 3)
+
+
+def test_labels_of_a_large_photo_are_found_strip_by_strip(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = slotscops.load(run).segment(photo((83, 131)))
+    whole = parts.maps
+    monkeypatch.setattr("slotscops.segmenter._STRIP_PIXELS", 1000)
+    strips = Parts(parts.photo, parts.logits)
+    np.testing.assert_allclose(strips.maps, whole, atol=1e-6)
+    assert (strips.labels == strips.maps.argmax(axis=0)).all()
+
+
+def test_photos_that_cannot_be_read_decide_the_exit_code_as_documented(run: Path, tmp_path: Path) -> None:
+    good, bad, out = tmp_path / "good.jpg", tmp_path / "bad.jpg", str(tmp_path / "out")
+    photo((40, 30)).save(good)
+    bad.write_text("no photo")
+    common = ["--checkpoint", str(run), "--out", out]
+    assert segment.main([*common, str(good), str(bad)]) == 0
+    assert segment.main([*common, "--strict", str(good)]) == 0
+    assert segment.main([*common, "--strict", str(good), str(bad)]) == 1
+    with pytest.raises(RunError, match="no photo could be read"):
+        segment.main([*common, str(bad)])
+
+
+def test_results_in_a_folder_of_photos_are_not_taken_for_photos(run: Path, tmp_path: Path) -> None:
+    photo((40, 30)).save(tmp_path / "horse.jpg")
+    for _ in range(2):
+        assert segment.main(["--checkpoint", str(run), "--out", str(tmp_path), str(tmp_path)]) == 0
+    assert {path.name for path in (tmp_path / "gallery" / "photos").iterdir()} == {"horse.jpg"}
+
+
+@pytest.mark.parametrize("names", ["head,legs", "a,b,c,d,"])
+def test_there_is_a_name_for_each_part_or_an_error(run: Path, tmp_path: Path, names: str) -> None:
+    photo((40, 30)).save(tmp_path / "horse.jpg")
+    with pytest.raises(UserError, match="the model has 5 parts"):
+        segment.main(["--checkpoint", str(run), "--out", str(tmp_path), "--part-names", names, str(tmp_path)])
 
 
 def test_a_photo_turned_by_exif_comes_out_upright(run: Path, tmp_path: Path) -> None:
@@ -101,7 +122,7 @@ def test_a_photo_turned_by_exif_comes_out_upright(run: Path, tmp_path: Path) -> 
 
 
 def test_a_model_on_cached_features_runs_its_teacher(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "run", load_config(None, ["encoder.name=features", "data.size=64"]))
+    run = save_feature_run(tmp_path / "run")
     assert slotscops.load(run).segment(photo((70, 64))).maps.shape == (6, 64, 70)
     with pytest.raises(UserError, match="came random:1"):
         slotscops.load(run, teacher_weights="random:1")

@@ -124,7 +124,7 @@ class SlotAttention(nn.Module):
         return slots, attention
 
     def _start(self, inputs: Tensor, noise: Tensor | None) -> Tensor:
-        shape = (len(inputs), self.num_slots, self.dim)
+        shape = (inputs.shape[0], self.num_slots, self.dim)  # len() would fix the batch of an exported model
         if self.init == "learned":
             assert noise is None, "learned slots start without noise"
             return self.start.expand(shape)

@@ -1,0 +1,156 @@
+"""A trained model that takes photos: `slotscops.load(...)`, `model.segment(photo)`, `parts.overlay()`.
+
+The network was trained on square crops around one object, so a photo is seen as one such crop: resized, padded to a
+square, and the maps are brought back to the photo's own size.
+
+Shapes: B photos; S slots, h x w cells of the network's logits, H x W pixels of the photo.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from slotscops import console
+from slotscops.build import Trained, load_model
+from slotscops.crops import PADDING
+from slotscops.errors import UserError
+from slotscops.features import compute_features
+from slotscops.hub import HubModel, fetch
+from slotscops.losses import interpolation_matrix
+from slotscops.photos import read_photo, to_rgb
+from slotscops.teacher import Teacher
+from slotscops.visualise import overlay
+
+_STRIP_PIXELS = 1_000_000  # maps are upsampled so many pixels at a time: labels of a huge photo need no huge maps
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What was found in one photo. The arrays are made when they are first asked for, and kept."""
+
+    photo: NDArray[np.uint8]  # (H, W, 3) RGB, upright
+    logits: NDArray[np.float32]  # (S, h, w) of the square around the photo, before they are upsampled
+
+    @cached_property
+    def maps(self) -> NDArray[np.float32]:
+        """(S, H, W) share of each slot in each pixel, 0..1, sums to 1 over slots; slot 0 is the background."""
+        return np.concatenate(list(self._strips()), axis=1)
+
+    @cached_property
+    def labels(self) -> NDArray[np.uint8]:
+        """(H, W) the slot with the largest share; 0 = background, k = part k."""
+        return np.concatenate([strip.argmax(axis=0).astype(np.uint8) for strip in self._strips()])
+
+    def overlay(self, opacity: float = 0.6) -> Image.Image:
+        """The photo with its parts in PASCAL VOC's colours; the background stays as it is."""
+        return overlay(self.photo, self.labels, opacity)
+
+    def _strips(self) -> Iterator[NDArray[np.float32]]:
+        """(S, rows, W) soft maps from top to bottom."""
+        height, width = self.photo.shape[:2]
+        side = max(height, width)
+        top, left = (side - height) // 2, (side - width) // 2
+        down = interpolation_matrix(self.logits.shape[1], side, align_corners=True)[top : top + height]
+        across = interpolation_matrix(self.logits.shape[2], side, align_corners=True)[left : left + width]
+        widened = torch.from_numpy(self.logits) @ across.T  # (S, h, W)
+        num_rows = max(1, _STRIP_PIXELS // width)
+        for first in range(0, height, num_rows):
+            yield (down[first : first + num_rows] @ widened).softmax(dim=0).numpy()
+
+
+class Segmenter(HubModel):
+    """A trained network that takes photos. Made by `slotscops.load` or `Segmenter.from_pretrained`."""
+
+    def __init__(self, trained: Trained, teacher_weights: str | None = None) -> None:
+        """
+        Raises:
+            UserError: other teacher weights than those of the training; see `load`.
+        """
+        self.trained = trained
+        self.network = trained.network.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.size = trained.config.data.size  # pixels, side of the crops the network was trained on
+        self.teacher = None  # where the network's input is the teacher's features
+        if self.network.takes_features:
+            self.teacher = _load_teacher(trained, teacher_weights).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def segment(self, photo: str | Path | Image.Image) -> Parts:
+        """Finds the parts in one photo, of any size and mode.
+
+        Raises:
+            UserError: no such file, not an image, or more than 100 million pixels.
+        """
+        return self.segment_batch([photo])[0]
+
+    def segment_batch(self, photos: Sequence[str | Path | Image.Image]) -> list[Parts]:
+        """Finds the parts in several photos at once, of whatever sizes."""
+        images = [to_rgb(p) if isinstance(p, Image.Image) else read_photo(Path(p)) for p in photos]
+        crops = torch.stack([self.crop(image) for image in images]).to(self.device)
+        logits = self.logits(crops).cpu().numpy()
+        return [Parts(np.asarray(image), logits[number]) for number, image in enumerate(images)]
+
+    @torch.inference_mode()
+    def logits(self, crops: Tensor) -> Tensor:
+        """(B, S, h, w) float32 of (B, 3, size, size) uint8 RGB crops."""
+        inputs = crops
+        if self.teacher is not None:
+            inputs = compute_features(self.teacher, crops, self.trained.config.teacher_size)
+        logits: Tensor = self.network(inputs).logits.float()
+        return logits
+
+    def crop(self, image: Image.Image) -> Tensor:
+        """(3, size, size) uint8, what the network sees of an RGB photo."""
+        # Resized before it is padded: a long thin photo must not become a huge square.
+        scale = self.size / max(image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        square = Image.new("RGB", (self.size, self.size), PADDING)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        square.paste(resized, ((self.size - width) // 2, (self.size - height) // 2))
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def load(run_or_checkpoint: str | Path, teacher_weights: str | None = None) -> Segmenter:
+    """A trained model, on the GPU where there is one.
+
+    Args:
+        run_or_checkpoint: a run's folder, one of its checkpoints, a folder written by `save_pretrained`, or the id of a
+            model on the Hugging Face hub (OWNER/MODEL). A path that exists wins over an id.
+        teacher_weights: VGG19's, needed only by a model that was trained on cached features: `imagenet`, a
+            .safetensors or .pth file, or random:SEED; default: those it was trained with, unless they were a file.
+
+    Raises:
+        UserError: nothing there, damaged, or other teacher weights than those of the training.
+    """
+    path = Path(run_or_checkpoint)
+    if path.exists():
+        return Segmenter(load_model(path), teacher_weights)
+    return Segmenter.from_pretrained(fetch(str(run_or_checkpoint)), teacher_weights=teacher_weights)
+
+
+def _load_teacher(trained: Trained, weights: str | None) -> Teacher:
+    original = trained.state.teacher_weights
+    if weights is None and original != "imagenet" and not original.startswith("random:"):
+        whence = f"weights from {original}" if original else "weights that nobody noted"
+        raise UserError(
+            f"{trained.path}: was trained on features of VGG19 with {whence}; "
+            "give that file with --teacher-weights (in Python: teacher_weights=)"
+        )
+    teacher = Teacher(trained.config.teacher.layer, weights or original)
+    if not trained.state.teacher_sha256:
+        console.warn(f"{trained.path}: does not say which teacher it was trained with; {teacher.weights_name} is taken")
+    elif teacher.fingerprint != trained.state.teacher_sha256:
+        raise UserError(
+            f"{trained.path}: was trained with teacher {original} (sha256 {trained.state.teacher_sha256[:12]}), "
+            f"came {teacher.weights_name} ({teacher.fingerprint[:12]}); give the ones of the training"
+        )
+    return teacher
