@@ -53,7 +53,7 @@ def test_a_bare_no_in_yaml_means_no_mixed_precision(tmp_path: Path) -> None:
         ("train: {clip_norm: .nan}", "finite"),
         ("train: {mixed_precision: fp16}", "'no' or 'bf16'"),
         ("slots: 3", "section of settings"),
-        ("slots: {init: random}", "'learned' or 'shared_gaussian'"),
+        ("slots: {init: random}", "'learned', 'shared_gaussian' or 'image_conditioned'"),
         ("[1, 2]", "needed settings"),
         ("a: [", "is not YAML"),
     ],
