@@ -24,7 +24,7 @@ class SoftPositionEncoding(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
-        height, width = maps.shape[-2:]
+        batch, _, height, width = maps.shape  # not len(): that fixes the batch size of an exported model
         y = torch.linspace(0, 1, height, device=maps.device)[:, None].expand(height, width)  # (h, w)
         x = torch.linspace(0, 1, width, device=maps.device)[None].expand(height, width)  # (h, w)
         grid = torch.stack([y, x, 1 - y, 1 - x, torch.ones_like(y)], dim=-1).flatten(0, 1)  # (N, 5)
@@ -32,7 +32,7 @@ class SoftPositionEncoding(nn.Module):
         # As a product, because the gradient of a broadcast sum is a sum over the batch, which took a third of the
         # time of all that stands between a ResNet-50 and its slots (CPU, batch 16).
         tokens = maps.flatten(2).transpose(1, 2)  # (B, N, C)
-        placed = torch.baddbmm(tokens, grid.expand(len(maps), -1, -1), rows.expand(len(maps), -1, -1))  # (B, N, C)
+        placed = torch.baddbmm(tokens, grid.expand(batch, -1, -1), rows.expand(batch, -1, -1))  # (B, N, C)
         return placed.transpose(1, 2).reshape(maps.shape)
 
 
