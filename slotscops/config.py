@@ -29,6 +29,7 @@ class Data:
     shards: str = "shards/toy"  # folder written by python -m slotscops.shard
     size: Annotated[int, Field(ge=32)] = 128  # side of the square crops, pixels
     num_workers: Count = 1  # loader processes per training process; 0 reads in the training process
+    max_damaged_share: Annotated[float, Field(ge=0, le=1)] = 0.001  # of the split; more damaged samples end the run
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -9,6 +9,10 @@ class RunError(RuntimeError):
     """A run that started well and cannot go on, such as a loss that is not finite. Exit code 1."""
 
 
+class DamageError(RunError):
+    """One sample of a data set is not what was written. The message names it and its file; training replaces it."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of another library's message, to stand within one of ours; its type where it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

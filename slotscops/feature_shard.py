@@ -3,9 +3,14 @@
 relu5_4 is 92 to 97 % zeros on real photos, so a float16 value and its position, 4 bytes together, beat 2 bytes for
 every position. A map of more than 65,536 values is cut into segments of that many, so that a position fits in 16 bits.
 
+Each row carries a crc32 of all that it is decoded from, and the file the name of the shard it belongs to: flipped bits
+and swapped files do not pass for features.
+
 Shapes: N samples, C channels on an h x w grid, V = C h w values a map, Z non-zero values of all samples.
 """
 
+import math
+import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +23,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from slotscops.errors import RunError, UserError, first_line
+from slotscops.errors import DamageError, UserError, first_line
 
 _SEGMENT = 1 << 16  # values that a uint16 position can tell apart
 _MAX_VALUES = 1 << 28  # of one map; more is no feature map but a damaged file
 
 
-def encode(features: NDArray[np.float16]) -> bytes:
-    """The file's content for (N, C, h, w) features, in the smaller of both encodings."""
+def encode(features: NDArray[np.float16], label: str = "") -> bytes:
+    """The file's content for (N, C, h, w) features, in the smaller of both encodings.
+
+    Args:
+        label: what the rows belong to; see `FeatureShard.label`.
+    """
     num_samples = len(features)
     maps = features.reshape(num_samples, int(np.prod(features.shape[1:])))
     shape = np.array(features.shape[1:], np.int64)
@@ -38,9 +47,20 @@ def encode(features: NDArray[np.float16]) -> bytes:
         "shape": shape,
         "values": maps[samples, positions],
     }
+    metadata = {"label": label}  # a single one: safetensors writes several in any order
     if sum(array.nbytes for array in sparse.values()) < features.nbytes:
-        return save(sparse)
-    return save({"features": np.ascontiguousarray(features)})
+        ends = sparse["ends"].reshape(num_samples, segments_per_map)
+        starts = [0, *ends[:-1, -1]]
+        sparse["crc32"] = np.array(
+            [
+                _row_crc32(sparse["positions"], sparse["values"], start, row)
+                for start, row in zip(starts, ends, strict=True)
+            ],
+            np.uint32,
+        )
+        return save(sparse, metadata)
+    dense = np.ascontiguousarray(features)
+    return save({"features": dense, "crc32": np.array([zlib.crc32(row) for row in dense], np.uint32)}, metadata)
 
 
 class FeatureShard:
@@ -52,14 +72,15 @@ class FeatureShard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        tensors = _map_tensors(path)
+        tensors, self.label = _map_tensors(path)  # label: which shard of which cache these rows belong to
         self._dense: NDArray[np.float16] | None = tensors.get("features")
         if self._dense is not None and self._dense.ndim == 4 and self._dense.dtype == np.float16:
             self.shape = tuple(int(side) for side in self._dense.shape[1:])
             self._num_samples = len(self._dense)
+            self._crc32 = self._check_crc32(tensors)
             return
         names = ("ends", "positions", "values", "shape")
-        if not set(names) <= set(tensors) or len(tensors["shape"]) != 3:
+        if not set(names) <= set(tensors) or tensors["shape"].shape != (3,) or tensors["shape"].dtype != np.int64:
             raise UserError(f"{path}: holds no features but {sorted(tensors)}; {_REBUILD}")
         self._ends, self._positions, self._values = (tensors[name] for name in names[:3])
         self.shape = tuple(int(side) for side in tensors["shape"])
@@ -68,6 +89,7 @@ class FeatureShard:
         self._num_segments = _num_segments(self.shape)
         self._num_samples = len(self._ends) // self._num_segments
         self._check_sparse()
+        self._crc32 = self._check_crc32(tensors)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -85,8 +107,14 @@ class FeatureShard:
         return features
 
     def read_into(self, features: Tensor, places: Sequence[int], rows: Sequence[int]) -> None:
-        """Writes rows into a zeroed (B, C, h, w) float16 tensor: row `rows[j]` into place `places[j]`."""
+        """Writes rows into a zeroed (B, C, h, w) float16 tensor: row `rows[j]` into place `places[j]`.
+
+        Raises:
+            DamageError: a row whose crc32 differs.
+        """
         if self._dense is not None:
+            for row in rows:
+                self._check_row(row, zlib.crc32(self._dense[row].data))
             features.numpy()[list(places)] = self._dense[list(rows)]
             return
         maps = features.view(len(features), self.num_values).numpy()
@@ -96,21 +124,37 @@ class FeatureShard:
     @property
     def num_values(self) -> int:
         """V, values of one dense map."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     @cached_property
     def encoding(self) -> str:
         return "sparse" if self._dense is None else "dense"
 
     def _scatter_row(self, row: int, values: NDArray[np.float16]) -> None:
-        for segment in range(self._num_segments):
-            number = row * self._num_segments + segment
-            start, end = (self._ends[number - 1] if number else 0), self._ends[number]
+        first = row * self._num_segments
+        start = self._ends[first - 1] if first else 0
+        ends = self._ends[first : first + self._num_segments]
+        self._check_row(row, _row_crc32(self._positions, self._values, start, ends))
+        for segment, end in enumerate(ends):
             window = values[segment * _SEGMENT :]
             try:
                 window[self._positions[start:end]] = self._values[start:end]
             except IndexError:
-                raise RunError(f"{self.path}: row {row} is damaged (a position beyond the map); {_REBUILD}") from None
+                raise self._damage(row, "a position beyond the map") from None
+            start = end
+
+    def _check_row(self, row: int, crc32: int) -> None:
+        if crc32 != self._crc32[row]:
+            raise self._damage(row, "crc32 differs")
+
+    def _damage(self, row: int, what: str) -> DamageError:
+        return DamageError(f"{self.path}: row {row} is damaged ({what}); {_REBUILD}")
+
+    def _check_crc32(self, tensors: dict[str, NDArray[Any]]) -> NDArray[np.uint32]:
+        crc32 = tensors.get("crc32")
+        if crc32 is None or crc32.dtype != np.uint32 or crc32.shape != (self._num_samples,):
+            raise UserError(f"{self.path}: holds no crc32 of each row; {_REBUILD}")
+        return crc32
 
     def _check_sparse(self) -> None:
         fits = (
@@ -118,6 +162,7 @@ class FeatureShard:
             and self._positions.dtype == np.uint16
             and self._values.dtype == np.float16
             and len(self._ends) == self._num_samples * self._num_segments
+            and self._ends.ndim == self._positions.ndim == self._values.ndim == 1
             and len(self._positions) == len(self._values) == (self._ends[-1] if len(self._ends) else 0)
             and bool((np.diff(self._ends, prepend=0) >= 0).all())
         )
@@ -125,16 +170,25 @@ class FeatureShard:
             raise UserError(f"{self.path}: its arrays do not fit each other; {_REBUILD}")
 
 
+def _row_crc32(positions: NDArray[np.uint16], values: NDArray[np.float16], start: int, ends: NDArray[np.int64]) -> int:
+    """Of everything that a row is decoded from: its positions, its values and where its segments end."""
+    end = ends[-1]
+    crc32 = zlib.crc32(values[start:end].data, zlib.crc32(positions[start:end].data))
+    return crc32 if len(ends) == 1 else zlib.crc32((ends - start).data, crc32)
+
+
 def _num_segments(shape: Any) -> int:
     return int(-(-int(np.prod(shape)) // _SEGMENT))
 
 
-def _map_tensors(path: Path) -> dict[str, NDArray[Any]]:
+def _map_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
+    """The arrays by name, and the label."""
     try:
         # Through torch, because its tensors are views of the mapped file; safetensors' NumPy arrays are copies.
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
+            tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, (file.metadata() or {}).get("label", "")
+    except (OSError, SafetensorError, TypeError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); {_REBUILD}") from None
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from slotscops import console
 from slotscops.config import differences
 from slotscops.errors import RunError, UserError
+from slotscops.feature_manifest import REMOVE_AND_REBUILD, file_label, read_manifest, write_manifest
 from slotscops.feature_shard import FeatureShard, encode
 from slotscops.files import sha256_of_file, sha256_of_json, write_bytes, write_json
 from slotscops.images import IMAGENET_MEAN, IMAGENET_STD
@@ -27,7 +28,6 @@ from slotscops.shard_reader import ShardReader
 from slotscops.teacher import Teacher
 from slotscops.work import units_in_turn
 
-FORMAT = 1
 _BATCH_SIZE = 16  # fixed: another batch may change the last bits of a convolution, and the cache is to be reproducible
 
 
@@ -67,6 +67,8 @@ class FeatureCache:
 
     def open_shard(self, entry: ShardEntry) -> FeatureShard:
         shard = FeatureShard(self.path(entry.name))
+        if shard.label != file_label(self.manifest, entry.name):
+            raise UserError(f"{shard.path}: belongs to another shard or cache (files swapped?); {REMOVE_AND_REBUILD}")
         if len(shard) != entry.num_samples or shard.shape != self.shape:
             raise UserError(
                 f"{shard.path}: holds {len(shard)} maps of {shard.shape}, needed {entry.num_samples} of {self.shape}; "
@@ -90,7 +92,7 @@ def open_cache(dataset: Dataset, layer: str, size: int, weights_sha256: str | No
         raise UserError(
             f"{dataset.folder}: needed features {cache_name(layer, size)}, came {state}; build with: {command}"
         )
-    cache = FeatureCache(folder, _read_manifest(folder / "manifest.json"))
+    cache = FeatureCache(folder, read_manifest(folder / "manifest.json"))
     wanted |= {"shard_digest": dataset.digest}
     if weights_sha256 is not None:
         wanted |= {"weights_sha256": weights_sha256}
@@ -115,7 +117,7 @@ def open_features(shards: str | Path, shard: str, name: str | None = None) -> Fe
     if name is None and len(names) != 1:
         raise UserError(f"{shards}: has feature caches {names or 'none'}; name the one you want")
     folder = dataset.folder / "features" / (name or names[0])
-    manifest = _read_manifest(folder / "manifest.json")
+    manifest = read_manifest(folder / "manifest.json")
     cache = open_cache(dataset, manifest["layer"], manifest["input_size"])
     for entries in dataset.splits.values():
         for entry in entries:
@@ -128,17 +130,6 @@ def rebuild_command(shards: Path, manifest: dict[str, Any]) -> str:
     return f"python -m slotscops.features --shards {shards} --layer {manifest['layer']} --size {manifest['input_size']}"
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text())
-        missing = {"format", "files", "shape", *_IDENTITY} - set(manifest)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {_REMOVE_AND_REBUILD}") from None
-    if missing or manifest["format"] != FORMAT:
-        raise UserError(f"{path}: is of another format or lacks {sorted(missing)}; {_REMOVE_AND_REBUILD}")
-    return dict(manifest)
-
-
 def _check_files(cache: FeatureCache, dataset: Dataset) -> None:
     for entries in dataset.splits.values():
         for entry in entries:
@@ -146,7 +137,7 @@ def _check_files(cache: FeatureCache, dataset: Dataset) -> None:
             came = path.stat().st_size if path.is_file() else "no file"
             if row is None or came != row["bytes"]:
                 needed = "a row in the manifest" if row is None else f"{row['bytes']} bytes"
-                raise UserError(f"{path}: came {came}, needed {needed}; {_REMOVE_AND_REBUILD}")
+                raise UserError(f"{path}: came {came}, needed {needed}; {REMOVE_AND_REBUILD}")
 
 
 def verify(cache: FeatureCache) -> list[str]:
@@ -159,20 +150,6 @@ def verify(cache: FeatureCache) -> list[str]:
 
 
 # ---- building ----------------------------------------------------------------------------------------------------
-
-# What two caches must share to be the same.
-_IDENTITY = (
-    "network",
-    "layer",
-    "weights",
-    "weights_sha256",
-    "input_size",
-    "resize",
-    "normalisation",
-    "dtype",
-    "mirrored",
-    "shard_digest",
-)
 
 
 def build_cache(dataset: Dataset, teacher: Teacher, size: int) -> FeatureCache:
@@ -192,8 +169,9 @@ def build_cache(dataset: Dataset, teacher: Teacher, size: int) -> FeatureCache:
         for number in units_in_turn(len(entries)):
             path = folder / f"{entries[number].name}.safetensors"
             if not path.is_file():
-                write_bytes(path, _encode_shard(dataset, entries[number], teacher, size, device))
-        _write_manifest(folder, identity, entries, teacher.output_shape(size))
+                label = file_label(identity, entries[number].name)
+                write_bytes(path, _encode_shard(dataset, entries[number], teacher, size, device, label))
+        _list_files(folder, identity, entries, teacher.output_shape(size))
     return open_cache(dataset, teacher.layer, size)
 
 
@@ -221,7 +199,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     try:
         present = json.loads(path.read_text())
     except ValueError:
-        raise UserError(f"{path}: is no JSON; {_REMOVE_AND_REBUILD}") from None
+        raise UserError(f"{path}: is no JSON; {REMOVE_AND_REBUILD}") from None
     differing = differences(present, identity)
     if differing:
         name = differing[0]
@@ -231,7 +209,9 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _encode_shard(dataset: Dataset, entry: ShardEntry, teacher: Teacher, size: int, device: torch.device) -> bytes:
+def _encode_shard(
+    dataset: Dataset, entry: ShardEntry, teacher: Teacher, size: int, device: torch.device, label: str
+) -> bytes:
     reader = ShardReader(dataset, entry)
     starts = range(0, entry.num_samples, _BATCH_SIZE)
     maps = []
@@ -241,7 +221,7 @@ def _encode_shard(dataset: Dataset, entry: ShardEntry, teacher: Teacher, size: i
     features = torch.cat(maps) if maps else torch.empty(0, *teacher.output_shape(size), dtype=torch.float16)
     if not torch.isfinite(features).all():
         raise RunError(f"{entry.name}: features beyond 65504 do not fit float16; check the teacher's weights")
-    return encode(features.numpy())
+    return encode(features.numpy(), label)
 
 
 @torch.inference_mode()
@@ -253,7 +233,7 @@ def compute_features(teacher: Teacher, images: Tensor, size: int) -> Tensor:
     return features
 
 
-def _write_manifest(folder: Path, identity: dict[str, Any], entries: list[ShardEntry], shape: tuple[int, ...]) -> None:
+def _list_files(folder: Path, identity: dict[str, Any], entries: list[ShardEntry], shape: tuple[int, ...]) -> None:
     files = {}
     for entry in entries:
         path = folder / f"{entry.name}.safetensors"
@@ -262,10 +242,7 @@ def _write_manifest(folder: Path, identity: dict[str, Any], entries: list[ShardE
             "bytes": path.stat().st_size,
             "encoding": FeatureShard(path).encoding,
         }
-    write_json(folder / "manifest.json", identity | {"format": FORMAT, "shape": list(shape), "files": files})
-
-
-_REMOVE_AND_REBUILD = "remove the folder and rebuild it with python -m slotscops.features"
+    write_manifest(folder / "manifest.json", identity, shape, files)
 
 
 # ---- command -----------------------------------------------------------------------------------------------------
@@ -288,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.verify:
         damaged = verify(open_cache(dataset, options.layer, size))
         if damaged:
-            raise RunError(f"damaged feature files: {', '.join(damaged)}; {_REMOVE_AND_REBUILD}")
+            raise RunError(f"damaged feature files: {', '.join(damaged)}; {REMOVE_AND_REBUILD}")
         console.say("every feature file is what the manifest says")
         return 0
     report(build_cache(dataset, Teacher(options.layer, options.teacher_weights), size))

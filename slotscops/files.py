@@ -60,6 +60,10 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def sha256_of_json(content: Any) -> str:
     """Hex digest of the content as JSON with sorted keys, so that equal content gives an equal digest."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

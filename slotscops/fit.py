@@ -53,6 +53,7 @@ def _rehearse(trainer: Trainer) -> int:
         loss_value = loss.item()
         step_s = time.perf_counter() - start
     trainer.check_finite()
+    trainer.damage.agree(trainer.accelerator, trainer.step, write=False)
     train = trainer.config.train
     weights_mb = sum(parameter.nbytes for parameter in trainer.network.parameters()) / 1e6
     console.say(

@@ -4,6 +4,7 @@ Shapes: N samples of a shard, M members of a sample (`records.MEMBERS`).
 """
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from slotscops.errors import UserError, first_line
-from slotscops.files import sha256_of_json, write_bytes, write_json
+from slotscops.files import sha256_of_bytes, sha256_of_json, write_bytes, write_json
 from slotscops.records import MEMBERS
 
 FORMAT = 2
+# A data set from elsewhere must not make us read beside its folder.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_MAX_SIZE = 1 << 15  # pixels, side of a crop; more is no data set but a damaged file
+_DTYPES = {"key_bytes": np.uint8, "crc32": np.uint32}  # the others are int64
 
 
 @dataclass(frozen=True)
@@ -52,20 +57,36 @@ class ShardIndex:
         write_bytes(path, save({name: np.ascontiguousarray(array) for name, array in vars(self).items()}))
 
     @staticmethod
-    def read(path: Path) -> "ShardIndex":
-        """Raises UserError where the file is missing, damaged, or its arrays do not fit each other."""
+    def read(path: Path, sha256: str | None = None) -> "ShardIndex":
+        """Raises UserError where the file is missing, has another sha256, or its arrays do not fit each other."""
         try:
-            index = ShardIndex(**load_file(path))
-            num = len(index)
-            shapes = {name: array.shape for name, array in vars(index).items()}
-            whole = (num == 0 and len(index.key_bytes) == 0) or index.key_ends[-1] == len(index.key_bytes)
-            members = (num, len(MEMBERS))
-            fits = shapes["offsets"] == shapes["sizes"] == shapes["crc32"] == members and shapes["class_ids"] == (num,)
-        except (OSError, SafetensorError, TypeError, IndexError) as error:
+            content = path.read_bytes()
+            if sha256 is not None and sha256_of_bytes(content) != sha256:
+                raise UserError(f"{path}: is damaged (sha256 differs from dataset.json); {_REBUILD}")
+            index = ShardIndex(**load(content))
+        except (OSError, SafetensorError, TypeError, KeyError) as error:
             raise UserError(f"{path}: is no readable shard index ({first_line(error)}); {_REBUILD}") from None
-        if not (fits and whole and bool((np.diff(index.key_ends) > 0).all())):
+        if not index._fits():
             raise UserError(f"{path}: its arrays do not fit each other; {_REBUILD}")
         return index
+
+    def _fits(self) -> bool:
+        """Whether the arrays belong together, and every key can be shown in a line."""
+        num, members = self.key_ends.size, (self.key_ends.size, len(MEMBERS))
+        shapes = dict.fromkeys(vars(self), (num,)) | dict.fromkeys(("offsets", "sizes", "crc32"), members)
+        shapes["key_bytes"] = (self.key_bytes.size,)
+        for name, array in vars(self).items():
+            if array.shape != shapes[name] or array.dtype != _DTYPES.get(name, np.int64):
+                return False
+        starts = np.concatenate([[0], self.key_ends])
+        if starts[-1] != len(self.key_bytes) or not (np.diff(starts) > 0).all():
+            return False
+        if (self.key_bytes[starts[:-1]] & 0xC0 == 0x80).any():  # a key that begins within a character
+            return False
+        try:
+            return self.key_bytes.tobytes().decode().isprintable()
+        except UnicodeDecodeError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -111,7 +132,9 @@ class Dataset:
         return self.splits[name]
 
     def read_index(self, entry: ShardEntry) -> ShardIndex:
-        index = ShardIndex.read(index_path(self.folder, entry.name))
+        index = ShardIndex.read(index_path(self.folder, entry.name), entry.index_sha256)
+        if len(index) and not 0 <= index.class_ids.min() <= index.class_ids.max() < len(self.class_names):
+            raise UserError(f"{index_path(self.folder, entry.name)}: names classes beyond dataset.json's; {_REBUILD}")
         if len(index) != entry.num_samples:
             raise UserError(
                 f"{index_path(self.folder, entry.name)}: lists {len(index)} samples, dataset.json says "
@@ -137,6 +160,15 @@ def open_dataset(shards: Path) -> Dataset:
     Raises:
         UserError: no shards there (with the command that makes them), an unfinished or damaged data set.
     """
+    dataset = read_dataset(shards)
+    for entries in dataset.splits.values():
+        for entry in entries:
+            _check_tar(dataset, entry)
+    return dataset
+
+
+def read_dataset(shards: Path) -> Dataset:
+    """What `dataset.json` says, whatever became of the shards since. Raises UserError as `open_dataset`."""
     path = dataset_path(shards)
     if not path.is_file():
         unfinished = (shards / "index" / "plan.json").is_file()
@@ -149,13 +181,10 @@ def open_dataset(shards: Path) -> Dataset:
         content = json.loads(path.read_text())
         dataset = _from_json(shards, content)
         digest = content["digest"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({first_line(error)}); {_REBUILD}") from None
     if dataset.digest != digest:
         raise UserError(f"{path}: its content does not fit its own digest; {_REBUILD}")
-    for entries in dataset.splits.values():
-        for entry in entries:
-            _check_tar(dataset, entry)
     return dataset
 
 
@@ -184,10 +213,20 @@ def _to_json(dataset: Dataset) -> dict[str, Any]:
 def _from_json(shards: Path, content: dict[str, Any]) -> Dataset:
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
-    return Dataset(
+    dataset = Dataset(
         folder=shards,
         settings=dict(content["settings"]),
         class_names=list(content["class_names"]),
         part_names={name: list(parts) for name, parts in content["part_names"].items()},
-        splits={split: [ShardEntry(**entry) for entry in entries] for split, entries in content["splits"].items()},
+        splits={split: [_entry(**entry) for entry in entries] for split, entries in content["splits"].items()},
     )
+    if not 1 <= dataset.size <= _MAX_SIZE or not {*dataset.class_names} <= {*dataset.part_names}:
+        raise ValueError("its settings and tables do not fit each other")
+    return dataset
+
+
+def _entry(name: str, num_samples: int, num_bytes: int, sha256: str, index_sha256: str) -> ShardEntry:
+    kinds = [type(value) for value in (num_samples, num_bytes, sha256, index_sha256)]
+    if kinds != [int, int, str, str] or min(num_samples, num_bytes) < 0 or not _SHARD_NAME.fullmatch(name):
+        raise ValueError(f"'{name}' is no row of the table of shards")
+    return ShardEntry(name, num_samples, num_bytes, sha256, index_sha256)

@@ -6,7 +6,7 @@ the places of the stream to read, so the order is the same with any number of wo
 
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from slotscops.errors import RunError, UserError
+from slotscops.errors import DamageError, RunError, UserError
 from slotscops.feature_shard import FeatureShard
 from slotscops.features import FeatureCache
 from slotscops.index import Dataset as ShardDataset
 from slotscops.index import ShardEntry, ShardIndex
 from slotscops.interruption import ignore_signals
-from slotscops.plan import TrainingPlan
+from slotscops.plan import NUM_SUBSTITUTES, TrainingPlan, substitutes
 from slotscops.records import Batch
 from slotscops.shard_reader import ShardReaders
 
@@ -37,6 +37,7 @@ class Split(Dataset[Batch]):
     name: str  # train or val
     cache: FeatureCache | None  # None: batches without features
     with_labels: bool  # evaluation reads part labels and object masks; training never does
+    replace_damaged: bool = False  # training goes on with others; evaluation must not, or its scores would change
 
     def __len__(self) -> int:
         return self.dataset.num_samples(self.name)
@@ -45,17 +46,59 @@ class Split(Dataset[Batch]):
         shard, row = self._locate(np.array([sample]))
         return self._index(int(shard[0])).key(int(row[0]))
 
-    def read_member(self, sample: int, member: str) -> memoryview:
+    def read_member(self, sample: int, member: str) -> bytes:
         """The bytes of one member, its crc32 checked."""
         shard, row = self._locate(np.array([sample]))
         return self._readers[int(shard[0])].read_member(int(row[0]), member)
 
     def read(self, samples: NDArray[np.int64]) -> Batch:
-        """The samples as one batch, in the order asked for.
+        """The samples as one batch, in the order asked for; where asked to, others in the place of damaged ones.
 
         Raises:
-            RunError: a member whose crc32 differs from the index.
+            DamageError: a damaged sample that is not to be replaced.
+            RunError: there is hardly a sample that is whole.
         """
+        if self._faults:  # so that what is known to be damaged is not read again and again
+            samples, damaged = self._replace(samples)
+        else:
+            damaged = {}
+        try:
+            batch = self._read(samples)
+        except DamageError:
+            if not self.replace_damaged:
+                raise
+            for sample in samples.tolist():
+                self._look_for_fault(sample)
+            samples, more = self._replace(samples)
+            damaged |= more
+            batch = self._read(samples)
+        return replace(batch, damaged=damaged)
+
+    def _replace(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], dict[str, str]]:
+        """The samples with whole ones in the place of those known to be damaged, and these by key."""
+        damaged = {self.key(sample): self._faults[sample] for sample in samples.tolist() if sample in self._faults}
+        whole = [self._find_substitute(s) if s in self._faults else s for s in samples.tolist()]
+        return np.array(whole, np.int64), damaged
+
+    def _find_substitute(self, sample: int) -> int:
+        """Another sample: a pure function of the sample and of what is damaged, whoever asks and whenever."""
+        for other in substitutes(sample, len(self)):
+            if other not in self._faults:
+                self._look_for_fault(other)
+            if other not in self._faults:
+                return other
+        raise RunError(
+            f"{self._faults[sample]} (nor is one of {NUM_SUBSTITUTES} others whole); look at all of them with: "
+            f"python -m slotscops.shard --verify {self.dataset.folder}"
+        )
+
+    def _look_for_fault(self, sample: int) -> None:
+        try:
+            self._read(np.array([sample]))
+        except DamageError as error:
+            self._faults[sample] = str(error)
+
+    def _read(self, samples: NDArray[np.int64]) -> Batch:
         shards, rows = self._locate(samples)
         size = self.dataset.size
         pixels = np.empty((len(samples), size, size, 3), np.uint8)
@@ -123,6 +166,11 @@ class Split(Dataset[Batch]):
         return {}
 
     @cached_property
+    def _faults(self) -> dict[int, str]:
+        """What is wrong with each sample that this process found to be damaged."""
+        return {}
+
+    @cached_property
     def _readers(self) -> ShardReaders:
         return ShardReaders(self.dataset, self._entries, self._index)
 
@@ -132,7 +180,7 @@ class Split(Dataset[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker opens its own files; memory maps do not travel.
-        fields = ("dataset", "name", "cache", "with_labels")
+        fields = ("dataset", "name", "cache", "with_labels", "replace_damaged")
         return {field: self.__dict__[field] for field in fields}
 
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from slotscops.errors import UserError
 
+NUM_SUBSTITUTES = 64  # drawn for a damaged sample; where all are damaged too, hardly anything is whole
+
 
 @lru_cache(maxsize=2)  # a batch touches at most two epochs unless it is larger than the data set
 def permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -64,6 +66,13 @@ def microbatches(
     for samples_seen in range(first, last, batch_size):
         share = share_of_rank(samples_seen, batch_size, rank, num_ranks)
         yield from np.split(share, accumulation_steps)
+
+
+def substitutes(sample: int, num_samples: int) -> list[int]:
+    """Samples to take, the first whole one, in the place of a damaged one; the same on every process and worker."""
+    key = np.random.SeedSequence([sample, NUM_SUBSTITUTES])
+    drawn: list[int] = np.random.Generator(np.random.Philox(key)).integers(num_samples, size=NUM_SUBSTITUTES).tolist()
+    return [other for other in drawn if other != sample]
 
 
 @dataclass(frozen=True)

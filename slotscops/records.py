@@ -5,7 +5,8 @@ Shapes: S the crop's side in pixels.
 
 import io
 import json
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -62,9 +63,20 @@ def _encode_png(label_map: NDArray[np.uint8]) -> bytes:
     return png.getvalue()
 
 
-def decode_image(content: bytes | memoryview) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB or (H, W) grey pixels of a JPEG or PNG."""
-    with Image.open(io.BytesIO(content)) as image:
+def decode_image(
+    content: bytes | memoryview, size: tuple[int, int] | None = None, mode: str | None = None
+) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB or (H, W) grey pixels of a JPEG or PNG.
+
+    Args:
+        size, mode: width and height, and Pillow's name for the kind of pixels: others are refused undecoded.
+
+    Raises:
+        ValueError: another size or mode; besides, whatever Pillow raises on a damaged image.
+    """
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=["JPEG", "PNG"]) as image:
+        if (size or image.size, mode or image.mode) != (image.size, image.mode):
+            raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}")
         return np.asarray(image)
 
 
@@ -79,6 +91,7 @@ class Batch:
     class_ids: Tensor  # (B,) int64 row of the index's class table
     keys: list[str]  # B record keys
     parts_small: Tensor | None = None  # (B, S, S) as parts, with the smallest part on top
+    damaged: dict[str, str] = field(default_factory=dict)  # what is wrong, by key, with samples that others stand for
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -109,4 +122,5 @@ class Batch:
             function(self.class_ids),
             self.keys,
             apply(self.parts_small),
+            damaged=self.damaged,
         )

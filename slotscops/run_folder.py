@@ -15,7 +15,14 @@ from slotscops.files import json_numbers, write_bytes, write_json
 from slotscops.index import Dataset
 
 # Settings that may change between two starts of one run without making it another run.
-_FREE_TO_CHANGE = ("run_dir", "data.shards", "data.num_workers", "encoder.weights", "teacher.weights")
+_FREE_TO_CHANGE = (
+    "run_dir",
+    "data.shards",
+    "data.num_workers",
+    "data.max_damaged_share",
+    "encoder.weights",
+    "teacher.weights",
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,11 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def damaged(self) -> Path:
+        """What is wrong, by key, with every damaged sample found so far; there only if there is one."""
+        return self.path / "damaged.json"
 
     @property
     def config(self) -> Path:

@@ -4,6 +4,7 @@
     python -m slotscops.shard --images DIR [--parts DIR] --out SHARDS [--val-share 0.1] [--class-name NAME]
     python -m slotscops.shard --toy --out shards/toy
     python -m slotscops.shard --inspect SHARDS [--out FILE.png]
+    python -m slotscops.shard --verify SHARDS
 
 Works alone or under a launcher. Started again after any interruption it finishes what is missing.
 """
@@ -26,6 +27,7 @@ from slotscops.shard_reader import ShardReader
 from slotscops.shard_writer import Outcome, ShardSettings, plan_path, write_shards
 from slotscops.sources import open_pascal_part
 from slotscops.teacher import Teacher
+from slotscops.verify import verify_shards
 from slotscops.work import usable_cores
 
 _LISTED = 20  # damaged files named at the end; all are in index/left_out.json
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.inspect:
         inspect_shards(options.inspect, options.out)
         return 0
+    if options.verify:
+        return verify_shards(options.verify, options.workers)
     if options.images:
         classes = [options.class_name]
     else:
@@ -81,6 +85,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--toy", action="store_true", help="draw a synthetic tree into OUT/photos and shard that")
     source.add_argument("--images", type=Path, help="folder of photos, each one object; train/ and val/ are splits")
     source.add_argument("--inspect", type=Path, metavar="SHARDS", help="print statistics and draw a sheet (--out PNG)")
+    source.add_argument("--verify", type=Path, metavar="SHARDS", help="check every hash, say what is damaged")
     parser.add_argument("--parts", type=Path, help="of --images: folder of label PNGs, parts.txt names the labels")
     parser.add_argument("--val-share", type=float, default=0.1, help="of --images (default: 0.1)")
     parser.add_argument("--class-name", default="object", help="of --images (default: object)")
@@ -105,7 +110,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--toy-val", type=int, default=150, help="toy photos to score on (default: 150)")
     parser.add_argument("--toy-seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.out is None and not options.inspect:
+    if options.out is None and not (options.inspect or options.verify):
         parser.error("the following arguments are required: --out")
     if options.parts and not options.images:
         parser.error("--parts goes with --images")

@@ -1,7 +1,12 @@
-"""Reads members of shards by index, without streaming: memory-mapped tar, offset, size, crc32, decode."""
+"""Reads members of shards by index, without streaming: offset, size, crc32, decode.
+
+With `os.pread`, not memory-mapped: a bad sector, or a file cut short meanwhile, is an error then and not the end of
+the process, and the copy of a few KB costs little beside decoding them.
+"""
 
 import json
-import mmap
+import os
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,7 +18,7 @@ from numpy.typing import NDArray
 from simplejpeg import decode_jpeg
 from torch import Tensor
 
-from slotscops.errors import RunError
+from slotscops.errors import DamageError, RunError, first_line
 from slotscops.index import Dataset, ShardEntry, ShardIndex
 from slotscops.records import MEMBERS, decode_image
 
@@ -27,24 +32,29 @@ class ShardReader:
         self.path = dataset.tar_path(entry)
         self.index = dataset.read_index(entry) if index is None else index
         self.size = dataset.size
-        with self.path.open("rb") as file:
-            self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            self._num_bytes = os.fstat(self._file).st_size
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be opened ({error.strerror}); {MEND}") from None
 
-    def read_member(self, row: int, member: str) -> memoryview:
+    def read_member(self, row: int, member: str) -> bytes:
         """The content of one member, its crc32 checked.
 
         Raises:
-            RunError: the bytes are not those the index was made for.
+            DamageError: the bytes cannot be read or are not those the index was made for.
         """
         column = MEMBERS.index(member)
         offset, size = int(self.index.offsets[row, column]), int(self.index.sizes[row, column])
-        if offset < 0 or not 0 < size <= len(self._bytes) - offset:
-            raise RunError(f"{self.path}: {self.index.key(row)}.{member} lies outside the file; {_MEND}")
-        content = self._bytes[offset : offset + size]
+        if offset < 0 or not 0 < size <= self._num_bytes - offset:
+            raise self._damage(row, member, "lies outside the file")
+        try:
+            content = os.pread(self._file, size, offset)
+        except OSError as error:
+            raise self._damage(row, member, f"cannot be read ({error.strerror})") from None
         if zlib.crc32(content) != int(self.index.crc32[row, column]):
-            raise RunError(
-                f"{self.path}: {self.index.key(row)}.{member} is damaged (crc32 differs from the index); {_MEND}"
-            )
+            raise self._damage(row, member, "is damaged (crc32 differs from the index)")
         return content
 
     def read_images(self, rows: Sequence[int]) -> Tensor:
@@ -56,20 +66,42 @@ class ShardReader:
 
     def read_image_into(self, pixels: NDArray[np.uint8], row: int) -> None:
         """Decodes a crop into (S, S, 3) uint8 RGB."""
-        decode_jpeg(self.read_member(row, "jpg"), buffer=pixels)
+        content = self.read_member(row, "jpg")
+        try:
+            came = decode_jpeg(content, buffer=pixels).shape
+        except ValueError as error:  # larger than the buffer, too
+            raise self._damage(row, "jpg", f"is no crop ({first_line(error)})") from None
+        if came != pixels.shape:
+            raise self._damage(row, "jpg", f"has {came[1]} x {came[0]} pixels, needed {self.size}")
 
     def read_parts(self, row: int, smallest_on_top: bool = False) -> NDArray[np.uint8]:
         """(S, S) uint8 part labels, 0 = none."""
-        return decode_image(self.read_member(row, "parts_small.png" if smallest_on_top else "parts.png"))
+        return self._read_map(row, "parts_small.png" if smallest_on_top else "parts.png")
 
     def read_object_mask(self, row: int) -> NDArray[np.bool_]:
         """(S, S) bool, True on the object."""
-        mask: NDArray[np.bool_] = decode_image(self.read_member(row, "object.png")) > 0
+        mask: NDArray[np.bool_] = self._read_map(row, "object.png") > 0
         return mask
 
     def read_description(self, row: int) -> dict[str, Any]:
-        description: dict[str, Any] = json.loads(bytes(self.read_member(row, "json")))
+        try:
+            description = json.loads(self.read_member(row, "json"))
+        except (ValueError, RecursionError):
+            description = None
+        if not isinstance(description, dict):
+            raise self._damage(row, "json", "is no JSON object")
         return description
+
+    def _read_map(self, row: int, member: str) -> NDArray[np.uint8]:
+        """(S, S) uint8. The size is looked at before anything is decoded: no small file becomes gigabytes."""
+        content = self.read_member(row, member)
+        try:
+            return decode_image(content, (self.size, self.size), "L")
+        except Exception as error:  # Pillow raises anything on damaged files
+            raise self._damage(row, member, f"is no label map ({first_line(error)})") from None
+
+    def _damage(self, row: int, member: str, what: str) -> DamageError:
+        return DamageError(f"{self.path}: {self.index.key(row)}.{member} {what}; {MEND}")
 
 
 class ShardReaders:
@@ -92,4 +124,4 @@ class ShardReaders:
         return self._open[shard]
 
 
-_MEND = "copy the shard again, or make the shards again with python -m slotscops.shard"
+MEND = "copy the shard again, or make the shards again with python -m slotscops.shard"

@@ -16,6 +16,7 @@ from slotscops.build import build_model, build_optimizer
 from slotscops.checkpoint_writer import CheckpointWriter
 from slotscops.clusters import start_from_features
 from slotscops.config import Config, to_mapping
+from slotscops.damage import DamageLedger
 from slotscops.errors import RunError
 from slotscops.evaluate import evaluate_split, picture_of_split
 from slotscops.interruption import Agreement, StopRequest
@@ -48,7 +49,8 @@ class Trainer:
         self.network = build_model(config, self.cache.shape[0], pretrained=start_from is None)
         # Only the object masks are looked at, and only where the target is masked by them.
         needs_masks = config.losses.target_mask == "object"
-        self._split = Split(self.dataset, "train", self.cache, with_labels=needs_masks)
+        self._split = Split(self.dataset, "train", self.cache, with_labels=needs_masks, replace_damaged=True)
+        self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder)
         if start_from is None:
             start_from_features(self.network, self._split, config)
         if config.train.channels_last:
@@ -134,6 +136,7 @@ class Trainer:
         for number in range(self._num_microbatches):
             with self.stopwatch.waiting():
                 batch = next(batches)
+            self.damage.note(batch.damaged)
             is_last = number == self._num_microbatches - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self._model):
                 loss = self._loss(batch)
@@ -215,6 +218,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.open(self.config, self.step)
             self.folder.note("running", self.step)
+            self.damage.reload(self.step)
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
 
@@ -251,6 +255,7 @@ class Trainer:
             **self.stopwatch.read(),
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             **self._watch(),
+            "damaged_samples": self.damage.agree(self.accelerator, self.step),
             "batch_digest": self._batch_digest(),
         }
 
@@ -268,7 +273,7 @@ class Trainer:
         return row
 
     def _batch_digest(self) -> str:
-        """Hash of the keys of the global batch just trained on, in order."""
+        """Hash of the planned keys of the global batch just trained on, in order; replaced samples do not show."""
         samples = self._plan(0).global_batch(self.samples_seen - self.config.train.batch_size)
         return batch_digest(self._split.key(sample) for sample in samples)
 

@@ -10,6 +10,7 @@ from commands import python
 from slotscops import features
 from slotscops.errors import RunError, UserError
 from slotscops.features import build_cache, open_cache, open_features
+from slotscops.files import sha256_of_json
 from slotscops.index import Dataset, open_dataset
 from slotscops.shard_reader import ShardReader
 from slotscops.teacher import Teacher
@@ -72,7 +73,9 @@ def test_a_cache_of_other_weights_is_never_continued(own_shards: Path) -> None:
 
 def edit_manifest(shards: Path, **changes: object) -> None:
     path = folder_of(shards) / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    manifest = json.loads(path.read_text()) | changes
+    del manifest["digest"]
+    path.write_text(json.dumps(manifest | {"digest": sha256_of_json(manifest)}))
 
 
 @pytest.mark.parametrize("field", ["layer", "input_size", "shard_digest"])

@@ -11,7 +11,7 @@ PYTHON = [sys.executable]  # no launcher: a run of one process
 LOGGED = {
     "step", "samples_seen", "loss", "loss_semantic", "lr_encoder", "lr_head", "lr_basis", "grad_norm",
     "images_per_second", "data_wait", "peak_memory_bytes", "batch_digest", "slot_share_0", "background_share",
-    "dead_slots", "map_entropy", "basis_cosine", "zero_basis_rows",
+    "dead_slots", "map_entropy", "basis_cosine", "zero_basis_rows", "damaged_samples",
 }  # fmt: skip
 
 

@@ -1,0 +1,78 @@
+"""Damaged samples that a run met: counted over all processes, reported once each, and too many of them end the run."""
+
+import json
+from collections.abc import Mapping
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import tensor
+
+from slotscops import console
+from slotscops.errors import RunError
+from slotscops.files import write_json
+from slotscops.index import Dataset
+from slotscops.run_folder import RunFolder
+
+_NAMED = 3  # in the line that ends the run; each has been reported in a line of its own, and all are in the run folder
+
+
+class DamageLedger:
+    """What is wrong with each damaged sample found so far, by key; the same on every process after `agree`."""
+
+    def __init__(self, dataset: Dataset, split: str, max_share: float, folder: RunFolder) -> None:
+        """
+        Args:
+            max_share: of the split's samples; `agree` raises where more are damaged.
+        """
+        self._dataset = dataset
+        self._split = split
+        self._max_share = max_share
+        self._folder = folder
+        self._known: dict[str, str] = {}
+        self._new: dict[str, str] = {}  # found by this process since all agreed
+
+    def note(self, damaged: Mapping[str, str]) -> None:
+        """Takes down what a batch of this process came with. Costs nothing where that is nothing."""
+        for key in damaged.keys() - self._known.keys():
+            self._new[key] = damaged[key]
+
+    def reload(self) -> None:
+        """What the run found before it was interrupted; called by one process, the others hear of it in `agree`."""
+        try:
+            self.note(dict(json.loads(self._folder.damaged.read_text())))
+        except (OSError, ValueError):  # none was found, or the list itself is damaged: they will be found again
+            return
+
+    def agree(self, accelerator: Accelerator, write: bool = True) -> int:
+        """How many different samples all processes together found to be damaged. All must call it at the same step.
+
+        Raises:
+            RunError: on every process, if they are more than allowed.
+        """
+        num_new = tensor([len(self._new)], device=accelerator.device)
+        if int(accelerator.gather(num_new).sum()):
+            found: dict[str, str] = {}
+            for of_process in gather_object([self._new]):
+                found |= of_process
+            self._new = {}
+            self._take_up({key: found[key] for key in sorted(found.keys() - self._known.keys())}, write)
+        allowed = self._max_share * self._dataset.num_samples(self._split)
+        if len(self._known) > allowed:
+            raise RunError(self._too_many())
+        return len(self._known)
+
+    def _take_up(self, found: dict[str, str], write: bool) -> None:
+        self._known |= found
+        if console.is_main():
+            for key, reason in found.items():
+                console.warn(f"sample {key} is damaged, another takes its place: {reason}")
+            if write:
+                write_json(self._folder.damaged, self._known)
+
+    def _too_many(self) -> str:
+        named = "; ".join(list(self._known.values())[:_NAMED])
+        more = f"; {len(self._known) - _NAMED} more in {self._folder.damaged}" if len(self._known) > _NAMED else ""
+        return (
+            f"{self._dataset.folder}: {len(self._known)} of {self._dataset.num_samples(self._split)} samples of "
+            f"{self._split} are damaged, more than data.max_damaged_share={self._max_share:g} allows: {named}{more}"
+        )

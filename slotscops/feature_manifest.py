@@ -1,0 +1,55 @@
+"""What a feature cache says of itself: `SHARDS/features/{name}/manifest.json`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slotscops.errors import UserError, first_line
+from slotscops.files import sha256_of_json, write_json
+
+FORMAT = 2
+# What two caches must share to be the same.
+IDENTITY = (
+    "network",
+    "layer",
+    "weights",
+    "weights_sha256",
+    "input_size",
+    "resize",
+    "normalisation",
+    "dtype",
+    "mirrored",
+    "shard_digest",
+)
+_OF_EACH_FILE = {"bytes", "sha256", "encoding"}
+REMOVE_AND_REBUILD = "remove the folder and rebuild it with python -m slotscops.features"
+
+
+def file_label(identity: dict[str, Any], shard: str) -> str:
+    """What each file of a cache says of itself, so that swapped ones are found, whatever their names."""
+    return f"{sha256_of_json({name: identity[name] for name in IDENTITY})[:16]}/{shard}"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises UserError where it is missing, damaged or of another version."""
+    try:
+        manifest = dict(json.loads(path.read_text()))
+        missing = {"format", "files", "shape", *IDENTITY} - set(manifest)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {REMOVE_AND_REBUILD}") from None
+    if missing or manifest["format"] != FORMAT:
+        raise UserError(f"{path}: is of another format or lacks {sorted(missing)}; {REMOVE_AND_REBUILD}")
+    if manifest.pop("digest", None) != sha256_of_json(manifest):
+        raise UserError(f"{path}: its content does not fit its own digest; {REMOVE_AND_REBUILD}")
+    files, shape = manifest["files"], manifest["shape"]
+    is_table = isinstance(files, dict) and all(isinstance(r, dict) and set(r) >= _OF_EACH_FILE for r in files.values())
+    if not is_table or not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
+        raise UserError(f"{path}: its table of files is damaged; {REMOVE_AND_REBUILD}")
+    return manifest
+
+
+def write_manifest(
+    path: Path, identity: dict[str, Any], shape: tuple[int, ...], files: dict[str, dict[str, Any]]
+) -> None:
+    manifest = identity | {"format": FORMAT, "shape": list(shape), "files": files}
+    write_json(path, manifest | {"digest": sha256_of_json(manifest)})
