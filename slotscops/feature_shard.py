@@ -10,6 +10,7 @@ Shapes: N samples, C channels on an h x w grid, V = C h w values a map, Z non-ze
 """
 
 import math
+import struct
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -51,14 +52,11 @@ def encode(features: NDArray[np.float16], label: str = "") -> bytes:
     if sum(array.nbytes for array in sparse.values()) < features.nbytes:
         ends = sparse["ends"].reshape(num_samples, segments_per_map)
         starts = [0, *ends[:-1, -1]]
-        sparse["crc32"] = np.array(
-            [
-                _row_crc32(sparse["positions"], sparse["values"], start, row)
-                for start, row in zip(starts, ends, strict=True)
-            ],
-            np.uint32,
-        )
-        return save(sparse, metadata)
+        crc32 = [
+            _row_crc32(sparse["positions"][start : row[-1]], sparse["values"][start : row[-1]], (row - start).tolist())
+            for start, row in zip(starts, ends, strict=True)
+        ]
+        return save(sparse | {"crc32": np.array(crc32, np.uint32)}, metadata)
     dense = np.ascontiguousarray(features)
     return save({"features": dense, "crc32": np.array([zlib.crc32(row) for row in dense], np.uint32)}, metadata)
 
@@ -132,16 +130,18 @@ class FeatureShard:
 
     def _scatter_row(self, row: int, values: NDArray[np.float16]) -> None:
         first = row * self._num_segments
-        start = self._ends[first - 1] if first else 0
-        ends = self._ends[first : first + self._num_segments]
-        self._check_row(row, _row_crc32(self._positions, self._values, start, ends))
+        start = int(self._ends[first - 1]) if first else 0
+        ends = (self._ends[first : first + self._num_segments] - start).tolist()
+        positions, row_values = self._positions[start : start + ends[-1]], self._values[start : start + ends[-1]]
+        self._check_row(row, _row_crc32(positions, row_values, ends))
+        begin = 0
         for segment, end in enumerate(ends):
             window = values[segment * _SEGMENT :]
             try:
-                window[self._positions[start:end]] = self._values[start:end]
+                window[positions[begin:end]] = row_values[begin:end]
             except IndexError:
                 raise self._damage(row, "a position beyond the map") from None
-            start = end
+            begin = end
 
     def _check_row(self, row: int, crc32: int) -> None:
         if crc32 != self._crc32[row]:
@@ -170,11 +170,10 @@ class FeatureShard:
             raise UserError(f"{self.path}: its arrays do not fit each other; {_REBUILD}")
 
 
-def _row_crc32(positions: NDArray[np.uint16], values: NDArray[np.float16], start: int, ends: NDArray[np.int64]) -> int:
+def _row_crc32(positions: NDArray[np.uint16], values: NDArray[np.float16], ends: list[int]) -> int:
     """Of everything that a row is decoded from: its positions, its values and where its segments end."""
-    end = ends[-1]
-    crc32 = zlib.crc32(values[start:end].data, zlib.crc32(positions[start:end].data))
-    return crc32 if len(ends) == 1 else zlib.crc32((ends - start).data, crc32)
+    crc32 = zlib.crc32(values.data, zlib.crc32(positions.data))
+    return crc32 if len(ends) == 1 else zlib.crc32(struct.pack(f"<{len(ends)}q", *ends), crc32)
 
 
 def _num_segments(shape: Any) -> int:
