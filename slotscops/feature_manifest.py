@@ -21,7 +21,7 @@ IDENTITY = (
     "mirrored",
     "shard_digest",
 )
-_OF_EACH_FILE = {"bytes", "sha256", "encoding"}
+_OF_EACH_FILE = {"bytes": int, "sha256": str, "encoding": str}
 REMOVE_AND_REBUILD = "remove the folder and rebuild it with python -m slotscops.features"
 
 
@@ -41,11 +41,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is of another format or lacks {sorted(missing)}; {REMOVE_AND_REBUILD}")
     if manifest.pop("digest", None) != sha256_of_json(manifest):
         raise UserError(f"{path}: its content does not fit its own digest; {REMOVE_AND_REBUILD}")
-    files, shape = manifest["files"], manifest["shape"]
-    is_table = isinstance(files, dict) and all(isinstance(r, dict) and set(r) >= _OF_EACH_FILE for r in files.values())
-    if not is_table or not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
-        raise UserError(f"{path}: its table of files is damaged; {REMOVE_AND_REBUILD}")
+    shape = manifest["shape"]
+    if not _is_table(manifest["files"]) or not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
+        raise UserError(f"{path}: its shape or table of files is damaged; {REMOVE_AND_REBUILD}")
     return manifest
+
+
+def _is_table(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(row, dict) and all(type(row.get(name)) is kind for name, kind in _OF_EACH_FILE.items())
+        for row in files.values()
+    )
 
 
 def write_manifest(

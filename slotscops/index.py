@@ -212,12 +212,12 @@ def _to_json(dataset: Dataset) -> dict[str, Any]:
 
 def _from_json(shards: Path, content: dict[str, Any]) -> Dataset:
     if content["format"] != FORMAT:
-        raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+        raise ValueError(f"format {content['format']!r}, this version reads {FORMAT}")
     dataset = Dataset(
         folder=shards,
         settings=dict(content["settings"]),
-        class_names=list(content["class_names"]),
-        part_names={name: list(parts) for name, parts in content["part_names"].items()},
+        class_names=_names(content["class_names"]),
+        part_names={name: _names(parts) for name, parts in content["part_names"].items()},
         splits={split: [_entry(**entry) for entry in entries] for split, entries in content["splits"].items()},
     )
     if not 1 <= dataset.size <= _MAX_SIZE or not {*dataset.class_names} <= {*dataset.part_names}:
@@ -225,8 +225,14 @@ def _from_json(shards: Path, content: dict[str, Any]) -> Dataset:
     return dataset
 
 
+def _names(names: list[str]) -> list[str]:
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise ValueError("a name is none")
+    return list(names)
+
+
 def _entry(name: str, num_samples: int, num_bytes: int, sha256: str, index_sha256: str) -> ShardEntry:
     kinds = [type(value) for value in (num_samples, num_bytes, sha256, index_sha256)]
     if kinds != [int, int, str, str] or min(num_samples, num_bytes) < 0 or not _SHARD_NAME.fullmatch(name):
-        raise ValueError(f"'{name}' is no row of the table of shards")
+        raise ValueError(f"{name!r} is no row of the table of shards")
     return ShardEntry(name, num_samples, num_bytes, sha256, index_sha256)

@@ -27,8 +27,7 @@ def opens(shards: Path) -> bool:
     try:
         dataset = open_dataset(shards)
         open_cache(dataset, "relu5_4", 64)
-    except UserError as error:
-        assert "\n" not in str(error)
+    except UserError:
         return False
     return True
 
@@ -40,8 +39,7 @@ def reads(shards: Path) -> bool:
     try:
         for sample in range(len(split)):
             split.read(np.array([sample]))
-    except (RunError, UserError) as error:
-        assert "\n" not in str(error)
+    except (RunError, UserError):
         return False
     return True
 
