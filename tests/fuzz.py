@@ -2,8 +2,8 @@
 
     python tests/fuzz.py --inputs 100000 --seed 0 [--workers 2] [--real DIR]
 
-Input i goes to reader i modulo their number and depends on (seed, i) only: `--first I --inputs 1` repeats one. Readers run
-in processes of their own, so that a crash is seen and counted; one that takes longer than 20 s on an input hangs.
+Input i goes to reader i modulo their number and depends on (seed, i) only: `--first I --inputs 1` repeats one. Readers
+run in processes of their own, so that a crash is seen and counted; one that takes longer than 20 s on an input hangs.
 Exit code 1 if anything but a result or an error of ours came out, or if a result differs from the undamaged one.
 """
 

@@ -162,7 +162,7 @@ def test_above_the_budget_all_processes_stop_with_the_list(damaged_shards: Path,
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("damage", [name for name, (_, where) in DAMAGES.items() if where == "O V"][:3])
+@pytest.mark.parametrize("damage", [name for name, (_, where) in DAMAGES.items() if where == "O V"][:1])
 def test_training_on_files_that_do_not_open_is_one_line(toy_shards: Path, tmp_path: Path, damage: str) -> None:
     shards = Path(shutil.copytree(toy_shards, tmp_path / "shards"))
     DAMAGES[damage][0](shards)
