@@ -29,6 +29,7 @@ class DamageLedger:
         self._max_share = max_share
         self._folder = folder
         self._known: dict[str, str] = {}
+        self._found_at: dict[str, int] = {}  # step, by key
         self._new: dict[str, str] = {}  # found by this process since all agreed
 
     def note(self, damaged: Mapping[str, str]) -> None:
@@ -36,14 +37,16 @@ class DamageLedger:
         for key in damaged.keys() - self._known.keys():
             self._new[key] = damaged[key]
 
-    def reload(self) -> None:
-        """What the run found before it was interrupted; called by one process, the others hear of it in `agree`."""
+    def reload(self, step: int) -> None:
+        """What the run had found by the step it goes on from; for one process, the others hear of it in `agree`."""
         try:
-            self.note(dict(json.loads(self._folder.damaged.read_text())))
-        except (OSError, ValueError):  # none was found, or the list itself is damaged: they will be found again
-            return
+            rows = json.loads(self._folder.damaged.read_text())
+            self._new = {key: str(row["what"]) for key, row in rows.items() if row["step"] <= step}
+            self._found_at = {key: int(rows[key]["step"]) for key in self._new}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none there, or damaged: found again then
+            self._new = {}
 
-    def agree(self, accelerator: Accelerator, write: bool = True) -> int:
+    def agree(self, accelerator: Accelerator, step: int, write: bool = True) -> int:
         """How many different samples all processes together found to be damaged. All must call it at the same step.
 
         Raises:
@@ -55,19 +58,22 @@ class DamageLedger:
             for of_process in gather_object([self._new]):
                 found |= of_process
             self._new = {}
-            self._take_up({key: found[key] for key in sorted(found.keys() - self._known.keys())}, write)
+            self._take_up({key: found[key] for key in sorted(found.keys() - self._known.keys())}, step, write)
         allowed = self._max_share * self._dataset.num_samples(self._split)
         if len(self._known) > allowed:
             raise RunError(self._too_many())
         return len(self._known)
 
-    def _take_up(self, found: dict[str, str], write: bool) -> None:
+    def _take_up(self, found: dict[str, str], step: int, write: bool) -> None:
         self._known |= found
-        if console.is_main():
-            for key, reason in found.items():
-                console.warn(f"sample {key} is damaged, another takes its place: {reason}")
-            if write:
-                write_json(self._folder.damaged, self._known)
+        if not console.is_main():
+            return
+        for key, what in found.items():
+            self._found_at.setdefault(key, step)
+            console.warn(f"sample {key} is damaged, another takes its place: {what}")
+        if write:
+            rows = {key: {"step": self._found_at[key], "what": what} for key, what in self._known.items()}
+            write_json(self._folder.damaged, rows)
 
     def _too_many(self) -> str:
         named = "; ".join(list(self._known.values())[:_NAMED])

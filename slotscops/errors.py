@@ -14,5 +14,9 @@ class DamageError(RunError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's message, to stand within one of ours; its type where it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """The first line of another library's message, to stand within one of ours; its type where it says nothing.
+
+    What a terminal would obey instead of showing it, such as the escape sequences of a damaged file, becomes '?'.
+    """
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in line)

@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def damaged(self) -> Path:
-        """What is wrong, by key, with every damaged sample found so far; there only if there is one."""
+        """By key, every damaged sample found so far: what is wrong, and the step that found it. Only if there is one."""
         return self.path / "damaged.json"
 
     @property

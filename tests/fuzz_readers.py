@@ -1,5 +1,6 @@
 """Random damage to files, and the readers that must bear it."""
 
+import copy
 import json
 import shutil
 import zlib
@@ -119,7 +120,7 @@ def damage_json(content: Any, generator: Generator) -> Any:
             if generator.random() < 0.2:
                 del node[place]
             else:
-                node[place] = VALUES[generator.integers(len(VALUES))]
+                node[place] = copy.deepcopy(VALUES[generator.integers(len(VALUES))])
             break
     return changed
 

@@ -65,10 +65,10 @@ def test_the_readme_lists_every_damage_with_where_it_is_found() -> None:
 
 
 def test_whole_shards_verify_with_code_0_and_damaged_ones_name_every_member_and_row(
-    toy_shards: Path, own_shards: Path
+    toy_shards: Path, own_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = python("-m", "slotscops.shard", "--verify", toy_shards, "--workers", "2")
-    assert (done.returncode, done.stdout) == (0, f"{toy_shards}: every file is what was written\n"), done.stderr
+    assert shard.main(["--verify", str(toy_shards), "--workers", "1"]) == 0
+    assert capsys.readouterr().out == f"{toy_shards}: every file is what was written\n"
     key = index_of(own_shards).key(ROW)
     for member in ("jpg", "json"):
         flip(tar(own_shards), offset(own_shards, member) + 4)
