@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def damaged(self) -> Path:
-        """By key, every damaged sample found so far: what is wrong, and the step that found it. Only if there is one."""
+        """Every damaged sample found so far, by key: what is wrong, and the step that found it."""
         return self.path / "damaged.json"
 
     @property
