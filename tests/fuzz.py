@@ -92,6 +92,8 @@ def run_chunk(
                 failures += told.get("failures", [])
         if process.returncode == 0 and not hangs:
             return
+        if not hangs and process.returncode > 0:
+            raise SystemExit(f"the harness itself failed, exit code {process.returncode}")
         number = int(progress.read_text())
         reader = list(READERS)[number % len(READERS)]
         what = "hang" if hangs else "crash"

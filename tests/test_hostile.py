@@ -98,7 +98,7 @@ def number_of_row(split: Split) -> int:
     return next(sample for sample in range(len(split)) if split.key(sample) == index_of(split.dataset.folder).key(ROW))
 
 
-@pytest.mark.parametrize("member", ["jpg", "parts.png", "object.png"])
+@pytest.mark.parametrize("member", ["jpg", "parts.png", "parts_small.png", "object.png"])
 @pytest.mark.parametrize("bomb", ["png", "jpg"])
 def test_a_bomb_among_the_crops_is_damage_like_any_other(
     own_shards: Path, bombs: dict[str, bytes], member: str, bomb: str
