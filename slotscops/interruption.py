@@ -15,6 +15,7 @@ import torch.distributed as dist
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One Ctrl-C comes twice under a launcher: from the terminal, and passed on by the launcher.
 _SAME_KEYSTROKE_S = 1.0
+_WORKER_GRACE_S = 15
 
 
 class StopRequest:
@@ -47,10 +48,14 @@ class StopRequest:
             os._exit(128 + number)
 
 
-def ignore_signals(_worker: int = 0) -> None:
-    """For loader workers: a signal to the whole process group must not take the data away from the last step."""
-    for number in _SIGNALS:
+def outlive_signals(_worker: int = 0) -> None:
+    """For loader workers: a signal to the whole process group must not take the data away from the last step.
+
+    SIGTERM still ends them, some seconds later: it is also how Python ends workers at its own exit.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_GRACE_S))
 
 
 class Agreement:

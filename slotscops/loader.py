@@ -21,7 +21,7 @@ from slotscops.feature_shard import FeatureShard
 from slotscops.features import FeatureCache
 from slotscops.index import Dataset as ShardDataset
 from slotscops.index import ShardEntry, ShardIndex
-from slotscops.interruption import ignore_signals
+from slotscops.interruption import outlive_signals
 from slotscops.plan import NUM_SUBSTITUTES, TrainingPlan, substitutes
 from slotscops.records import Batch
 from slotscops.shard_reader import ShardReaders
@@ -258,7 +258,7 @@ def _data_loader(split: Split, batches: Any, num_workers: int, pin_memory: bool)
         prefetch_factor=_PREFETCHED_BATCHES if num_workers else None,
         # A forked copy of a process that runs PyTorch's threads can hang.
         multiprocessing_context=_worker_context() if num_workers else None,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=outlive_signals,
     )
 
 
