@@ -163,8 +163,8 @@ def test_the_name_of_the_weights_holds_no_folder(weight_files: dict[str, str]) -
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ("relu5-4", "did you mean relu5_4"),
-        ("relu5_5", "did you mean relu5_"),
+        ("relu5-4", "did you mean 'relu5_4'"),
+        ("relu5_5", "did you mean 'relu5_"),
         ("fc7", "give one of conv1_1 ... pool5"),
         ("relu5_4+", "no such layer"),
         ("", "no such layer"),
