@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -124,6 +125,15 @@ class Teacher(nn.Module):
                 continue
             return f"too small for {self.layer}; give at least {enough} pixels"
         return f"{self.network} does not take it; give {_USUAL_SIZE} pixels"
+
+
+@torch.inference_mode()
+def compute_features(teacher: Teacher, images: Tensor, size: int) -> Tensor:
+    """(B, C, h, w) float32 features of (B, 3, S, S) uint8 crops, resized to `size` first where S differs."""
+    if images.shape[-1] != size:
+        images = functional.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+    features: Tensor = teacher(images)
+    return features
 
 
 def _build(network: str) -> nn.Module:

@@ -200,6 +200,7 @@ class Trainer:
             accumulation_steps=self._num_microbatches,
             samples_seen=self.samples_seen,
             last=self.samples_seen + num_steps * self.config.train.batch_size,
+            mirror=self.config.data.mirror,
         )
 
     # ---- where it starts -----------------------------------------------------------------------------------------
