@@ -74,8 +74,8 @@ def test_killed_on_two_processes_and_started_again_on_one_the_cache_has_the_same
     own_shards: Path, tmp_path: Path
 ) -> None:
     whole = Path(shutil.copytree(own_shards, tmp_path / "whole"))
-    work = ["--size", "128", "--teacher-weights", "random:0"]
-    folder, expected = (shards / "features" / "vgg19-relu5_4-128" for shards in (own_shards, whole))
+    work = ["--teacher", "vgg11", "--layer", "relu5_2", "--size", "128", "--teacher-weights", "random:0"]
+    folder, expected = (shards / "features" / "vgg11-relu5_2-128" for shards in (own_shards, whole))
     killed = start([*TWO_PROCESSES, "-m", "slotscops.features", "--shards", str(own_shards), *work])
     try:
         deadline = time.monotonic() + 120
