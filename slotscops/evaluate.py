@@ -234,7 +234,9 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
     if name != "position":
         cache = open_cache(harness.dataset, options.layer, options.size, network=options.teacher)
         warn_if_random(cache)
-        title = f"{name} {options.teacher} {options.layer} {options.size} px" + (" sqrt" if options.transform == "sqrt" else "")
+        network = "" if options.teacher == "vgg19" else f"{options.teacher} "
+        transform = " sqrt" if options.transform == "sqrt" else ""
+        title = f"{name} {network}{options.layer} {options.size} px{transform}"
     train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", options.split))
     # Every process fits the same: samples and starts are drawn from the seed.
     predict = baselines.fit(name, train, options.clusters, options.seed, options.transform)

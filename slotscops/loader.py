@@ -114,7 +114,7 @@ class Split(Dataset[Batch]):
                 parts[place] = reader.read_parts(row)
                 parts_small[place] = reader.read_parts(row, smallest_on_top=True)
                 objects[place] = reader.read_object_mask(row)
-        for array in (pixels, parts, objects) if self.with_labels else (pixels,):
+        for array in (pixels, parts, parts_small, objects) if self.with_labels else (pixels,):
             array[mirrored] = array[mirrored, :, ::-1]
         return Batch(
             images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # laid out channels last

@@ -26,12 +26,8 @@ from slotscops.index import Dataset, ShardEntry, ShardIndex, dataset_path, index
 from slotscops.pascal_part import Candidate, LeftOut
 from slotscops.pascal_tree import SPLITS
 from slotscops.records import MEMBERS, to_members
-<<<<<<< HEAD
 from slotscops.sources import Source
-from slotscops.work import WorkerPool, units_in_turn
-=======
 from slotscops.work import WorkerPool, claim, units_in_turn
->>>>>>> 46aea85 (Features of mirrored crops, and data.mirror that draws from seed, epoch and sample; one helper to claim a folder)
 
 _IMAGES_PER_SCAN = 256  # a unit of the first phase: a second or two of work
 Sample = tuple[str, str, dict[str, bytes]]  # key, class, members

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import TWO_PROCESSES, kill, python, start, train
+from commands import TWO_PROCESSES, python, started, train
 from PIL import Image
 
 import slotscops
@@ -76,13 +76,11 @@ def test_killed_on_two_processes_and_started_again_on_one_the_cache_has_the_same
     whole = Path(shutil.copytree(own_shards, tmp_path / "whole"))
     work = ["--teacher", "vgg11", "--layer", "relu5_2", "--size", "128", "--teacher-weights", "random:0"]
     folder, expected = (shards / "features" / "vgg11-relu5_2-128" for shards in (own_shards, whole))
-    killed = start([*TWO_PROCESSES, "-m", "slotscops.features", "--shards", str(own_shards), *work])
-    try:
+    with started([*TWO_PROCESSES, "-m", "slotscops.features", "--shards", str(own_shards), *work]) as running:
         deadline = time.monotonic() + 120
-        while not list(folder.glob("*.safetensors")) and killed.poll() is None and time.monotonic() < deadline:
+        while not list(folder.glob("*.safetensors")) and running.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-    finally:
-        kill(killed)
+    # Leaving that block is kill -9 for all of them.
     assert list(folder.glob("*.safetensors")), "nothing was written before the kill"
     assert not (folder / "manifest.json").exists(), "everything was written before the kill"
     for shards in (own_shards, whole):
