@@ -28,14 +28,18 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Data:
     shards: str = "shards/toy"  # folder written by python -m slotscops.shard
     size: Annotated[int, Field(ge=32)] = 128  # side of the square crops, pixels
+    # The one augmentation. The cached features must follow what is done to a photo, so another one needs, as this does,
+    # features of its own (python -m slotscops.features --mirrored) and a refusal in startup where they are not there.
+    mirror: bool = False  # in training, turn each sample left to right with probability 1/2
     num_workers: Count = 1  # loader processes per training process; 0 reads in the training process
     max_damaged_share: Annotated[float, Field(ge=0, le=1)] = 0.001  # of the split; more damaged samples end the run
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Teacher:
-    layer: str = "relu5_4"  # VGG19 layer whose features are the target; "relu5_2+relu5_4" joins channels
-    size: Positive | None = None  # side the crops had when VGG saw them, pixels; null: data.size
+    network: str = "vgg19"  # any of torchvision's classification networks
+    layer: str = "relu5_4"  # of it, whose features are the target; "relu5_2+relu5_4" joins channels
+    size: Positive | None = None  # side the crops had when it saw them, pixels; null: data.size
     weights: str | None = None  # refuse a cache made with other weights than these; null: take the cache as it is
     transform: Literal["none", "sqrt", "channel_standardised", "l2"] = "none"  # of the features, before the loss
 
@@ -149,7 +153,7 @@ class Config:
 
     @property
     def teacher_size(self) -> int:
-        """Side of the crops when VGG saw them, pixels."""
+        """Side of the crops when the teacher saw them, pixels."""
         return self.teacher.size or self.data.size
 
 

@@ -155,7 +155,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="val")
     parser.add_argument("--json", type=Path, help="write the scores here, in 0..1")
     parser.add_argument("--landmarks", action="store_true", help="regress part centres too; reads the training split")
-    parser.add_argument("--layer", help="of the baselines' features (default: the first run's, or relu5_4)")
+    parser.add_argument("--teacher", help="network of the baselines' features (default: the first run's, or vgg19)")
+    parser.add_argument("--layer", help="of it (default: the first run's, or relu5_4)")
     parser.add_argument("--size", type=int, help="of the baselines' features, pixels (default: as --layer)")
     parser.add_argument(
         "--transform", choices=("none", "sqrt"), default="none", help="of the baselines' features (default: none)"
@@ -194,6 +195,8 @@ def _open_harness(options: argparse.Namespace) -> _Harness:
     if not dataset.num_samples(options.split):
         raise UserError(f"{dataset.folder}: the split '{options.split}' holds no samples; there is nothing to score")
     first = runs[0].config if runs else None
+    if options.teacher is None:
+        options.teacher = first.teacher.network if first else "vgg19"
     if options.layer is None:
         options.layer = first.teacher.layer if first else "relu5_4"
         options.size = options.size or (first.teacher_size if first else None)
@@ -215,7 +218,8 @@ def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
             f"{config.data.size}; make shards with python -m slotscops.shard --size {config.data.size}"
         )
     if network.takes_features:
-        cache = open_cache(harness.dataset, config.teacher.layer, config.teacher_size, trained.state.teacher_sha256)
+        teacher, sha256 = config.teacher, trained.state.teacher_sha256
+        cache = open_cache(harness.dataset, teacher.layer, config.teacher_size, sha256, teacher.network)
         warn_if_random(cache)
     train, split = (Split(harness.dataset, name, cache, with_labels=True) for name in ("train", harness.options.split))
     predict = network_predictor(network, device)
@@ -228,9 +232,11 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
     if not harness.dataset.num_samples("train"):
         raise UserError(f"{harness.dataset.folder}: holds no training samples, which a baseline is fit to")
     if name != "position":
-        cache = open_cache(harness.dataset, options.layer, options.size)
+        cache = open_cache(harness.dataset, options.layer, options.size, network=options.teacher)
         warn_if_random(cache)
-        title = f"{name} {options.layer} {options.size} px" + (" sqrt" if options.transform == "sqrt" else "")
+        network = "" if options.teacher == "vgg19" else f"{options.teacher} "
+        transform = " sqrt" if options.transform == "sqrt" else ""
+        title = f"{name} {network}{options.layer} {options.size} px{transform}"
     train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", options.split))
     # Every process fits the same: samples and starts are drawn from the seed.
     predict = baselines.fit(name, train, options.clusters, options.seed, options.transform)

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from slotscops import console
 from slotscops.errors import RunError, UserError, first_line
-from slotscops.features import compute_features
 from slotscops.files import write_bytes
 from slotscops.losses import interpolation_matrix
 from slotscops.photos import find_photos, read_photo
 from slotscops.segmenter import Segmenter, load
+from slotscops.teacher import compute_features
 
 TOLERANCE = 1e-3  # largest allowed difference of a share, 0..1
 _LARGEST_CHECK = 32  # photos
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
     parser.add_argument("--out", type=Path, required=True, help="FILE.onnx or FILE.pt2")
-    parser.add_argument("--teacher-weights", help="VGG19's, for a model trained on cached features")
+    parser.add_argument("--teacher-weights", help="the teacher's, for a model trained on cached features")
     parser.add_argument("photos", type=Path, nargs="*", metavar="PHOTO_OR_FOLDER", help="to check the written model on")
     options = parser.parse_args(arguments)
     if options.out.suffix not in (".onnx", ".pt2"):

@@ -25,6 +25,27 @@ _OF_EACH_FILE = {"bytes": int, "sha256": str, "encoding": str}
 REMOVE_AND_REBUILD = "remove the folder and rebuild it with python -m slotscops.features"
 
 
+def cache_name(layer: str, size: int, network: str = "vgg19", mirrored: bool = False) -> str:
+    """Name of the cache's folder below SHARDS/features."""
+    return f"{network}-{layer}-{size}" + ("-mirrored" if mirrored else "")
+
+
+def name_of(manifest: dict[str, Any]) -> str:
+    """The same, of a manifest or of what is wanted of one."""
+    return cache_name(manifest["layer"], manifest["input_size"], manifest["network"], manifest["mirrored"])
+
+
+def rebuild_command(shards: Path, manifest: dict[str, Any]) -> str:
+    """What the user types to get the cache that the manifest describes."""
+    command = f"python -m slotscops.features --shards {shards}"
+    if manifest["network"] != "vgg19":
+        command += f" --teacher {manifest['network']}"
+    command += f" --layer {manifest['layer']} --size {manifest['input_size']}"
+    if manifest["weights"] != "imagenet":
+        command += f" --teacher-weights {manifest['weights']}"
+    return command + (" --mirrored" if manifest["mirrored"] else "")
+
+
 def file_label(identity: dict[str, Any], shard: str) -> str:
     """What each file of a cache says of itself, so that swapped ones are found, whatever their names."""
     return f"{sha256_of_json({name: identity[name] for name in IDENTITY})[:16]}/{shard}"

@@ -101,23 +101,22 @@ class FeatureShard:
     def read_rows(self, rows: Sequence[int]) -> Tensor:
         """(len(rows), C, h, w) float16, dense."""
         features = torch.zeros(len(rows), *self.shape, dtype=torch.float16)
-        self.read_into(features, range(len(rows)), rows)
+        maps = features.view(len(rows), self.num_values).numpy()
+        for place, row in enumerate(rows):
+            self.read_row_into(row, maps[place])
         return features
 
-    def read_into(self, features: Tensor, places: Sequence[int], rows: Sequence[int]) -> None:
-        """Writes rows into a zeroed (B, C, h, w) float16 tensor: row `rows[j]` into place `places[j]`.
+    def read_row_into(self, row: int, values: NDArray[np.float16]) -> None:
+        """Writes one row into (V,) zeros: what a batch is made of, where nearly every row lies in another shard.
 
         Raises:
-            DamageError: a row whose crc32 differs.
+            DamageError: its crc32 differs.
         """
         if self._dense is not None:
-            for row in rows:
-                self._check_row(row, zlib.crc32(self._dense[row].data))
-            features.numpy()[list(places)] = self._dense[list(rows)]
-            return
-        maps = features.view(len(features), self.num_values).numpy()
-        for place, row in zip(places, rows, strict=True):
-            self._scatter_row(row, maps[place])
+            self._check_row(row, zlib.crc32(self._dense[row].data))
+            values[:] = self._dense[row].reshape(-1)
+        else:
+            self._scatter_row(row, values)
 
     @property
     def num_values(self) -> int:
@@ -127,6 +126,11 @@ class FeatureShard:
     @cached_property
     def encoding(self) -> str:
         return "sparse" if self._dense is None else "dense"
+
+    @property
+    def has_negative(self) -> bool:
+        """True where some number is below zero: these are no features behind a ReLU."""
+        return bool(((self._values if self._dense is None else self._dense) < 0).any())
 
     def _scatter_row(self, row: int, values: NDArray[np.float16]) -> None:
         first = row * self._num_segments
@@ -138,7 +142,8 @@ class FeatureShard:
         for segment, end in enumerate(ends):
             window = values[segment * _SEGMENT :]
             try:
-                window[positions[begin:end]] = row_values[begin:end]
+                # NumPy scatters by intp three times as fast as by uint16, the conversion included (1,379 values).
+                window[positions[begin:end].astype(np.intp)] = row_values[begin:end]
             except IndexError:
                 raise self._damage(row, "a position beyond the map") from None
             begin = end

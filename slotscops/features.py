@@ -1,40 +1,25 @@
 """The feature cache: teacher features of every crop, computed once, row-aligned with the shards.
 
-    python -m slotscops.features --shards SHARDS [--layer relu5_4] [--size 128] [--teacher-weights FILE]
+    python -m slotscops.features --shards SHARDS [--teacher vgg19] [--layer relu5_4] [--size 128] [--mirrored]
 
 `SHARDS/features/{name}/{split}-{000000}.safetensors` holds the features, `manifest.json` what they were made of.
-Works alone or under a launcher; a start over finished files does nothing twice.
+Features of the mirrored crops are a cache of their own beside it. Works alone or under a launcher; a start over
+finished files does nothing twice.
 """
 
 import argparse
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
 from slotscops import console
-from slotscops.config import differences
 from slotscops.errors import RunError, UserError
-from slotscops.feature_manifest import REMOVE_AND_REBUILD, file_label, read_manifest, write_manifest
-from slotscops.feature_shard import FeatureShard, encode
-from slotscops.files import sha256_of_file, sha256_of_json, write_bytes, write_json
-from slotscops.images import IMAGENET_MEAN, IMAGENET_STD
+from slotscops.feature_manifest import REMOVE_AND_REBUILD, file_label, name_of, read_manifest, rebuild_command
+from slotscops.feature_shard import FeatureShard
+from slotscops.feature_writer import write_cache
+from slotscops.files import sha256_of_file, sha256_of_json
 from slotscops.index import Dataset, ShardEntry, open_dataset
-from slotscops.shard_reader import ShardReader
 from slotscops.teacher import Teacher
-from slotscops.work import units_in_turn
-
-_BATCH_SIZE = 16  # fixed: another batch may change the last bits of a convolution, and the cache is to be reproducible
-
-
-def cache_name(layer: str, size: int) -> str:
-    """Name of the cache's folder below SHARDS/features."""
-    return f"vgg19-{layer}-{size}"
-
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -45,6 +30,7 @@ class FeatureCache:
 
     folder: Path
     manifest: dict[str, Any]
+    mirrored: "FeatureCache | None" = None  # of the mirrored crops, where those were asked for
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,8 +40,9 @@ class FeatureCache:
 
     @property
     def digest(self) -> str:
-        """One hash over the manifest, and so over every file's own."""
-        return sha256_of_json(self.manifest)
+        """One hash over the manifest, and so over every file's own; over both where there are mirrored features."""
+        own = sha256_of_json(self.manifest)
+        return own if self.mirrored is None else sha256_of_json([own, self.mirrored.digest])
 
     @property
     def is_random(self) -> bool:
@@ -77,57 +64,73 @@ class FeatureCache:
         return shard
 
 
-def open_cache(dataset: Dataset, layer: str, size: int, weights_sha256: str | None = None) -> FeatureCache:
+def open_cache(
+    dataset: Dataset,
+    layer: str,
+    size: int,
+    weights_sha256: str | None = None,
+    network: str = "vgg19",
+    mirrored: bool = False,
+) -> FeatureCache:
     """Opens the cache of `layer` at `size` pixels, and checks that it belongs to these shards and is complete.
+
+    Args:
+        mirrored: open the features of the mirrored crops too, made with the same weights.
 
     Raises:
         UserError: not there, unfinished, or a field that differs, with the command that rebuilds it.
     """
-    folder = dataset.folder / "features" / cache_name(layer, size)
-    wanted = {"layer": layer, "input_size": size}
-    command = rebuild_command(dataset.folder, wanted)
+    wanted = {"network": network, "layer": layer, "input_size": size, "mirrored": False}
+    wanted |= {} if weights_sha256 is None else {"weights_sha256": weights_sha256}
+    cache = _open_one(dataset, wanted)
+    if not mirrored:
+        return cache
+    wanted |= {"mirrored": True, "weights_sha256": cache.manifest["weights_sha256"]}
+    return replace(cache, mirrored=_open_one(dataset, wanted, cache.manifest["weights"]))
+
+
+def _open_one(dataset: Dataset, wanted: dict[str, Any], weights: str = "imagenet") -> FeatureCache:
+    name = name_of(wanted)
+    folder = dataset.folder / "features" / name
+    command = rebuild_command(dataset.folder, wanted | {"weights": weights})
     if not (folder / "manifest.json").is_file():
-        others = sorted(path.parent.name for path in dataset.folder.glob("features/*/manifest.json"))
+        others = _finished_names(dataset)
         state = f"only {', '.join(others)}" if others else "no finished feature cache"
-        raise UserError(
-            f"{dataset.folder}: needed features {cache_name(layer, size)}, came {state}; build with: {command}"
-        )
+        reason = " of the mirrored crops (data.mirror is on)" if wanted["mirrored"] else ""
+        raise UserError(f"{dataset.folder}: needed features {name}{reason}, came {state}; build with: {command}")
     cache = FeatureCache(folder, read_manifest(folder / "manifest.json"))
-    wanted |= {"shard_digest": dataset.digest}
-    if weights_sha256 is not None:
-        wanted |= {"weights_sha256": weights_sha256}
-    for name, value in wanted.items():
-        if cache.manifest[name] != value:
+    for field, value in (wanted | {"shard_digest": dataset.digest}).items():
+        if cache.manifest[field] != value:
             raise UserError(
-                f"{folder}: {name} is {cache.manifest[name]}, needed {value}; "
+                f"{folder}: {field} is {cache.manifest[field]}, needed {value}; "
                 f"remove the folder and rebuild with: {command}"
             )
     _check_files(cache, dataset)
     return cache
 
 
+def _finished_names(dataset: Dataset) -> list[str]:
+    return sorted(path.parent.name for path in dataset.folder.glob("features/*/manifest.json"))
+
+
 def open_features(shards: str | Path, shard: str, name: str | None = None) -> FeatureShard:
     """One shard's features by name, such as `open_features("shards/horse", "train-000000")[i]`, (C, h, w) float16.
 
     Args:
-        name: folder below SHARDS/features; may be left out where there is only one.
+        name: folder below SHARDS/features; may be left out where there is only one, mirrored ones aside.
     """
     dataset = open_dataset(Path(shards))
-    names = sorted(path.parent.name for path in dataset.folder.glob("features/*/manifest.json"))
+    names = [other for other in _finished_names(dataset) if not other.endswith("-mirrored")]
     if name is None and len(names) != 1:
         raise UserError(f"{shards}: has feature caches {names or 'none'}; name the one you want")
-    folder = dataset.folder / "features" / (name or names[0])
-    manifest = read_manifest(folder / "manifest.json")
-    cache = open_cache(dataset, manifest["layer"], manifest["input_size"])
+    manifest = read_manifest(dataset.folder / "features" / (name or names[0]) / "manifest.json")
+    fields = ("network", "layer", "input_size", "mirrored")
+    cache = _open_one(dataset, {field: manifest[field] for field in fields})
     for entries in dataset.splits.values():
         for entry in entries:
             if entry.name == shard:
                 return cache.open_shard(entry)
     raise UserError(f"{shards}: has no shard '{shard}'")
-
-
-def rebuild_command(shards: Path, manifest: dict[str, Any]) -> str:
-    return f"python -m slotscops.features --shards {shards} --layer {manifest['layer']} --size {manifest['input_size']}"
 
 
 def _check_files(cache: FeatureCache, dataset: Dataset) -> None:
@@ -152,97 +155,18 @@ def verify(cache: FeatureCache) -> list[str]:
 # ---- building ----------------------------------------------------------------------------------------------------
 
 
-def build_cache(dataset: Dataset, teacher: Teacher, size: int) -> FeatureCache:
+def build_cache(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool = False) -> FeatureCache:
     """Computes whatever is missing of the cache and returns it finished.
+
+    Args:
+        mirrored: compute the features of the mirrored crops too.
 
     Raises:
         UserError: the folder holds a cache that was made otherwise.
     """
-    identity = _identity(dataset, teacher, size)
-    folder = dataset.folder / "features" / cache_name(teacher.layer, size)
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, identity)
-    entries = [entry for split in dataset.splits.values() for entry in split]
-    if not (folder / "manifest.json").is_file():
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher = teacher.to(device)
-        for number in units_in_turn(len(entries)):
-            path = folder / f"{entries[number].name}.safetensors"
-            if not path.is_file():
-                label = file_label(identity, entries[number].name)
-                write_bytes(path, _encode_shard(dataset, entries[number], teacher, size, device, label))
-        _list_files(folder, identity, entries, teacher.output_shape(size))
-    return open_cache(dataset, teacher.layer, size)
-
-
-def _identity(dataset: Dataset, teacher: Teacher, size: int) -> dict[str, Any]:
-    return {
-        "network": "vgg19",
-        "layer": teacher.layer,
-        "weights": teacher.weights_name,
-        "weights_sha256": teacher.fingerprint,
-        "input_size": size,
-        "resize": "none" if size == dataset.size else "bicubic, antialiased",
-        "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "channels": "RGB"},
-        "dtype": "float16",
-        "mirrored": False,
-        "shard_digest": dataset.digest,
-    }
-
-
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Writes down what is being built here, or refuses where it is something else."""
-    path = folder / "identity.json"
-    if not path.is_file():
-        write_json(path, identity)
-        return
-    try:
-        present = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path}: is no JSON; {REMOVE_AND_REBUILD}") from None
-    differing = differences(present, identity)
-    if differing:
-        name = differing[0]
-        raise UserError(
-            f"{folder}: was built with another {name} ({present.get(name)}, now {identity.get(name)}); "
-            "remove the folder to build it anew"
-        )
-
-
-def _encode_shard(
-    dataset: Dataset, entry: ShardEntry, teacher: Teacher, size: int, device: torch.device, label: str
-) -> bytes:
-    reader = ShardReader(dataset, entry)
-    starts = range(0, entry.num_samples, _BATCH_SIZE)
-    maps = []
-    for start in console.track(starts, len(starts), f"features of {entry.name}, batches of {_BATCH_SIZE}"):
-        images = reader.read_images(range(start, min(start + _BATCH_SIZE, entry.num_samples)))
-        maps.append(compute_features(teacher, images.to(device), size).half().cpu())
-    features = torch.cat(maps) if maps else torch.empty(0, *teacher.output_shape(size), dtype=torch.float16)
-    if not torch.isfinite(features).all():
-        raise RunError(f"{entry.name}: features beyond 65504 do not fit float16; check the teacher's weights")
-    return encode(features.numpy(), label)
-
-
-@torch.inference_mode()
-def compute_features(teacher: Teacher, images: Tensor, size: int) -> Tensor:
-    """(B, C, h, w) float32 features of (B, 3, S, S) uint8 crops, resized to `size` first where S differs."""
-    if images.shape[-1] != size:
-        images = functional.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
-    features: Tensor = teacher(images)
-    return features
-
-
-def _list_files(folder: Path, identity: dict[str, Any], entries: list[ShardEntry], shape: tuple[int, ...]) -> None:
-    files = {}
-    for entry in entries:
-        path = folder / f"{entry.name}.safetensors"
-        files[entry.name] = {
-            "sha256": sha256_of_file(path),
-            "bytes": path.stat().st_size,
-            "encoding": FeatureShard(path).encoding,
-        }
-    write_manifest(folder / "manifest.json", identity, shape, files)
+    for flip in (False, True) if mirrored else (False,):
+        write_cache(dataset, teacher, size, flip)
+    return open_cache(dataset, teacher.layer, size, teacher.fingerprint, teacher.network, mirrored)
 
 
 # ---- command -----------------------------------------------------------------------------------------------------
@@ -253,39 +177,55 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m slotscops.features", description="Build or verify a feature cache."
     )
     parser.add_argument("--shards", type=Path, required=True)
-    parser.add_argument("--layer", default="relu5_4", help="VGG19 layer; join several with + (default: %(default)s)")
-    parser.add_argument("--size", type=int, help="side of the crops for VGG, pixels (default: that of the shards)")
-    parser.add_argument(
-        "--teacher-weights", default="imagenet", help="imagenet, a .safetensors or .pth file, random:SEED"
-    )
+    parser.add_argument("--size", type=int, help="side of the crops for it, pixels (default: that of the shards)")
+    add_teacher_options(parser)
     parser.add_argument("--verify", action="store_true", help="check every hash instead of building")
     options = parser.parse_args(arguments)
     dataset = open_dataset(options.shards)
     size = options.size or dataset.size
     if options.verify:
-        damaged = verify(open_cache(dataset, options.layer, size))
+        cache = open_cache(dataset, options.layer, size, None, options.teacher, options.mirrored)
+        damaged = verify(cache) + (verify(cache.mirrored) if cache.mirrored else [])
         if damaged:
             raise RunError(f"damaged feature files: {', '.join(damaged)}; {REMOVE_AND_REBUILD}")
         console.say("every feature file is what the manifest says")
         return 0
-    report(build_cache(dataset, Teacher(options.layer, options.teacher_weights), size))
+    teacher = Teacher(options.layer, options.teacher_weights, options.teacher)
+    report(build_cache(dataset, teacher, size, options.mirrored))
     return 0
+
+
+def add_teacher_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that builds features takes."""
+    parser.add_argument("--teacher", default="vgg19", metavar="NETWORK", help="of torchvision (default: %(default)s)")
+    parser.add_argument("--layer", default="relu5_4", help="of it; join several with + (default: %(default)s)")
+    parser.add_argument(
+        "--teacher-weights", default="imagenet", help="imagenet, a .safetensors or .pth file, random:SEED"
+    )
+    parser.add_argument("--mirrored", action="store_true", help="features of the mirrored crops too, for data.mirror")
 
 
 def report(cache: FeatureCache) -> None:
     """Says what the cache holds and what it was made with."""
-    num_bytes = sum(row["bytes"] for row in cache.manifest["files"].values())
-    console.say(
-        f"features {cache.folder}: {len(cache.manifest['files'])} shards, {num_bytes / 1e6:.1f} MB, "
-        f"VGG19 weights {cache.manifest['weights']} (sha256 {cache.manifest['weights_sha256'][:12]})"
-    )
+    for one in [cache] if cache.mirrored is None else [cache, cache.mirrored]:
+        files, manifest = one.manifest["files"], one.manifest
+        console.say(
+            f"features {one.folder}: {len(files)} shards, {sum(row['bytes'] for row in files.values()) / 1e6:.1f} MB, "
+            f"{manifest['network']} weights {manifest['weights']} (sha256 {manifest['weights_sha256'][:12]})"
+        )
+    if any(row["negative"] for row in cache.manifest["files"].values()):
+        console.warn(
+            f"{cache.folder}: has negative numbers, which a part basis without any can never rebuild; "
+            "take a layer behind a ReLU"
+        )
     warn_if_random(cache)
 
 
 def warn_if_random(cache: FeatureCache) -> None:
     if cache.is_random and console.is_main():
         console.warn(
-            f"WARNING: the features in {cache.folder} come from an UNTRAINED VGG19 ({cache.manifest['weights']}). "
+            f"WARNING: the features in {cache.folder} come from an UNTRAINED {cache.manifest['network']} "
+            f"({cache.manifest['weights']}). "
             "Scores made with them mean nothing beyond a test."
         )
 

@@ -107,7 +107,7 @@ def fetch(model_id: str, **download: Any) -> Path:
 def _card_contents(trained: Trained) -> dict[str, Any]:
     config, state = without_folders(trained.config), trained.state
     if trained.network.takes_features:
-        use = "The model reads its features, so it needs the same VGG19 at hand (`teacher_weights=`)."
+        use = "The model reads its features, so it needs the same teacher at hand (`teacher_weights=`)."
     else:
         use = "It was the target of training; the model itself does not need it."
     from_file = state.teacher_weights != "imagenet" and not state.teacher_weights.startswith("random:")
@@ -119,7 +119,7 @@ def _card_contents(trained: Trained) -> dict[str, Any]:
         "size": config.data.size,
         "steps": state.step,
         "samples": state.samples_seen,
-        "teacher": f"VGG19, `{config.teacher.layer}` at {config.teacher_size} px, weights "
+        "teacher": f"{config.teacher.network}, `{config.teacher.layer}` at {config.teacher_size} px, weights "
         f"`{state.teacher_weights or 'unknown'}` (sha256 `{state.teacher_sha256[:12] or 'unknown'}`). {use}",
         "teacher_argument": f', teacher_weights="{state.teacher_weights or "FILE"}"' if needs_file else "",
         "scores": _score_table(state.scores),

@@ -1,7 +1,8 @@
 """Shards and feature cache become batches: in the plan's order for training, in the shards' order for evaluation.
 
-Samples are numbered through a split in the order of its shards. A loader worker keeps no state of its own: it is told
-the places of the stream to read, so the order is the same with any number of workers.
+Samples are numbered through a split in the order of its shards, and once more mirrored: of N samples, number N + i is
+sample i turned left to right. A loader worker keeps no state of its own: it is told the numbers to read, so the order
+and what is mirrored are the same with any number of workers.
 """
 
 import multiprocessing
@@ -101,6 +102,7 @@ class Split(Dataset[Batch]):
     def _read(self, samples: NDArray[np.int64]) -> Batch:
         shards, rows = self._locate(samples)
         size = self.dataset.size
+        mirrored = samples >= len(self)
         pixels = np.empty((len(samples), size, size, 3), np.uint8)
         parts, parts_small = np.empty((2, len(samples), size, size), np.uint8)
         objects = np.empty(parts.shape, np.bool_)
@@ -112,9 +114,11 @@ class Split(Dataset[Batch]):
                 parts[place] = reader.read_parts(row)
                 parts_small[place] = reader.read_parts(row, smallest_on_top=True)
                 objects[place] = reader.read_object_mask(row)
+        for array in (pixels, parts, parts_small, objects) if self.with_labels else (pixels,):
+            array[mirrored] = array[mirrored, :, ::-1]
         return Batch(
             images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # laid out channels last
-            features=self._read_features(shards, rows),
+            features=self._read_features(shards, rows, mirrored),
             parts=torch.from_numpy(parts) if self.with_labels else None,
             object_masks=torch.from_numpy(objects) if self.with_labels else None,
             class_ids=torch.tensor([self._index(s).class_ids[r] for s, r in places]),
@@ -126,26 +130,30 @@ class Split(Dataset[Batch]):
         """One batch, called by the DataLoader with all its numbers at once."""
         return self.read(np.asarray(samples, np.int64))
 
-    def _read_features(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> torch.Tensor | None:
+    def _read_features(
+        self, shards: NDArray[np.int64], rows: NDArray[np.int64], mirrored: NDArray[np.bool_]
+    ) -> torch.Tensor | None:
         if self.cache is None:
             return None
         features = torch.zeros(len(shards), *self.cache.shape, dtype=torch.float16)
-        for shard in np.unique(shards):
-            places = np.flatnonzero(shards == shard)
-            self._feature_shard(int(shard)).read_into(features, places.tolist(), rows[places].tolist())
+        maps = features.view(len(shards), -1).numpy()
+        for place, (shard, row, flip) in enumerate(zip(shards.tolist(), rows.tolist(), mirrored.tolist(), strict=True)):
+            self._feature_shard(shard, flip).read_row_into(row, maps[place])
         return features
 
     def _locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard number and row of each sample."""
+        """Shard number and row of each sample, mirrored or not."""
+        samples = samples % len(self)
         shards = np.searchsorted(self._shard_ends, samples, side="right")
         starts = np.concatenate([[0], self._shard_ends])
         return shards, samples - starts[shards]
 
-    def _feature_shard(self, shard: int) -> FeatureShard:
-        assert self.cache is not None
-        if shard not in self._feature_shards:
-            self._feature_shards[shard] = self.cache.open_shard(self._entries[shard])
-        return self._feature_shards[shard]
+    def _feature_shard(self, shard: int, mirrored: bool) -> FeatureShard:
+        if (shard, mirrored) not in self._feature_shards:
+            cache = self.cache.mirrored if mirrored and self.cache else self.cache
+            assert cache is not None
+            self._feature_shards[shard, mirrored] = cache.open_shard(self._entries[shard])
+        return self._feature_shards[shard, mirrored]
 
     @property
     def _entries(self) -> list[ShardEntry]:
@@ -175,7 +183,7 @@ class Split(Dataset[Batch]):
         return ShardReaders(self.dataset, self._entries, self._index)
 
     @cached_property
-    def _feature_shards(self) -> dict[int, FeatureShard]:
+    def _feature_shards(self) -> dict[tuple[int, bool], FeatureShard]:
         return {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 The stream is one permutation of all samples after the other, a fresh one each epoch, drawn from (seed, epoch). Step s
 of global batch G takes places [s G, (s + 1) G); each process takes its equal share of them, in order. So the order
 does not depend on the number of processes or workers, the tail of an epoch that fills no batch opens the next one,
-and `samples_seen` is all the state there is.
+and `samples_seen` is all the state there is. Which samples are mirrored is drawn from (seed, epoch, sample) alike.
 """
 
 import hashlib
@@ -36,6 +36,25 @@ def samples_at(places: NDArray[np.int64], num_samples: int, seed: int) -> NDArra
         here = epochs == epoch
         samples[here] = permutation(num_samples, seed, int(epoch))[within[here]]
     return samples
+
+
+@lru_cache(maxsize=2)
+def mirrored_in(num_samples: int, seed: int, epoch: int) -> NDArray[np.bool_]:
+    """(N,) whether each sample is mirrored in one epoch: one bit a sample, half of them set."""
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch, 1])).random_raw(-(-num_samples // 64))
+    mirrored = np.unpackbits(bits.astype("<u8").view(np.uint8))[:num_samples].astype(np.bool_)
+    mirrored.setflags(write=False)
+    return mirrored
+
+
+def mirrored_at(places: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.bool_]:
+    """Whether the samples standing at the given places of the stream are mirrored there. Same shape as `places`."""
+    epochs, samples = places // num_samples, samples_at(places, num_samples, seed)
+    mirrored = np.empty(places.shape, np.bool_)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        mirrored[here] = mirrored_in(num_samples, seed, int(epoch))[samples[here]]
+    return mirrored
 
 
 def share_of_rank(samples_seen: int, batch_size: int, rank: int, num_ranks: int) -> NDArray[np.int64]:
@@ -77,7 +96,10 @@ def substitutes(sample: int, num_samples: int) -> list[int]:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Which samples this process trains on, from `samples_seen` on. Iterates over microbatches."""
+    """Which samples this process trains on, from `samples_seen` on.
+
+    Iterates over microbatches; number N + i among N samples is sample i mirrored.
+    """
 
     num_samples: int
     seed: int
@@ -87,15 +109,19 @@ class TrainingPlan:
     accumulation_steps: int
     samples_seen: int
     last: int  # samples seen at the end of training
+    mirror: bool = False  # each sample with probability 1/2
 
     def __iter__(self) -> Iterator[list[int]]:
         for places in microbatches(
             self.samples_seen, self.last, self.batch_size, self.rank, self.num_ranks, self.accumulation_steps
         ):
-            yield samples_at(places, self.num_samples, self.seed).tolist()
+            samples = samples_at(places, self.num_samples, self.seed)
+            if self.mirror:
+                samples += self.num_samples * mirrored_at(places, self.num_samples, self.seed)
+            yield samples.tolist()
 
     def global_batch(self, samples_seen: int) -> list[int]:
-        """The samples of all processes at a step, in order."""
+        """The samples of all processes at a step, in order, mirrored or not."""
         places = share_of_rank(samples_seen, self.batch_size, 0, 1)
         samples: list[int] = samples_at(places, self.num_samples, self.seed).tolist()
         return samples

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="photos seen at once (default: 16)")
     parser.add_argument("--part-names", metavar="A,B,...", help="names of parts 1 to K in the gallery")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if any photo could not be read")
-    parser.add_argument("--teacher-weights", help="VGG19's, for a model trained on cached features")
+    parser.add_argument("--teacher-weights", help="the teacher's, for a model trained on cached features")
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO_OR_FOLDER")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:

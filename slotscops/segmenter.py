@@ -21,11 +21,10 @@ from slotscops import console
 from slotscops.build import Trained, load_model
 from slotscops.crops import PADDING
 from slotscops.errors import UserError
-from slotscops.features import compute_features
 from slotscops.hub import HubModel, fetch
 from slotscops.losses import interpolation_matrix
 from slotscops.photos import read_photo, to_rgb
-from slotscops.teacher import Teacher
+from slotscops.teacher import Teacher, compute_features
 from slotscops.visualise import overlay
 
 _STRIP_PIXELS = 1_000_000  # maps are upsampled so many pixels at a time: labels of a huge photo need no huge maps
@@ -125,7 +124,7 @@ def load(run_or_checkpoint: str | Path, teacher_weights: str | None = None) -> S
     Args:
         run_or_checkpoint: a run's folder, one of its checkpoints, a folder written by `save_pretrained`, or the id of a
             model on the Hugging Face hub (OWNER/MODEL). A path that exists wins over an id.
-        teacher_weights: VGG19's, needed only by a model that was trained on cached features: `imagenet`, a
+        teacher_weights: needed only by a model that was trained on cached features: `imagenet`, a
             .safetensors or .pth file, or random:SEED; default: those it was trained with, unless they were a file.
 
     Raises:
@@ -138,14 +137,14 @@ def load(run_or_checkpoint: str | Path, teacher_weights: str | None = None) -> S
 
 
 def _load_teacher(trained: Trained, weights: str | None) -> Teacher:
-    original = trained.state.teacher_weights
+    original, wanted = trained.state.teacher_weights, trained.config.teacher
     if weights is None and original != "imagenet" and not original.startswith("random:"):
         whence = f"weights from {original}" if original else "weights that nobody noted"
         raise UserError(
-            f"{trained.path}: was trained on features of VGG19 with {whence}; "
+            f"{trained.path}: was trained on features of {wanted.network} with {whence}; "
             "give that file with --teacher-weights (in Python: teacher_weights=)"
         )
-    teacher = Teacher(trained.config.teacher.layer, weights or original)
+    teacher = Teacher(wanted.layer, weights or original, wanted.network)
     if not trained.state.teacher_sha256:
         console.warn(f"{trained.path}: does not say which teacher it was trained with; {teacher.weights_name} is taken")
     elif teacher.fingerprint != trained.state.teacher_sha256:

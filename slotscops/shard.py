@@ -16,7 +16,7 @@ from pathlib import Path
 
 from slotscops import console, toy
 from slotscops.errors import UserError
-from slotscops.features import build_cache, report
+from slotscops.features import add_teacher_options, build_cache, report
 from slotscops.index import Dataset
 from slotscops.inspect_shards import inspect_shards
 from slotscops.pascal_classes import PART_NAMES, check_class_names
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         classes = check_class_names(options.classes.split(",")) if options.classes else list(PART_NAMES)
     # Before any work: a teacher without weights is an error at the start, not after an hour.
-    teacher = None if options.no_features else Teacher(options.layer, options.teacher_weights)
+    teacher = None if options.no_features else Teacher(options.layer, options.teacher_weights, options.teacher)
     root, source = options.root, "files"
     if options.toy:
         root = options.out / "photos"
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome = write_shards(pascal_part, options.out, settings, options.workers, source)
     _show(outcome, options.out)
     if teacher is not None:
-        report(build_cache(outcome.dataset, teacher, options.size))
+        report(build_cache(outcome.dataset, teacher, options.size, options.mirrored))
     return 1 if options.strict and outcome.num_damaged else 0
 
 
@@ -92,10 +92,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--classes", help="comma-separated VOC names (default: all 20)")
     parser.add_argument("--size", type=int, default=128, help="side of the crops, pixels (default: 128)")
-    parser.add_argument(
-        "--teacher-weights", default="imagenet", help="imagenet, a .safetensors or .pth file, random:SEED"
-    )
-    parser.add_argument("--layer", default="relu5_4", help="VGG19 layer; join several with + (default: relu5_4)")
+    add_teacher_options(parser)
     parser.add_argument("--no-features", action="store_true", help="shards only; see python -m slotscops.features")
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     for split in SPLITS:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from slotscops import console
-from slotscops.config import differences
 from slotscops.errors import UserError
 from slotscops.files import sha256_of_file, sha256_of_json, write_bytes, write_json
 from slotscops.index import Dataset, ShardEntry, ShardIndex, dataset_path, index_path, open_dataset, write_dataset
@@ -28,7 +27,7 @@ from slotscops.pascal_part import Candidate, LeftOut
 from slotscops.pascal_tree import SPLITS
 from slotscops.records import MEMBERS, to_members
 from slotscops.sources import Source
-from slotscops.work import WorkerPool, units_in_turn
+from slotscops.work import WorkerPool, claim, units_in_turn
 
 _IMAGES_PER_SCAN = 256  # a unit of the first phase: a second or two of work
 Sample = tuple[str, str, dict[str, bytes]]  # key, class, members
@@ -75,7 +74,7 @@ def write_shards(
         "images": len(images),
         "images_sha256": sha256_of_json(images),
     }
-    if _claim(out, plan):
+    if _claim_folder(out, plan):
         with WorkerPool(num_workers) as pool:
             candidates, left_out = _scan(source, out, settings, images, pool)
             if not candidates:
@@ -90,29 +89,18 @@ def write_shards(
 # ---- the folder --------------------------------------------------------------------------------------------------
 
 
-def _claim(out: Path, plan: dict[str, Any]) -> bool:
+def _claim_folder(out: Path, plan: dict[str, Any]) -> bool:
     """Writes down what is made here. False where it is finished already; refuses where it is something else."""
     path = plan_path(out)
-    if path.is_file():
-        try:
-            present = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path}: is no JSON; choose another --out or remove the folder") from None
-        differing = differences(present, plan)
-        if differing:
-            raise UserError(
-                f"{out}: holds shards made with another {differing[0].removeprefix('settings.')}; "
-                "choose another --out or remove the folder"
-            )
-        return not dataset_path(out).is_file()
-    if out.exists() and (not out.is_dir() or any(out.glob("*.tar")) or (out / "index").exists()):
+    is_new = not path.is_file()
+    if is_new and out.exists() and (not out.is_dir() or any(out.glob("*.tar")) or (out / "index").exists()):
         raise UserError(f"{out}: holds other shards or is no folder; choose another --out or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from None
-    write_json(path, plan)
-    return True
+    claim(path, plan, "choose another --out or remove the folder")
+    return not dataset_path(out).is_file()
 
 
 def plan_path(out: Path) -> Path:

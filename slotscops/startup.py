@@ -129,9 +129,10 @@ def open_training_data(config: Config) -> tuple[Dataset, FeatureCache]:
         UserError: missing or unfinished shards, another crop size, a cache that does not fit.
     """
     dataset = open_dataset_of_size(config)
-    weights = config.teacher.weights
-    sha256 = None if weights is None else Teacher(config.teacher.layer, weights).fingerprint
-    cache = open_cache(dataset, config.teacher.layer, config.teacher_size, sha256)
+    network, layer, weights = config.teacher.network, config.teacher.layer, config.teacher.weights
+    sha256 = None if weights is None else Teacher(layer, weights, network).fingerprint
+    # Where the cache does not follow an augmentation, this refuses it by name.
+    cache = open_cache(dataset, layer, config.teacher_size, sha256, network, mirrored=config.data.mirror)
     warn_if_random(cache)
     return dataset, cache
 

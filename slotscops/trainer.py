@@ -200,6 +200,7 @@ class Trainer:
             accumulation_steps=self._num_microbatches,
             samples_seen=self.samples_seen,
             last=self.samples_seen + num_steps * self.config.train.batch_size,
+            mirror=self.config.data.mirror,
         )
 
     # ---- where it starts -----------------------------------------------------------------------------------------
@@ -263,9 +264,8 @@ class Trainer:
         """Monitors of collapse, averaged over processes; warns of each likely cause once."""
         assert self._watched is not None
         values = monitors.watch(*self._watched)
-        row = dict(
-            zip(values, self.accelerator.reduce(torch.stack(list(values.values())), "mean").tolist(), strict=True)
-        )
+        means = self.accelerator.reduce(torch.stack(list(values.values())), "mean").tolist()
+        row = dict(zip(values, means, strict=True))
         for cause, message in monitors.likely_causes(row, self.step, self.config.train.total_steps).items():
             if cause not in self._warned and self.accelerator.is_main_process:
                 console.warn(f"WARNING: step {self.step}: {message}")

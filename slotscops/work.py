@@ -4,16 +4,20 @@ Each unit of work ends in a file that appears whole or not at all and has the sa
 process does its own units first and then whatever is still missing; one that dies leaves its units to the others.
 """
 
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from slotscops import console
-from slotscops.errors import RunError
+from slotscops.config import differences
+from slotscops.errors import RunError, UserError
+from slotscops.files import write_json
 
 _TASKS_PER_MESSAGE = 4
 
@@ -23,6 +27,26 @@ def units_in_turn(num_units: int) -> Iterator[int]:
     first = console.rank() * num_units // console.world_size()
     for step in range(num_units):
         yield (first + step) % num_units
+
+
+def claim(path: Path, content: dict[str, Any], remedy: str) -> None:
+    """Writes down at `path` what is made in its folder, or refuses where that is something else.
+
+    Args:
+        remedy: what the user can do then.
+    """
+    if not path.is_file():
+        write_json(path, content)
+        return
+    try:
+        present = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path}: is damaged; {remedy}") from None
+    for name in differences(present, content):
+        before, now = present, content
+        for step in name.split("."):
+            before, now = before.get(step, {}), now.get(step, {})
+        raise UserError(f"{path.parent}: was made with another {name} ({before}, now {now}); {remedy}")
 
 
 def usable_cores() -> int:

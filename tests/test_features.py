@@ -1,13 +1,17 @@
 import json
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import python
+from commands import TWO_PROCESSES, python, started, train
+from PIL import Image
 
-from slotscops import features
+import slotscops
+from slotscops import evaluate, features
 from slotscops.errors import RunError, UserError
 from slotscops.features import build_cache, open_cache, open_features
 from slotscops.files import sha256_of_json
@@ -64,6 +68,64 @@ def test_building_again_finishes_what_is_missing_with_the_same_bytes(own_shards:
         opened(own_shards)
     assert features.main(["--shards", str(own_shards), *TEACHER]) == 0
     assert {path.name: path.read_bytes() for path in folder_of(own_shards).iterdir()} == expected
+
+
+def test_killed_on_two_processes_and_started_again_on_one_the_cache_has_the_same_bytes(
+    own_shards: Path, tmp_path: Path
+) -> None:
+    whole = Path(shutil.copytree(own_shards, tmp_path / "whole"))
+    work = ["--teacher", "vgg11", "--layer", "relu5_2", "--size", "128", "--teacher-weights", "random:0"]
+    folder, expected = (shards / "features" / "vgg11-relu5_2-128" for shards in (own_shards, whole))
+    with started([*TWO_PROCESSES, "-m", "slotscops.features", "--shards", str(own_shards), *work]) as running:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("*.safetensors")) and running.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+    # Leaving that block is kill -9 for all of them.
+    assert list(folder.glob("*.safetensors")), "nothing was written before the kill"
+    assert not (folder / "manifest.json").exists(), "everything was written before the kill"
+    for shards in (own_shards, whole):
+        assert features.main(["--shards", str(shards), *work]) == 0
+    names = {path.name for path in expected.iterdir()}
+    for name in names:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == names
+
+
+def test_caches_of_other_teachers_stand_beside_each_other_and_say_which_they_are(own_shards: Path) -> None:
+    shards_before = {path: path.read_bytes() for path in own_shards.rglob("*.tar")}
+    for network, layer, shape in (("resnet18", "layer3", (256, 4, 4)), ("vgg11", "relu3_2", (256, 16, 16))):
+        arguments = ["--shards", str(own_shards), "--teacher", network, "--layer", layer]
+        assert features.main([*arguments, *TEACHER]) == 0
+        assert features.main([*arguments, "--verify"]) == 0
+        cache = open_cache(open_dataset(own_shards), layer, 64, network=network)
+        assert (cache.folder.name, cache.manifest["network"]) == (f"{network}-{layer}-64", network)
+        assert open_features(own_shards, "train-000000", cache.folder.name)[0].shape == shape
+    assert {path: path.read_bytes() for path in own_shards.rglob("*.tar")} == shards_before
+    command = "python -m slotscops.features .* --teacher resnet18 --layer layer2 --size 64"
+    with pytest.raises(UserError, match=command):
+        open_cache(open_dataset(own_shards), "layer2", 64, network="resnet18")
+
+
+def test_features_with_negative_numbers_are_kept_dense_and_warned_of(
+    own_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--shards", str(own_shards), "--teacher", "resnet18", "--layer", "layer1.0.bn2"]
+    assert features.main([*arguments, *TEACHER]) == 0
+    assert "negative numbers" in " ".join(capsys.readouterr().err.split())
+    assert open_features(own_shards, "train-000000", "resnet18-layer1.0.bn2-64").encoding == "dense"
+
+
+def test_a_run_on_another_teacher_is_trained_scored_and_segments_with_that_teacher(
+    own_shards: Path, tmp_path: Path
+) -> None:
+    teacher = ["--teacher", "resnet18", "--layer", "layer3"]
+    assert features.main(["--shards", str(own_shards), *teacher, *TEACHER]) == 0
+    settings = ["teacher.network=resnet18", "teacher.layer=layer3", "teacher.weights=random:0", "train.total_steps=2"]
+    done = train([sys.executable], own_shards, tmp_path / "run", *settings)
+    assert done.returncode == 0, done.stderr
+    assert evaluate.main(["--checkpoint", str(tmp_path / "run"), "--shards", str(own_shards)]) == 0
+    parts = slotscops.load(tmp_path / "run").segment(Image.new("RGB", (80, 60)))
+    assert parts.labels.shape == (60, 80)
 
 
 def test_a_cache_of_other_weights_is_never_continued(own_shards: Path) -> None:

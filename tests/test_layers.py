@@ -46,6 +46,7 @@ ROWS = [
     ["shard_reader"],
     ["shard_writer"],
     ["feature_shard"],
+    ["feature_writer"],
     ["features"],
     ["inspect_shards"],
     ["verify"],

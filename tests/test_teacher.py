@@ -1,4 +1,4 @@
-"""The teacher is torchvision's VGG19 up to the named layers, on RGB."""
+"""The teacher is one of torchvision's networks, VGG19 first of all, up to the named layers, on RGB."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models import vgg19
+from torchvision.models import get_model, vgg19
 
 from slotscops.errors import UserError
 from slotscops.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
@@ -163,8 +163,8 @@ def test_the_name_of_the_weights_holds_no_folder(weight_files: dict[str, str]) -
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ("relu5-4", "did you mean relu5_4"),
-        ("relu5_5", "did you mean relu5_"),
+        ("relu5-4", "did you mean 'relu5_4'"),
+        ("relu5_5", "did you mean 'relu5_"),
         ("fc7", "give one of conv1_1 ... pool5"),
         ("relu5_4+", "no such layer"),
         ("", "no such layer"),
@@ -175,6 +175,57 @@ def test_the_name_of_the_weights_holds_no_folder(weight_files: dict[str, str]) -
 def test_a_layer_that_cannot_be_had_is_refused(layer: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         Teacher(layer, "random:0")
+    assert "\n" not in str(error.value)
+
+
+def reference_maps(network: str, path: str, teacher: Teacher, photos: Tensor) -> Tensor:
+    """What torchvision's whole network has behind the module when it sees the photos."""
+    whole = get_model(network, weights=None)
+    kept = teacher.extractor.state_dict()
+    assert set(kept) <= set(whole.state_dict())
+    whole.load_state_dict(kept, strict=False)
+    seen: list[Tensor] = []
+    whole.get_submodule(path).register_forward_hook(lambda _module, _inputs, output: seen.append(output.clone()))
+    with torch.no_grad():
+        whole.eval()((photos / 255 - MEAN) / STD)
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "path"),
+    [
+        ("resnet18", "layer3", "layer3"),
+        ("resnet18", "layer2.0.bn1", "layer2.0.bn1"),
+        ("vgg11_bn", "relu4_2", "features.20"),
+        ("mobilenet_v3_small", "features.7", "features.7"),
+        ("densenet121", "features.denseblock1", "features.denseblock1"),
+    ],
+)
+def test_any_convolutional_network_is_cut_at_the_layer_that_is_named(
+    images: Tensor, network: str, layer: str, path: str
+) -> None:
+    teacher = Teacher(layer, "random:3", network)
+    expected = reference_maps(network, path, teacher, images)
+    torch.testing.assert_close(teacher(images), expected)
+    assert teacher.output_shape(64) == expected.shape[1:]
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "message"),
+    [
+        ("vgg91", "relu5_4", "'vgg91': torchvision has no such classification network; did you mean 'vgg"),
+        ("clip", "relu5_4", "no such classification network; give vgg19"),
+        ("resnet50", "xyz", "resnet50 has no such layer; give one of conv1 ... fc"),
+        ("resnet50", "layer5", "resnet50 has no such layer; did you mean 'layer"),
+        ("resnet50", "fc", "needed channels on a square grid"),
+        ("vit_b_16", "encoder.layers", "needed channels on a square grid"),
+        ("swin_t", "features.1", "needed channels on a square grid"),
+        ("resnet50", "layer3+layer4", "grids differ .14 x 14, 7 x 7 at 224 pixels"),
+    ],
+)
+def test_a_network_or_layer_that_is_no_teacher_is_refused_in_a_line(network: str, layer: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        Teacher(layer, "random:0", network)
     assert "\n" not in str(error.value)
 
 

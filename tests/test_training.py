@@ -48,7 +48,7 @@ def test_a_launched_run_leaves_everything_the_run_folder_promises(toy_shards: Pa
     names = {path.name for path in (tmp_path / "checkpoints" / "step-2").iterdir()}
     wanted = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"}
     assert names == wanted
-    assert "UNTRAINED VGG19 (random:0)" in done.stderr
+    assert "UNTRAINED vgg19 (random:0)" in done.stderr
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from slotscops.features import cache_name, open_cache
+from slotscops.features import open_cache
 from slotscops.files import write_json
 from slotscops.index import Dataset, ShardEntry, index_path, open_dataset, write_dataset
 from slotscops.loader import Split
@@ -36,7 +36,7 @@ def _write_synthetic(real: Split, num_records: int, out: Path) -> None:
     assert real.cache is not None
     entry = real.dataset.split(real.name)[0]
     (out / "index").mkdir(parents=True)
-    features = out / "features" / cache_name(real.cache.manifest["layer"], real.cache.manifest["input_size"])
+    features = out / "features" / real.cache.folder.name
     features.mkdir(parents=True)
     entries = []
     for number in range(-(-num_records // entry.num_samples)):
@@ -79,7 +79,12 @@ def serve(shards: Path) -> dict[str, float]:
     dataset = open_dataset(shards)
     folder = next((shards / "features").iterdir())
     manifest = json.loads((folder / "manifest.json").read_text())
-    split = Split(dataset, "train", open_cache(dataset, manifest["layer"], manifest["input_size"]), with_labels=False)
+    split = Split(
+        dataset,
+        "train",
+        open_cache(dataset, manifest["layer"], manifest["input_size"], network=manifest["network"]),
+        with_labels=False,
+    )
     split.read(np.array(permutation(len(split), 0, 0)[:_BATCH_SIZE]))
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "megabytes": (resident_bytes() - before) / 1e6}

@@ -135,7 +135,7 @@ def _encoder_step(config: Config, accelerator: Accelerator, batch: Batch, channe
 
 def _recipe_step(config: Config, accelerator: Accelerator, batch: Batch, channels: int) -> Callable[[], None]:
     network = build_model(config, channels).to(accelerator.device)
-    teacher = Teacher(config.teacher.layer, "random:0").to(accelerator.device)
+    teacher = Teacher(config.teacher.layer, "random:0", config.teacher.network).to(accelerator.device)
     optimizer = build_optimizer(config, network)
     size = (config.data.size, config.data.size)
 
