@@ -53,11 +53,15 @@ def test_the_commands_write_the_figures_they_promise(
     promised = {
         "loss": {"loss_speedup", "loss_memory_ratio"},
         "loader": {"loader_over_webdataset", "loader_over_decode"},
-        "step": {"step_over_encoder", "recipe_over_step", "logging_share", "data_wait"},
-        "scaling": {"scaling"},
+        "step": {"step_over_encoder", "recipe_over_step", "logging_share", "data_wait", "loss_memory_bytes"},
+        "scaling": {"scaling", "deterministic_over_ddp"},
+        "sharding": {"shard_tree_s", "shard_archives_s"},
     }
     for what, keys in promised.items():
-        more = {"loss": ["--quick"], "step": SMALL, "scaling": ["--processes", "1", *SMALL]}.get(what, [])
+        more = {
+            "loss": ["--quick"], "step": SMALL, "scaling": ["--processes", "1", *SMALL],
+            "sharding": ["--root", str(toy_shards / "photos"), "--images", "30"],
+        }.get(what, [])  # fmt: skip
         shards = ["--shards", str(toy_shards)]
         arguments = [what, "--rounds", "1", "--json", str(tmp_path / what), *shards, *more]
         assert main(arguments) == 0

@@ -67,7 +67,7 @@ ROWS = [
     ["segment", "export"],
     ["benchmark", "benchmark.measure"],
     ["benchmark.start", "benchmark.contestants"],
-    ["benchmark.loss", "benchmark.loader", "benchmark.scaling", "benchmark.report"],
+    ["benchmark.loss", "benchmark.loader", "benchmark.scaling", "benchmark.sharding", "benchmark.report"],
     ["benchmark.step"],
     ["benchmark.__main__"],
     ["__init__"],

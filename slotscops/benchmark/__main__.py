@@ -4,6 +4,7 @@
     python -m slotscops.benchmark loader [--shards S]      shards and cache against webdataset and JPEG decoding
     python -m slotscops.benchmark step [--shards S]        a training step against the encoder alone and the recipe
     python -m slotscops.benchmark scaling [--shards S]     images a second with 1, 2, ... processes
+    python -m slotscops.benchmark sharding --root DIR      photos and annotations to shards, as many as PASCAL-Part has
     python -m slotscops.benchmark report FILE...           puts what --json kept into the README's table
 
 All figures are medians of contestants that take turns in one process. `--json FILE` keeps them.
@@ -19,13 +20,15 @@ from typing import Any
 import torch
 
 from slotscops import console, shard
-from slotscops.benchmark import loader, loss, report, scaling, step
+from slotscops.benchmark import loader, loss, report, scaling, sharding, step
 from slotscops.benchmark.measure import machine
 from slotscops.config import load_config
+from slotscops.errors import UserError
 from slotscops.features import open_cache
 from slotscops.files import write_json
 from slotscops.index import open_dataset
 from slotscops.startup import start_accelerator
+from slotscops.work import usable_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,10 +55,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("loss", "loader", "step", "scaling", "report"))
+    parser.add_argument("what", choices=("loss", "loader", "step", "scaling", "sharding", "report"))
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--rounds", type=int, default=7, help="counted turns of each contestant (default: 7)")
     parser.add_argument("--processes", default="1,2", help="scaling: numbers of processes (default: 1,2)")
+    parser.add_argument("--root", type=Path, help="sharding: a PASCAL-Part tree, copied as often as needed")
+    parser.add_argument("--images", type=int, default=sharding.PASCAL_PART, help="sharding (default: %(default)s)")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="report: where the table goes")
     parser.add_argument("--quick", action="store_true", help="loss: only batch 8 at 128 px")
     parser.add_argument("--shards", type=Path, help="with features of relu5_4 (default: toy shards, made for this)")
@@ -68,6 +73,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if options.what == "loss":
         return loss.compare(options.rounds, _device(), options.quick)
+    if options.what == "sharding":
+        if options.root is None:
+            raise UserError("sharding needs --root, a folder of VOCdevkit and Annotations_Part")
+        return sharding.compare(options.root, options.images, usable_cores(), scratch)
     shards = options.shards or _make_toy_shards(scratch / "shards")
     if options.what == "loader":
         dataset = open_dataset(shards)
