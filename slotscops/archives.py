@@ -106,7 +106,7 @@ def _members_by_folder(plain: Path, archive: Path) -> dict[str, dict[str, tuple[
                 *folders, name = member.name.removeprefix("./").split("/")
                 if not member.isreg() or member.issparse() or ".." in folders or member.name.startswith("/"):
                     continue
-                for folder in {"/".join(folders[-1:]), "/".join(folders[-2:])}:
+                for folder in dict.fromkeys(["/".join(folders[-1:]), "/".join(folders[-2:])]):
                     if name in found.setdefault(folder, {}):
                         raise UserError(f"{archive}: holds two files {folder}/{name}; {_FETCH}")
                     found[folder][name] = (member.offset_data, member.size)

@@ -20,6 +20,7 @@ from slotscops.errors import RunError, UserError
 from slotscops.files import write_json
 
 _TASKS_PER_MESSAGE = 4
+_SHORT = 100  # letters that a line can spare for two values
 
 
 def units_in_turn(num_units: int) -> Iterator[int]:
@@ -46,7 +47,8 @@ def claim(path: Path, content: dict[str, Any], remedy: str) -> None:
         before, now = present, content
         for step in name.split("."):
             before, now = before.get(step, {}), now.get(step, {})
-        raise UserError(f"{path.parent}: was made with another {name} ({before}, now {now}); {remedy}")
+        values = f"({before}, now {now})" if len(f"{before}{now}") < _SHORT else "(too long to print)"
+        raise UserError(f"{path.parent}: was made with another {name.removeprefix('settings.')} {values}; {remedy}")
 
 
 def usable_cores() -> int:

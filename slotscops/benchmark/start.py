@@ -1,7 +1,7 @@
 """How long it takes, and how much memory, until a data set of a given size serves its first batch.
 
-The data set is synthetic: an index of as many records as asked for, whose shards and feature files are all links to
-one small real one. Measured in a process of its own, so that nothing is imported or cached for it beforehand.
+The data set is synthetic: an index of as many records as asked for, whose shards are all links to one small real one.
+So are the feature files, but for those that the first batch reads: each says which shard it belongs to. Measured in a process of its own, so that nothing is imported or cached for it beforehand.
 """
 
 import json
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from slotscops.feature_manifest import IDENTITY, file_label, write_manifest
+from slotscops.feature_shard import FeatureShard, encode
 from slotscops.features import open_cache
-from slotscops.files import write_json
 from slotscops.index import Dataset, ShardEntry, index_path, open_dataset, write_dataset
 from slotscops.loader import Split
 from slotscops.plan import permutation
@@ -42,7 +43,6 @@ def _write_synthetic(real: Split, num_records: int, out: Path) -> None:
     for number in range(-(-num_records // entry.num_samples)):
         name = f"train-{number:06d}"
         (out / f"{name}.tar").symlink_to(real.dataset.tar_path(entry).resolve())
-        (features / f"{name}.safetensors").symlink_to(real.cache.path(entry.name).resolve())
         content = index_path(real.dataset.folder, entry.name).read_bytes()
         index_path(out, name).write_bytes(content)  # a file of its own: a million records are that many bytes to read
         entries.append(ShardEntry(name, entry.num_samples, entry.num_bytes, entry.sha256, entry.index_sha256))
@@ -51,7 +51,16 @@ def _write_synthetic(real: Split, num_records: int, out: Path) -> None:
     )
     write_dataset(dataset)
     files = {shard.name: real.cache.manifest["files"][entry.name] for shard in entries}
-    write_json(features / "manifest.json", real.cache.manifest | {"files": files, "shard_digest": dataset.digest})
+    identity = {name: real.cache.manifest[name] for name in IDENTITY} | {"shard_digest": dataset.digest}
+    write_manifest(features / "manifest.json", identity, real.cache.shape, files)
+    rows = FeatureShard(real.cache.path(entry.name)).read_rows(range(entry.num_samples)).numpy()
+    first_batch = permutation(len(entries) * entry.num_samples, 0, 0)[:_BATCH_SIZE] // entry.num_samples
+    for number, shard in enumerate(entries):
+        path = features / f"{shard.name}.safetensors"
+        if number in first_batch:
+            path.write_bytes(encode(rows, file_label(identity, shard.name)))
+        else:
+            path.symlink_to(real.cache.path(entry.name).resolve())
 
 
 def _serve_in_own_process(shards: Path, drop_cache: bool) -> dict[str, Any]:
