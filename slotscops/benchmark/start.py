@@ -1,7 +1,8 @@
 """How long it takes, and how much memory, until a data set of a given size serves its first batch.
 
 The data set is synthetic: an index of as many records as asked for, whose shards are all links to one small real one.
-So are the feature files, but for those that the first batch reads: each says which shard it belongs to. Measured in a process of its own, so that nothing is imported or cached for it beforehand.
+So are the feature files, but for those that the first batch reads: each says which shard it belongs to. Measured in a
+process of its own, so that nothing is imported or cached for it beforehand.
 """
 
 import json
