@@ -16,13 +16,14 @@ def main() -> int:
     parser.add_argument("--resume", default="auto", metavar="auto|PATH|none", help="default: %(default)s")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("--dry-run", action="store_true", help="take a few steps, say what the whole run would cost")
+    parser.add_argument("--tracker", action="append", default=[], help="besides TensorBoard: wandb")
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings, such as train.total_steps=500")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         console.say(to_yaml(config).rstrip())
         return 0
-    return fit(config, arguments.resume, arguments.dry_run)
+    return fit(config, arguments.resume, arguments.dry_run, arguments.tracker)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,6 @@ class DamageLedger:
         named = "; ".join(list(self._known.values())[:_NAMED])
         more = f"; {len(self._known) - _NAMED} more in {self._folder.damaged}" if len(self._known) > _NAMED else ""
         return (
-            f"{self._dataset.folder}: {len(self._known)} of {self._dataset.num_samples(self._split)} samples of "
+            f"{self._dataset.location}: {len(self._known)} of {self._dataset.num_samples(self._split)} samples of "
             f"{self._split} are damaged, more than data.max_damaged_share={self._max_share:g} allows: {named}{more}"
         )

@@ -31,6 +31,7 @@ from slotscops.loader import Split, evaluation_batches
 from slotscops.model import SlotScops
 from slotscops.protocols import ORDERS, PROTOCOLS, Prediction, Predictor, ProtocolScores
 from slotscops.records import Batch
+from slotscops.remote import shards_argument
 from slotscops.scoreboard import Scored
 from slotscops.startup import join_processes
 from slotscops.visualise import comparison
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     methods += [_score_baseline(harness, name) for name in options.baseline]
     about = {
-        "shards": str(harness.dataset.folder),
+        "shards": harness.dataset.location,
         "split": options.split,
         "num_crops": harness.dataset.num_samples(options.split),
     }
@@ -151,7 +152,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME,...",
         help=f"methods without training: {_KNOWN}",
     )
-    parser.add_argument("--shards", type=Path, help="(default: those the first run was trained on)")
+    parser.add_argument("--shards", type=shards_argument, help="(default: those the first run was trained on)")
     parser.add_argument("--split", default="val")
     parser.add_argument("--json", type=Path, help="write the scores here, in 0..1")
     parser.add_argument("--landmarks", action="store_true", help="regress part centres too; reads the training split")
@@ -191,9 +192,9 @@ class _Harness:
 def _open_harness(options: argparse.Namespace) -> _Harness:
     accelerator = join_processes() if console.world_size() > 1 else None
     runs = [load_model(path) for path in options.checkpoint]
-    dataset = open_dataset(options.shards or Path(runs[0].config.data.shards))
+    dataset = open_dataset(options.shards or runs[0].config.data.shards)
     if not dataset.num_samples(options.split):
-        raise UserError(f"{dataset.folder}: the split '{options.split}' holds no samples; there is nothing to score")
+        raise UserError(f"{dataset.location}: the split '{options.split}' holds no samples; there is nothing to score")
     first = runs[0].config if runs else None
     if options.teacher is None:
         options.teacher = first.teacher.network if first else "vgg19"
@@ -214,7 +215,7 @@ def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
     cache, config = None, trained.config
     if harness.dataset.size != config.data.size:
         raise UserError(
-            f"{harness.dataset.folder}: holds crops of {harness.dataset.size} px, {path} was trained at "
+            f"{harness.dataset.location}: holds crops of {harness.dataset.size} px, {path} was trained at "
             f"{config.data.size}; make shards with python -m slotscops.shard --size {config.data.size}"
         )
     if network.takes_features:
@@ -230,7 +231,7 @@ def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
 def _score_baseline(harness: _Harness, name: str) -> Scored:
     options, cache, title = harness.options, None, name
     if not harness.dataset.num_samples("train"):
-        raise UserError(f"{harness.dataset.folder}: holds no training samples, which a baseline is fit to")
+        raise UserError(f"{harness.dataset.location}: holds no training samples, which a baseline is fit to")
     if name != "position":
         cache = open_cache(harness.dataset, options.layer, options.size, network=options.teacher)
         warn_if_random(cache)

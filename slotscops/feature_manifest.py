@@ -35,7 +35,7 @@ def name_of(manifest: dict[str, Any]) -> str:
     return cache_name(manifest["layer"], manifest["input_size"], manifest["network"], manifest["mirrored"])
 
 
-def rebuild_command(shards: Path, manifest: dict[str, Any]) -> str:
+def rebuild_command(shards: str, manifest: dict[str, Any]) -> str:
     """What the user types to get the cache that the manifest describes."""
     command = f"python -m slotscops.features --shards {shards}"
     if manifest["network"] != "vgg19":

@@ -70,6 +70,7 @@ class FeatureShard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._inode = _inode(path)
         tensors, self.label = _map_tensors(path)  # label: which shard of which cache these rows belong to
         self._dense: NDArray[np.float16] | None = tensors.get("features")
         if self._dense is not None and self._dense.ndim == 4 and self._dense.dtype == np.float16:
@@ -88,6 +89,11 @@ class FeatureShard:
         self._num_samples = len(self._ends) // self._num_segments
         self._check_sparse()
         self._crc32 = self._check_crc32(tensors)
+
+    @property
+    def is_evicted(self) -> bool:
+        """Whether `path` is no longer the file that was opened, which takes room only as long as it is open."""
+        return _inode(self.path) != self._inode
 
     def __len__(self) -> int:
         return self._num_samples
@@ -179,6 +185,10 @@ def _row_crc32(positions: NDArray[np.uint16], values: NDArray[np.float16], ends:
     """Of everything that a row is decoded from: its positions, its values and where its segments end."""
     crc32 = zlib.crc32(values.data, zlib.crc32(positions.data))
     return crc32 if len(ends) == 1 else zlib.crc32(struct.pack(f"<{len(ends)}q", *ends), crc32)
+
+
+def _inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
 
 
 def _num_segments(shape: Any) -> int:

@@ -19,6 +19,7 @@ from slotscops.feature_shard import FeatureShard
 from slotscops.feature_writer import write_cache
 from slotscops.files import sha256_of_file, sha256_of_json
 from slotscops.index import Dataset, ShardEntry, open_dataset
+from slotscops.remote import check_local, shards_argument
 from slotscops.teacher import Teacher
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -30,6 +31,7 @@ class FeatureCache:
 
     folder: Path
     manifest: dict[str, Any]
+    dataset: Dataset
     mirrored: "FeatureCache | None" = None  # of the mirrored crops, where those were asked for
 
     @property
@@ -52,14 +54,20 @@ class FeatureCache:
     def path(self, shard: str) -> Path:
         return self.folder / f"{shard}.safetensors"
 
+    def file(self, entry: ShardEntry) -> tuple[str, str, int]:
+        """Name below SHARDS, sha256 and bytes of the features of one shard."""
+        row = self.manifest["files"][entry.name]
+        return f"features/{self.folder.name}/{entry.name}.safetensors", row["sha256"], row["bytes"]
+
     def open_shard(self, entry: ShardEntry) -> FeatureShard:
-        shard = FeatureShard(self.path(entry.name))
+        with self.dataset.opened(*self.file(entry)) as path:
+            shard = FeatureShard(path)
         if shard.label != file_label(self.manifest, entry.name):
             raise UserError(f"{shard.path}: belongs to another shard or cache (files swapped?); {REMOVE_AND_REBUILD}")
         if len(shard) != entry.num_samples or shard.shape != self.shape:
             raise UserError(
                 f"{shard.path}: holds {len(shard)} maps of {shard.shape}, needed {entry.num_samples} of {self.shape}; "
-                f"rebuild with: {rebuild_command(self.folder.parent.parent, self.manifest)}"
+                f"rebuild with: {rebuild_command(self.dataset.location, self.manifest)}"
             )
         return shard
 
@@ -92,13 +100,14 @@ def open_cache(
 def _open_one(dataset: Dataset, wanted: dict[str, Any], weights: str = "imagenet") -> FeatureCache:
     name = name_of(wanted)
     folder = dataset.folder / "features" / name
-    command = rebuild_command(dataset.folder, wanted | {"weights": weights})
-    if not (folder / "manifest.json").is_file():
+    command = rebuild_command(dataset.location, wanted | {"weights": weights})
+    if not _has_manifest(dataset, name):
         others = _finished_names(dataset)
         state = f"only {', '.join(others)}" if others else "no finished feature cache"
         reason = " of the mirrored crops (data.mirror is on)" if wanted["mirrored"] else ""
-        raise UserError(f"{dataset.folder}: needed features {name}{reason}, came {state}; build with: {command}")
-    cache = FeatureCache(folder, read_manifest(folder / "manifest.json"))
+        build = "build with" if dataset.remote is None else "build and upload it, where the shards were made, with"
+        raise UserError(f"{dataset.location}: needed features {name}{reason}, came {state}; {build}: {command}")
+    cache = FeatureCache(folder, read_manifest(folder / "manifest.json"), dataset)
     for field, value in (wanted | {"shard_digest": dataset.digest}).items():
         if cache.manifest[field] != value:
             raise UserError(
@@ -109,7 +118,19 @@ def _open_one(dataset: Dataset, wanted: dict[str, Any], weights: str = "imagenet
     return cache
 
 
+def _has_manifest(dataset: Dataset, name: str) -> bool:
+    """Whether the cache is finished; a remote one's manifest is fetched."""
+    if dataset.remote is None:
+        return (dataset.folder / "features" / name / "manifest.json").is_file()
+    try:
+        dataset.remote.fetch_anew(f"features/{name}/manifest.json")
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _finished_names(dataset: Dataset) -> list[str]:
+    """Of remote ones, those that were fetched before: a web server does not tell what it has."""
     return sorted(path.parent.name for path in dataset.folder.glob("features/*/manifest.json"))
 
 
@@ -119,11 +140,14 @@ def open_features(shards: str | Path, shard: str, name: str | None = None) -> Fe
     Args:
         name: folder below SHARDS/features; may be left out where there is only one, mirrored ones aside.
     """
-    dataset = open_dataset(Path(shards))
+    dataset = open_dataset(shards)
     names = [other for other in _finished_names(dataset) if not other.endswith("-mirrored")]
     if name is None and len(names) != 1:
         raise UserError(f"{shards}: has feature caches {names or 'none'}; name the one you want")
-    manifest = read_manifest(dataset.folder / "features" / (name or names[0]) / "manifest.json")
+    name = name or names[0]
+    if not _has_manifest(dataset, name):
+        raise UserError(f"{shards}: has no finished feature cache '{name}', came {', '.join(names) or 'none'}")
+    manifest = read_manifest(dataset.folder / "features" / name / "manifest.json")
     fields = ("network", "layer", "input_size", "mirrored")
     cache = _open_one(dataset, {field: manifest[field] for field in fields})
     for entries in dataset.splits.values():
@@ -138,6 +162,8 @@ def _check_files(cache: FeatureCache, dataset: Dataset) -> None:
         for entry in entries:
             path, row = cache.path(entry.name), cache.manifest["files"].get(entry.name)
             came = path.stat().st_size if path.is_file() else "no file"
+            if row is not None and dataset.remote is not None:
+                continue  # looked at when it is fetched
             if row is None or came != row["bytes"]:
                 needed = "a row in the manifest" if row is None else f"{row['bytes']} bytes"
                 raise UserError(f"{path}: came {came}, needed {needed}; {REMOVE_AND_REBUILD}")
@@ -176,12 +202,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m slotscops.features", description="Build or verify a feature cache."
     )
-    parser.add_argument("--shards", type=Path, required=True)
+    parser.add_argument("--shards", type=shards_argument, required=True)
     parser.add_argument("--size", type=int, help="side of the crops for it, pixels (default: that of the shards)")
     add_teacher_options(parser)
     parser.add_argument("--verify", action="store_true", help="check every hash instead of building")
     options = parser.parse_args(arguments)
-    dataset = open_dataset(options.shards)
+    dataset = open_dataset(check_local(options.shards))
     size = options.size or dataset.size
     if options.verify:
         cache = open_cache(dataset, options.layer, size, None, options.teacher, options.mirrored)

@@ -1,6 +1,7 @@
 """A whole run: from settings to the exit code."""
 
 import time
+from collections.abc import Sequence
 
 from slotscops import console, failures
 from slotscops.config import Config
@@ -12,12 +13,13 @@ from slotscops.trainer import Trainer
 _REHEARSED_STEPS = 3  # the first is slower than the rest
 
 
-def fit(config: Config, resume: str = "auto", dry_run: bool = False) -> int:
+def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: Sequence[str] = ()) -> int:
     """Trains to `train.total_steps`; a dry run takes a few steps, writes nothing and says what all of it would cost.
 
     Args:
         resume: `auto` goes on from the run's newest whole checkpoint, `none` refuses where there is one, anything
             else is the path of a run or checkpoint to go on from.
+        trackers: who is told of the run besides TensorBoard; `wandb`.
 
     Returns:
         The exit code: 0, or 128 + the number of the signal that asked the run to stop.
@@ -27,7 +29,7 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False) -> int:
         RunError: a loss or gradient that is not finite, a lost process or loader worker, no room for the last
             checkpoint; names step and cause.
     """
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(config, () if dry_run else trackers)
     trainer = None
     try:
         with failures.named(lambda: trainer.step if trainer else 0):
@@ -52,7 +54,7 @@ def _rehearse(trainer: Trainer) -> int:
         loss, _ = trainer.take_step(batches)
         loss_value = loss.item()
         step_s = time.perf_counter() - start
-    trainer.check_finite()
+    trainer.finite.check()
     trainer.damage.agree(trainer.accelerator, trainer.step, write=False)
     train = trainer.config.train
     weights_mb = sum(parameter.nbytes for parameter in trainer.network.parameters()) / 1e6

@@ -5,7 +5,9 @@ Shapes: N samples of a shard, M members of a sample (`records.MEMBERS`).
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from safetensors.numpy import load, save
 from slotscops.errors import UserError, first_line
 from slotscops.files import sha256_of_bytes, sha256_of_json, write_bytes, write_json
 from slotscops.records import MEMBERS
+from slotscops.remote import RemoteFolder, is_remote
 
 FORMAT = 2
 # A data set from elsewhere must not make us read beside its folder.
@@ -104,11 +107,17 @@ class ShardEntry:
 class Dataset:
     """What `SHARDS/index/dataset.json` says."""
 
-    folder: Path
+    folder: Path  # of remote shards: where their copies lie, each once it has been opened
     settings: dict[str, Any]  # of the sharding: size, classes, box shares, ...
     class_names: list[str]  # class_ids are rows of this table
     part_names: dict[str, list[str]]  # by class; part label = position + 1
     splits: dict[str, list[ShardEntry]]
+    remote: RemoteFolder | None = None
+
+    @property
+    def location(self) -> str:
+        """Folder or URL, as messages call the data set."""
+        return str(self.folder) if self.remote is None else self.remote.url
 
     @property
     def size(self) -> int:
@@ -123,16 +132,26 @@ class Dataset:
     def tar_path(self, entry: ShardEntry) -> Path:
         return self.folder / f"{entry.name}.tar"
 
+    @contextmanager
+    def opened(self, name: str, sha256: str, num_bytes: int | None = None) -> Iterator[Path]:
+        """A file of the data set, named from its folder on, fetched where it is remote; see `RemoteFolder.opened`."""
+        if self.remote is None:
+            yield self.folder / name
+        else:
+            with self.remote.opened(name, sha256, num_bytes) as path:
+                yield path
+
     def num_samples(self, split: str) -> int:
         return sum(entry.num_samples for entry in self.split(split))
 
     def split(self, name: str) -> list[ShardEntry]:
         if name not in self.splits:
-            raise UserError(f"{self.folder}: has no split '{name}', only {', '.join(self.splits) or 'none'}")
+            raise UserError(f"{self.location}: has no split '{name}', only {', '.join(self.splits) or 'none'}")
         return self.splits[name]
 
     def read_index(self, entry: ShardEntry) -> ShardIndex:
-        index = ShardIndex.read(index_path(self.folder, entry.name), entry.index_sha256)
+        with self.opened(f"index/{entry.name}.safetensors", entry.index_sha256) as path:
+            index = ShardIndex.read(path, entry.index_sha256)
         if len(index) and not 0 <= index.class_ids.min() <= index.class_ids.max() < len(self.class_names):
             raise UserError(f"{index_path(self.folder, entry.name)}: names classes beyond dataset.json's; {_REBUILD}")
         if len(index) != entry.num_samples:
@@ -154,17 +173,28 @@ def dataset_path(shards: Path) -> Path:
     return shards / "index" / "dataset.json"
 
 
-def open_dataset(shards: Path) -> Dataset:
-    """Reads `dataset.json` and checks that every tar is there with the size it says.
+def open_dataset(shards: str | Path) -> Dataset:
+    """Reads `dataset.json` of a folder or a URL, and checks that every tar of a folder has the size it says.
 
     Raises:
         UserError: no shards there (with the command that makes them), an unfinished or damaged data set.
+        RunError: the server cannot be reached.
     """
-    dataset = read_dataset(shards)
+    if is_remote(shards):
+        return _open_remote(RemoteFolder.of(str(shards)))
+    dataset = read_dataset(Path(shards))
     for entries in dataset.splits.values():
         for entry in entries:
             _check_tar(dataset, entry)
     return dataset
+
+
+def _open_remote(remote: RemoteFolder) -> Dataset:
+    try:
+        remote.fetch_anew("index/dataset.json")
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; upload a whole folder written by python -m slotscops.shard") from None
+    return replace(read_dataset(remote.copy), remote=remote)
 
 
 def read_dataset(shards: Path) -> Dataset:

@@ -12,6 +12,7 @@ from slotscops import console
 from slotscops.errors import UserError
 from slotscops.files import write_bytes
 from slotscops.index import Dataset, open_dataset
+from slotscops.remote import is_remote
 from slotscops.shard_reader import ShardReader
 from slotscops.visualise import overlay, picture_bytes, sheet, voc_palette
 
@@ -33,13 +34,15 @@ class _ClassCounts:
     box_sides: list[int] = field(default_factory=list)  # longer side, source pixels
 
 
-def inspect_shards(shards: Path, picture: Path | None = None) -> None:
+def inspect_shards(shards: str | Path, picture: Path | None = None) -> None:
     """Prints the tables and writes the sheet, `SHARDS/contact_sheet.png` unless told otherwise.
 
     Raises:
         UserError: no shards there, or the sheet cannot be written.
         RunError: a member is damaged.
     """
+    if is_remote(shards) and picture is None:
+        raise UserError(f"{shards}: the sheet of crops cannot be written there; say where with --out FILE.png")
     dataset = open_dataset(shards)
     if not console.is_main():
         return
@@ -53,9 +56,10 @@ def inspect_shards(shards: Path, picture: Path | None = None) -> None:
     parts = [row for (split, name), count in sorted(counts.items()) for row in _part_rows(dataset, split, name, count)]
     if parts:
         console.show_table("parts", ("class", "split", "part", "objects with it", "share of object pixels"), parts)
-    caches = sorted(path.parent.name for path in (shards / "features").glob("*/manifest.json"))
-    console.say(f"features: {', '.join(caches) or 'none'}")
-    picture = picture or shards / "contact_sheet.png"
+    if dataset.remote is None:  # a web server does not tell what it has
+        caches = sorted(path.parent.name for path in dataset.folder.glob("features/*/manifest.json"))
+        console.say(f"features: {', '.join(caches) or 'none'}")
+    picture = picture or dataset.folder / "contact_sheet.png"
     try:
         write_bytes(picture, picture_bytes(sheet([tiles[i : i + _COLUMNS] for i in range(0, len(tiles), _COLUMNS)])))
     except OSError as error:

@@ -90,7 +90,7 @@ class Split(Dataset[Batch]):
                 return other
         raise RunError(
             f"{self._faults[sample]} (nor is one of {NUM_SUBSTITUTES} others whole); look at all of them with: "
-            f"python -m slotscops.shard --verify {self.dataset.folder}"
+            f"python -m slotscops.shard --verify {self.dataset.location}"
         )
 
     def _look_for_fault(self, sample: int) -> None:
@@ -101,6 +101,7 @@ class Split(Dataset[Batch]):
 
     def _read(self, samples: NDArray[np.int64]) -> Batch:
         shards, rows = self._locate(samples)
+        self._fetch_together(shards)
         size = self.dataset.size
         mirrored = samples >= len(self)
         pixels = np.empty((len(samples), size, size, 3), np.uint8)
@@ -125,6 +126,18 @@ class Split(Dataset[Batch]):
             keys=[self._index(s).key(r) for s, r in places],
             parts_small=torch.from_numpy(parts_small) if self.with_labels else None,
         )
+
+    def _fetch_together(self, shards: NDArray[np.int64]) -> None:
+        """Of a batch of remote samples, what is not at hand yet; the rest is left to where it is opened."""
+        if self.dataset.remote is None:
+            return
+        wanted = []
+        for entry in [self._entries[shard] for shard in np.unique(shards)]:
+            wanted.append((f"{entry.name}.tar", entry.sha256, entry.num_bytes))
+            for cache in (self.cache, self.cache and self.cache.mirrored):
+                if cache is not None:
+                    wanted.append(cache.file(entry))
+        self.dataset.remote.fetch_together(wanted)
 
     def __getitems__(self, samples: Sequence[int]) -> Batch:
         """One batch, called by the DataLoader with all its numbers at once."""
@@ -152,6 +165,9 @@ class Split(Dataset[Batch]):
         if (shard, mirrored) not in self._feature_shards:
             cache = self.cache.mirrored if mirrored and self.cache else self.cache
             assert cache is not None
+            if self.dataset.remote is not None:
+                for opened in [place for place, features in self._feature_shards.items() if features.is_evicted]:
+                    del self._feature_shards[opened]
             self._feature_shards[shard, mirrored] = cache.open_shard(self._entries[shard])
         return self._feature_shards[shard, mirrored]
 
@@ -196,7 +212,7 @@ def training_batches(split: Split, training_plan: TrainingPlan, num_workers: int
     """Microbatches of this process in the plan's order, read ahead by `num_workers` processes."""
     if len(split) == 0:
         raise UserError(
-            f"{split.dataset.folder}: the split '{split.name}' holds no samples; there is nothing to train on"
+            f"{split.dataset.location}: the split '{split.name}' holds no samples; there is nothing to train on"
         )
     return _name_lost_workers(_data_loader(split, training_plan, num_workers, pin_memory))
 

@@ -13,7 +13,7 @@ Shapes: B images, H x W pixels, P predicted labels, T true labels of a class.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class ProtocolScores:
             part_names: by class, in the order of class ids; a class with n parts has T = n + 1 true labels.
             num_predicted: P, background included.
         """
+        self._part_names = part_names
         self.class_names = list(part_names)
         self._tables = {
             (protocol, order): [PartScores(num_predicted, len(names) + 1) for names in part_names.values()]
@@ -101,6 +102,16 @@ class ProtocolScores:
         names = self.seen_classes()
         rows = names if len(names) == 1 else [*names, ALL_CLASSES]
         return {name: score_table(self.table(protocol, order, name)) for name in rows}
+
+    def confusion(self) -> dict[str, dict[str, Any]]:
+        """By class: `parts`, names of the true parts, none first, and `table`, pixels of each label in each of them."""
+        return {
+            name: {
+                "parts": ["no part", *self._part_names[name]],
+                "table": self.table("own", "first", name).tolist(),
+            }
+            for name in self.seen_classes()
+        }
 
     def pooled(self) -> dict[str, float]:
         """A run's scores while it trains, over all classes, first listed on top: own background, FG-, given mask."""

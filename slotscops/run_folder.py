@@ -1,4 +1,4 @@
-"""The run's own folder: `config.yaml`, `metrics.jsonl`, `status.json`, `checkpoints/`, `pictures/`, `tensorboard/`."""
+"""The run's own folder: what lies in it under which name, and which of its checkpoints to go on from."""
 
 import json
 import signal
@@ -54,6 +54,30 @@ class RunFolder:
     def config(self) -> Path:
         return self.path / "config.yaml"
 
+    @property
+    def status(self) -> Path:
+        """How the run stands: running, interrupted, finished or failed; at which step, why."""
+        return self.path / "status.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """The last evaluation's step and, by class, pixel counts of slots by true parts."""
+        return self.path / "evaluation.json"
+
+    @property
+    def machine(self) -> Path:
+        """What the run was last started on."""
+        return self.path / "machine.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def wandb_id(self) -> Path:
+        """By which Weights & Biases knows the run."""
+        return self.path / "wandb_id"
+
     def open(self, config: Config, step: int) -> None:
         """Makes the folder, writes the resolved settings, and drops logged steps beyond the one resumed from."""
         try:
@@ -69,8 +93,8 @@ class RunFolder:
             ) from None
 
     def note(self, state: str, step: int, reason: str = "") -> None:
-        """Writes into `status.json` how the run stands: running, interrupted, finished or failed."""
-        write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason})
+        """Writes down how the run stands: running, interrupted, finished or failed."""
+        write_json(self.status, {"state": state, "step": step, "reason": reason})
 
     def close(self, config: Config, step: int, signal_number: int) -> None:
         """Writes down and says how far a run came that did not fail."""

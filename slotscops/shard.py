@@ -23,6 +23,7 @@ from slotscops.pascal_classes import PART_NAMES, check_class_names
 from slotscops.pascal_part import BOX_SHARE
 from slotscops.pascal_tree import SPLITS
 from slotscops.photo_folder import PhotoFolder
+from slotscops.remote import check_local, is_remote, shards_argument
 from slotscops.shard_reader import ShardReader
 from slotscops.shard_writer import Outcome, ShardSettings, plan_path, write_shards
 from slotscops.sources import open_pascal_part
@@ -84,12 +85,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--root", type=Path, help="folder of VOCdevkit and Annotations_Part, or of their archives")
     source.add_argument("--toy", action="store_true", help="draw a synthetic tree into OUT/photos and shard that")
     source.add_argument("--images", type=Path, help="folder of photos, each one object; train/ and val/ are splits")
-    source.add_argument("--inspect", type=Path, metavar="SHARDS", help="print statistics and draw a sheet (--out PNG)")
-    source.add_argument("--verify", type=Path, metavar="SHARDS", help="check every hash, say what is damaged")
+    source.add_argument(
+        "--inspect", type=shards_argument, metavar="SHARDS", help="print statistics and draw a sheet (--out PNG)"
+    )
+    source.add_argument(
+        "--verify", type=shards_argument, metavar="SHARDS", help="check every hash, say what is damaged"
+    )
     parser.add_argument("--parts", type=Path, help="of --images: folder of label PNGs, parts.txt names the labels")
     parser.add_argument("--val-share", type=float, default=0.1, help="of --images (default: 0.1)")
     parser.add_argument("--class-name", default="object", help="of --images (default: object)")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=shards_argument)
     parser.add_argument("--classes", help="comma-separated VOC names (default: all 20)")
     parser.add_argument("--size", type=int, default=128, help="side of the crops, pixels (default: 128)")
     add_teacher_options(parser)
@@ -109,6 +114,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.out is None and not (options.inspect or options.verify):
         parser.error("the following arguments are required: --out")
+    if options.out is not None:
+        options.out = check_local(options.out)
+    if options.verify and is_remote(options.verify):
+        raise UserError(f"{options.verify}: files of a URL are verified when fetched; give --verify the folder itself")
     if options.parts and not options.images:
         parser.error("--parts goes with --images")
     if not 0 <= options.val_share <= 1:

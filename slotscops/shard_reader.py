@@ -33,11 +33,17 @@ class ShardReader:
         self.index = dataset.read_index(entry) if index is None else index
         self.size = dataset.size
         try:
-            self._file = os.open(self.path, os.O_RDONLY)
+            with dataset.opened(self.path.name, entry.sha256, entry.num_bytes) as path:
+                self._file = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._file)
             self._num_bytes = os.fstat(self._file).st_size
         except OSError as error:
             raise RunError(f"{self.path}: cannot be opened ({error.strerror}); {MEND}") from None
+
+    @property
+    def is_evicted(self) -> bool:
+        """Whether the file has no name any more, and takes room only as long as it is open."""
+        return os.fstat(self._file).st_nlink == 0
 
     def read_member(self, row: int, member: str) -> bytes:
         """The content of one member, its crc32 checked.
@@ -117,6 +123,9 @@ class ShardReaders:
 
     def __getitem__(self, shard: int) -> ShardReader:
         if shard not in self._open:
+            if self._dataset.remote is not None:
+                for other in [other for other, reader in self._open.items() if reader.is_evicted]:
+                    del self._open[other]
             self._open[shard] = ShardReader(self._dataset, self._entries[shard], self._read_index(shard))
             if len(self._open) > _MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)

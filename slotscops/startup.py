@@ -1,6 +1,7 @@
 """Before the first step: processes as the launcher promised, data and features that fit the settings."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from slotscops.features import FeatureCache, open_cache, warn_if_random
 from slotscops.files import sha256_of_json
 from slotscops.index import Dataset, open_dataset
 from slotscops.teacher import Teacher
+from slotscops.trackers import choose_trackers
 
 CPU_LAUNCH = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
@@ -23,12 +25,15 @@ CPU_LAUNCH = (
 )
 
 
-def start_accelerator(config: Config) -> Accelerator:
+def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerator:
     """Joins the other processes.
+
+    Args:
+        trackers: who is told of the run besides TensorBoard.
 
     Raises:
         UserError: the launcher started another number of processes than it was asked for, or than the settings want,
-            or the global batch cannot be divided among them.
+            or the global batch cannot be divided among them, or a tracker is not there.
     """
     # Before the processes meet, and before a GPU is touched.
     if config.train.num_processes not in (None, console.world_size()):
@@ -39,7 +44,7 @@ def start_accelerator(config: Config) -> Accelerator:
     microbatches_of_process(config, console.world_size())
     return join_processes(
         mixed_precision=config.train.mixed_precision,
-        log_with="tensorboard",
+        log_with=choose_trackers(trackers, config),
         project_dir=config.run_dir,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.timeout_minutes)),
@@ -134,11 +139,28 @@ def open_training_data(config: Config) -> tuple[Dataset, FeatureCache]:
     # Where the cache does not follow an augmentation, this refuses it by name.
     cache = open_cache(dataset, layer, config.teacher_size, sha256, network, mirrored=config.data.mirror)
     warn_if_random(cache)
+    _warn_if_fetched_again_and_again(dataset, cache)
     return dataset, cache
 
 
+def _warn_if_fetched_again_and_again(dataset: Dataset, cache: FeatureCache) -> None:
+    """Training reads shards in no order: with a cache smaller than the data nearly every sample fetches its shard."""
+    if dataset.remote is None or not console.is_main():
+        return
+    entries = dataset.split("train")
+    needed = sum(entry.num_bytes for entry in entries)
+    for features in [cache] if cache.mirrored is None else [cache, cache.mirrored]:
+        needed += sum(features.manifest["files"][entry.name]["bytes"] for entry in entries)
+    if needed > dataset.remote.max_bytes:
+        console.warn(
+            f"{dataset.location}: has {needed / 1e9:.3g} GB to train on, the cache "
+            f"{dataset.remote.max_bytes / 1e9:.3g}; shards will be fetched again and again, set SLOTSCOPS_CACHE_GB to "
+            f"more than {needed / 1e9:.3g}"
+        )
+
+
 def open_dataset_of_size(config: Config) -> Dataset:
-    dataset = open_dataset(Path(config.data.shards))
+    dataset = open_dataset(config.data.shards)
     if dataset.size != config.data.size:
         raise UserError(
             f"{config.data.shards}: holds crops of {dataset.size} px, but data.size is {config.data.size}; set "

@@ -17,18 +17,22 @@ from slotscops.checkpoint_writer import CheckpointWriter
 from slotscops.clusters import start_from_features
 from slotscops.config import Config, to_mapping
 from slotscops.damage import DamageLedger
-from slotscops.errors import RunError
 from slotscops.evaluate import evaluate_split, picture_of_split
+from slotscops.files import write_json
+from slotscops.finite import FiniteWatch
 from slotscops.interruption import Agreement, StopRequest
 from slotscops.loader import Split, move_ahead, training_batches
+from slotscops.machine import machine
 from slotscops.objective import check_objective, compute_terms, weighted_sum
 from slotscops.plan import TrainingPlan, batch_digest
 from slotscops.records import Batch
 from slotscops.reduction import FixedOrderReducer
+from slotscops.report import write_report
 from slotscops.run_folder import RunFolder, check_same_run
 from slotscops.schedule import learning_rate_factor
 from slotscops.startup import check_same_on_all_ranks, microbatches_of_process, open_training_data
 from slotscops.stopwatch import Stopwatch, peak_memory_bytes
+from slotscops.trackers import log_picture, open_trackers
 
 
 class Trainer:
@@ -61,7 +65,7 @@ class Trainer:
         self.samples_seen = 0
         self._scores: dict[str, float] = {}  # of the last evaluation
         self._best: dict[str, Any] = {}  # score, value and step of the best one
-        self._first_bad_steps = torch.zeros(2, dtype=torch.int64, device=accelerator.device)  # loss, gradient; 0: none
+        self.finite = FiniteWatch(accelerator)
         self._terms: dict[str, Tensor] = {}  # of the last step, unweighted, this process's mean
         self.stopwatch = Stopwatch()
         self._watched: tuple[Tensor, Tensor] | None = None  # logits and basis of the last microbatch
@@ -113,6 +117,8 @@ class Trainer:
                 if self._is_due(train.log_every_steps) or ends or self.step == 1 or self._was_evaluated_now():
                     self.log(loss, grad_norm)
                 with self.stopwatch.paused():
+                    if self._was_evaluated_now() and self.accelerator.is_main_process:
+                        write_report(self.folder)
                     if self._is_due(train.save_every_steps) or ends or self._best.get("step") == self.step:
                         self.save(writer)
                 if signal_number:
@@ -120,6 +126,7 @@ class Trainer:
             agreement.finish()
         if self.accelerator.is_main_process:
             self.folder.close(self.config, self.step, signal_number)
+            write_report(self.folder)
         return signal_number
 
     def _is_due(self, every_steps: int) -> bool:
@@ -154,7 +161,7 @@ class Trainer:
         self.step += 1
         self.samples_seen += train.batch_size
         self.stopwatch.count(train.batch_size)
-        self._note_if_bad(total, grad_norm)
+        self.finite.note(self.step, total, grad_norm)
         return total, grad_norm
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -163,25 +170,6 @@ class Trainer:
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0) + term.detach() / self._num_microbatches
         return weighted_sum(terms, self.config.losses)
-
-    def _note_if_bad(self, loss: Tensor, grad_norm: Tensor) -> None:
-        # On the device: looking at the numbers here would make every step wait for it.
-        bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(grad_norm)])
-        self._first_bad_steps = torch.where(bad & (self._first_bad_steps == 0), self.step, self._first_bad_steps)
-
-    def check_finite(self) -> None:
-        """All processes together, so that none goes on where another stops."""
-        bad_losses, bad_gradients = self.accelerator.gather(self._first_bad_steps[None]).T.tolist()
-        if not any(bad_losses + bad_gradients):
-            return
-        since = min(step for step in bad_losses + bad_gradients if step)
-        # A gradient is everyone's: who brought in what is not finite shows in the loss alone.
-        ranks = ", ".join(str(rank) for rank, step in enumerate(bad_losses) if step == since)
-        what = f"the loss of rank {ranks}" if ranks else "the gradient"
-        raise RunError(
-            f"{what} has not been finite since step {since}; lower train.learning_rate or train.clip_norm and go on "
-            "from the last checkpoint, which is from before it"
-        )
 
     def open_batches(self, num_steps: int) -> Iterator[Batch]:
         """This process's microbatches of the next so many steps."""
@@ -219,9 +207,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.open(self.config, self.step)
             self.folder.note("running", self.step)
+            processes = {"processes": str(self.accelerator.num_processes)}
+            write_json(self.folder.machine, machine(self.accelerator.device) | processes)
             self.damage.reload(self.step)
         self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+        open_trackers(self.accelerator, self.folder, self.step)
 
     # ---- what it writes ------------------------------------------------------------------------------------------
 
@@ -245,7 +235,7 @@ class Trainer:
         """What is written down of the step just taken. The only place where a step waits for the device."""
         loss = self.accelerator.reduce(loss, "mean")
         terms = {name: self.accelerator.reduce(term, "mean") for name, term in self._terms.items()}
-        self.check_finite()
+        self.finite.check()
         return {
             "step": self.step,
             "samples_seen": self.samples_seen,
@@ -286,7 +276,10 @@ class Trainer:
         self._scores = {"step": self.step} | {f"val_{name}": score for name, score in scores.pooled().items()}
         self._note_best()
         if self.accelerator.is_main_process:
-            picture_of_split(network, split).save(self.folder.pictures / f"step-{self.step}.png")
+            picture = picture_of_split(network, split)
+            picture.save(self.folder.pictures / f"step-{self.step}.png")
+            log_picture(self.accelerator, "parts", picture, self.step)
+            write_json(self.folder.evaluation, {"step": self.step, "confusion": scores.confusion()})
 
     def _note_best(self) -> None:
         name = self.config.train.best_score
@@ -302,7 +295,7 @@ class Trainer:
 
     def save(self, writer: CheckpointWriter) -> None:
         """Hands the state of all processes to the writer."""
-        self.check_finite()
+        self.finite.check()
         tensors = snapshot.take(self.network, self._average, self.optimizer, self.accelerator)
         if not self.accelerator.is_main_process:
             return

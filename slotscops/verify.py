@@ -66,7 +66,7 @@ def find_damage(shards: Path, num_workers: int) -> Iterator[str]:
 
 
 def _open_manifest(path: Path, dataset: Dataset) -> FeatureCache:
-    cache = FeatureCache(path.parent, read_manifest(path))
+    cache = FeatureCache(path.parent, read_manifest(path), dataset)
     if cache.manifest["shard_digest"] != dataset.digest:
         raise UserError(f"{path}: belongs to other shards; {REMOVE_AND_REBUILD}")
     return cache

@@ -143,7 +143,7 @@ class Corpus:
         self.index_path = index_path(self.shards, self.entry.name)
         self.indices = self._read(self.index_path.parent.glob("*.safetensors"), self.index_path)
         self.manifest_path = next(self.shards.glob("features/*/manifest.json"))
-        self.cache = FeatureCache(self.manifest_path.parent, read_manifest(self.manifest_path))
+        self.cache = FeatureCache(self.manifest_path.parent, read_manifest(self.manifest_path), self.dataset)
         self.features_path = self.cache.path(self.entry.name)
         self.features = self._read(self.features_path.parent.glob("*.safetensors"), self.features_path)
         self.rows = self.cache.open_shard(self.entry).read_rows(range(self.entry.num_samples)).numpy().copy()

@@ -54,12 +54,25 @@ def test_a_run_goes_on_from_one_to_two_to_four_to_one_process_with_the_same_samp
     assert_same_tensors(*ends, of=("model", "optimizer"))
 
 
-def test_the_gradient_of_two_processes_is_that_of_one_with_the_whole_batch(toy_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("losses.concentration=0.3", "losses.orthonormality=0.2", "losses.entropy=0.4", "losses.part_contrast=0.5",
+         "losses.visual_consistency=0.7", "losses.target_mask=object"),
+        ("encoder.name=resnet18", "encoder.weights=random:0", "losses.equivariance=1.0",
+         "losses.landmark_equivariance=1.0"),
+    ],
+    ids=["semantic", "terms of the maps", "terms of the warp"],
+)  # fmt: skip
+def test_the_gradient_of_two_processes_is_that_of_one_with_the_whole_batch(
+    toy_shards: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     # Plain steps of size 1 along the gradient: what differs in the parameters differed in the gradient.
     one_step = ("train.optimizer=sgd", "train.momentum=0.0", "train.weight_decay=0.0", "train.clip_norm=0",
                 "train.learning_rate=1.0", "train.encoder_learning_rate=1.0", "train.stop_after_steps=1")  # fmt: skip
     for name, launcher in (("one", PYTHON), ("two", TWO_PROCESSES)):
-        assert train(launcher, toy_shards, tmp_path / name, *one_step).returncode == 0
+        assert train(launcher, toy_shards, tmp_path / name, *one_step, *settings).returncode == 0
     one, two = (load_file(tmp_path / name / "checkpoints" / "step-1" / "model.safetensors") for name in ("one", "two"))
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-5, msg=key)

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from commands import ONE_PROCESS, TWO_PROCESSES, metrics, run, train
 from safetensors.torch import load_file
 
 PYTHON = [sys.executable]  # no launcher: a run of one process
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 LOGGED = {
     "step", "samples_seen", "loss", "loss_semantic", "lr_encoder", "lr_head", "lr_basis", "grad_norm",
     "images_per_second", "data_wait", "peak_memory_bytes", "batch_digest", "slot_share_0", "background_share",
@@ -72,8 +74,26 @@ def test_resuming_at_step_3_gives_the_same_step_6_as_never_stopping(
         ("encoder.name=resnet18", "encoder.weights=random:0", "train.batch_size=4"),
         ("slots.init=shared_gaussian", "train.optimizer=sgd"),
         ("train.accumulation_steps=2", "train.mixed_precision=bf16"),
+        (
+            "encoder.name=resnet18",
+            "encoder.weights=random:0",
+            "train.batch_size=4",
+            "losses.equivariance=1.0",
+            "losses.landmark_equivariance=1.0",
+            "train.ema_decay=0.9",
+        ),
+        (
+            "slots.init=image_conditioned",
+            "slots.gradient=bilevel",
+            "teacher.transform=channel_standardised",
+            "basis.init=kmeans",
+            "losses.entropy=0.1",
+            "losses.part_contrast=0.1",
+            "losses.visual_consistency=0.1",
+        ),
+        pytest.param(("train.compile=true", "train.mixed_precision=bf16"), marks=NEEDS_COMPILER),
     ],
-    ids=["resnet", "random slots, sgd", "accumulation, bf16"],
+    ids=["resnet", "random slots, sgd", "accumulation, bf16", "warps, averaged weights", "full objective", "compiled"],
 )
 def test_resuming_is_exact_with(toy_shards: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     few = (*settings, "train.total_steps=4")

@@ -21,12 +21,12 @@ import torch
 
 from slotscops import console, shard
 from slotscops.benchmark import loader, loss, report, scaling, sharding, step
-from slotscops.benchmark.measure import machine
 from slotscops.config import load_config
 from slotscops.errors import UserError
 from slotscops.features import open_cache
 from slotscops.files import write_json
 from slotscops.index import open_dataset
+from slotscops.machine import machine
 from slotscops.startup import start_accelerator
 from slotscops.work import usable_cores
 

@@ -1,12 +1,9 @@
 """Timing side by side: the contestants take turns, so that a machine whose speed drifts is fair to all of them."""
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,30 +61,6 @@ def peak_extra_memory_bytes(run: Callable[[], Any], device: torch.device) -> int
         level += event.nbytes()
         peak = max(peak, level)
     return peak
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """What the figures were measured on."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {_cpu_name()}",
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str:
-    """Short hash of the checkout, with + where it is changed; empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 def _synchronise(device: torch.device) -> None:
