@@ -22,6 +22,7 @@ from slotscops.teacher import Teacher
 from slotscops.trainer import Trainer
 
 _STEPS_AFTER_CHECKPOINT = 20
+_CHECKPOINTS = 3
 
 
 def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
     """
     trainer = Trainer(config, accelerator)
     trainer.open_run()
-    batches = trainer.open_batches(2 * rounds + 4 + _STEPS_AFTER_CHECKPOINT)
+    batches = trainer.open_batches(2 * rounds + 4 + _CHECKPOINTS * _STEPS_AFTER_CHECKPOINT)
     batch = next(batches)
     waits: list[float] = []
 
@@ -49,7 +50,7 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
     times = take_turns(contestants, rounds, accelerator.device)
     medians = {name: result.median for name, result in times.items()}
     logging_share = _time_logging(trainer) / (config.train.log_every_steps * medians["whole step"])
-    checkpoint_s = _time_checkpoint(trainer, whole_step, medians["whole step"])
+    wait_s, cost_s = _time_checkpoints(trainer, whole_step, medians["whole step"])
     waits = waits[1 : rounds + 1]  # of the counted turns
     waited_s = sum(waits)
     memory = peak_extra_memory_bytes(contestants["whole step"], accelerator.device)
@@ -74,7 +75,8 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
         "flops_per_second": flops / medians["whole step"],
         "data_wait": waited_s / sum(times["whole step"].seconds),
         "logging_share": logging_share,
-        "checkpoint_share": checkpoint_s / 60,
+        "checkpoint_wait": wait_s / 60,
+        "checkpoint_share": cost_s / 60,
         "setting": title,
     }
     if accelerator.device.type == "cuda":
@@ -92,16 +94,25 @@ def _time_logging(trainer: Trainer) -> float:
     return statistics.median(seconds)
 
 
-def _time_checkpoint(trainer: Trainer, step: Callable[[], None], step_s: float) -> float:
-    """Seconds that a checkpoint costs: what the steps took during which it was written, beyond what they take else."""
+def _time_checkpoints(trainer: Trainer, step: Callable[[], None], step_s: float) -> tuple[float, float]:
+    """Seconds, medians of three, that a checkpoint costs.
+
+    Returns:
+        What the loop waits for, the copy to host memory; and what it costs in all: that, and what the steps took during
+        which it was written, beyond what they take else.
+    """
+    waits, costs = [], []
     with CheckpointWriter(trainer.folder.checkpoints, keep=1) as writer:
-        start = time.perf_counter()
-        trainer.save(writer)
-        steps = 0
-        while steps < _STEPS_AFTER_CHECKPOINT and (steps == 0 or writer.is_writing):
-            step()
-            steps += 1
-        return max(0.0, time.perf_counter() - start - steps * step_s)
+        for _ in range(_CHECKPOINTS):
+            start = time.perf_counter()
+            trainer.save(writer)
+            waits.append(time.perf_counter() - start)
+            steps = 0
+            while steps < _STEPS_AFTER_CHECKPOINT and (steps == 0 or writer.is_writing):
+                step()
+                steps += 1
+            costs.append(max(0.0, time.perf_counter() - start - steps * step_s))
+    return statistics.median(waits), statistics.median(costs)
 
 
 def _matrix_rate(accelerator: Accelerator) -> float:
