@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import TWO_PROCESSES, started
 
 from slotscops import shard, toy
 from slotscops.archives import ArchivePlace
@@ -83,6 +84,23 @@ def test_processes_killed_at_any_moment_and_started_again_give_the_bytes_of_the_
             process.wait(timeout=30)
     assert write(archives, tmp_path / "out") == 0
     left = {name: content for name, content in contents(tmp_path / "out").items() if not name.endswith(".partial")}
+    assert left == contents(shards)
+
+
+def test_a_launcher_killed_with_all_its_processes_leaves_what_one_process_finishes(
+    archives: Path, shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    work = ["-m", "slotscops.shard", "--root", str(archives), "--out", str(out), *COMMON, "--workers", "1"]
+    for wanted in ("index/scan/*", "*.tar"):
+        with started([*TWO_PROCESSES, *work]) as running:
+            while not list(out.glob(wanted)):
+                assert running.process.poll() is None, running.said(running.err)
+                time.sleep(0.005)
+        # Leaving that block is kill -9 for all of them.
+    assert not (out / "index" / "dataset.json").exists(), "everything was written before the kill"
+    assert write(archives, out) == 0
+    left = {name: content for name, content in contents(out).items() if not name.endswith(".partial")}
     assert left == contents(shards)
 
 
