@@ -104,12 +104,10 @@ class ProtocolScores:
         return {name: score_table(self.table(protocol, order, name)) for name in rows}
 
     def confusion(self) -> dict[str, dict[str, Any]]:
-        """By class: `parts`, names of the true parts, none first, and `table`, pixels of each label in each of them."""
+        """By class: `parts`, names of the true parts, none first; and by paint order, pixels of each label in each part."""
         return {
-            name: {
-                "parts": ["no part", *self._part_names[name]],
-                "table": self.table("own", "first", name).tolist(),
-            }
+            name: {"parts": ["no part", *self._part_names[name]]}
+            | {order: self.table("own", order, name).tolist() for order in ORDERS}
             for name in self.seen_classes()
         }
 

@@ -20,13 +20,16 @@ from safetensors.torch import load_file
 
 from slotscops import shard
 
+SLOW = ("train.accumulation_steps=8",)  # so that 100 kills fit between the steps
 SETTINGS = ("train.save_every_steps=5", "train.keep_checkpoints=2", "train.timeout_minutes=0.3")
 
 
-def soak(shards: Path, folder: Path, kills: int, steps: int, seed: int, num_processes: int) -> tuple[int, int]:
+def soak(
+    shards: Path, folder: Path, kills: int, steps: int, seed: int, num_processes: int, more: tuple[str, ...] = ()
+) -> tuple[int, int]:
     """Kills that came amid training, and all starts it took. Raises AssertionError where the parameters differ."""
     launcher = [sys.executable] if num_processes == 1 else TWO_PROCESSES
-    settings = (*SETTINGS, f"train.total_steps={steps}")
+    settings = (*SETTINGS, *more, f"train.total_steps={steps}")
     rng = random.Random(seed)
     done, starts, amid = 0, 0, 0
     run_dir = folder / "killed"
@@ -71,7 +74,8 @@ def main() -> None:
         shards = Path(scratch) / "shards"
         toy = ["--toy", "--toy-train", "14", "--toy-val", "6", "--size", "64", "--samples-per-shard", "5"]
         assert shard.main([*toy, "--out", str(shards), "--teacher-weights", "random:0"]) == 0
-        amid, starts = soak(shards, Path(scratch), options.kills, options.steps, options.seed, options.processes)
+        counts = (options.kills, options.steps, options.seed, options.processes)
+        amid, starts = soak(shards, Path(scratch), *counts, SLOW)
     print(
         f"{options.kills} kills ({amid} amid training) in {starts} starts over {options.steps} steps: same parameters"
     )
