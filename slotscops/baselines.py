@@ -20,11 +20,12 @@ from torch.nn import functional
 
 from slotscops.clusters import cached_features, find_centres, find_factors, sample_vectors
 from slotscops.loader import Split
+from slotscops.model import TargetTransform
 from slotscops.protocols import Prediction, Predictor
 from slotscops.records import Batch
 
 NAMES = ("position", "kmeans", "dff")
-Transform = Literal["none", "sqrt"]
+Transform = Literal["none", "sqrt", "l2", "sqrt_l2"]
 _POSITION_GRID = 16
 _NNLS_STEPS = 50  # measured on real faces: beyond 30 fewer than one cell in 2,000 changes its largest factor
 _EPSILON = 1e-9
@@ -37,7 +38,7 @@ def fit(name: str, train: Split, num_clusters: int, seed: int = 0, transform: Tr
         name: one of `NAMES`.
         train: read with labels, whose object masks decide what the second fit sees.
         num_clusters: G, at least 2.
-        transform: of the features; `sqrt` lets a few strong channels decide less.
+        transform: of the features, as `TargetTransform`; `sqrt` lets a few strong channels decide less.
     """
     vectors_of = _positions if name == "position" else partial(_features, transform=transform)
     own, parts = (
@@ -97,7 +98,8 @@ def factor_weights(vectors: Tensor, factors: Tensor) -> Tensor:
 
 def _features(batch: Batch, transform: Transform) -> Tensor:
     features = cached_features(batch)
-    return features.sqrt() if transform == "sqrt" else features
+    transformed: Tensor = TargetTransform(transform, features.shape[1])(features)
+    return transformed
 
 
 def _positions(batch: Batch) -> Tensor:

@@ -61,10 +61,13 @@ def sample_vectors(
 
 
 def find_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """(G, C) float32 centres of k-means (scikit-learn, best of four starts)."""
+    """(G, C) float32 centres of k-means (scikit-learn, best of ten starts).
+
+    Of four starts, samples of the same real faces ended in different partitions.
+    """
     from sklearn.cluster import KMeans  # here, because it takes a second that a usual training need not wait
 
-    centres = KMeans(num_clusters, n_init=4, random_state=seed).fit(vectors.numpy()).cluster_centers_
+    centres = KMeans(num_clusters, n_init=10, random_state=seed).fit(vectors.numpy()).cluster_centers_
     return torch.from_numpy(centres).float()
 
 
@@ -90,7 +93,9 @@ def start_from_features(network: SlotScops, split: Split, config: Config) -> Non
     """The target's scales and the basis, in the target's space, from a sample of the cache. The same on every rank."""
     if config.basis.init != "kmeans" and config.teacher.transform != "channel_standardised":
         return
-    vectors = sample_vectors(split, config.seed)
+    # Where the target is masked by the objects, the parts have only these to rebuild.
+    inside_objects = config.losses.target_mask == "object"
+    vectors = sample_vectors(split, config.seed, inside_objects=inside_objects)
     network.target.measure(vectors)
     if config.basis.init == "kmeans":
         centres = find_centres(network.target(vectors), config.slots.num_parts, config.seed)

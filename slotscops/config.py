@@ -41,7 +41,7 @@ class Teacher:
     layer: str = "relu5_4"  # of it, whose features are the target; "relu5_2+relu5_4" joins channels
     size: Positive | None = None  # side the crops had when it saw them, pixels; null: data.size
     weights: str | None = None  # refuse a cache made with other weights than these; null: take the cache as it is
-    transform: Literal["none", "sqrt", "channel_standardised", "l2"] = "none"  # of the features, before the loss
+    transform: Literal["none", "sqrt", "channel_standardised", "l2", "sqrt_l2"] = "none"  # of the target
 
 
 @dataclass(frozen=True, config=_STRICT)

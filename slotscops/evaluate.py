@@ -160,7 +160,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layer", help="of it (default: the first run's, or relu5_4)")
     parser.add_argument("--size", type=int, help="of the baselines' features, pixels (default: as --layer)")
     parser.add_argument(
-        "--transform", choices=("none", "sqrt"), default="none", help="of the baselines' features (default: none)"
+        "--transform",
+        choices=("none", "sqrt", "l2", "sqrt_l2"),
+        default="none",
+        help="of the baselines' features (default: none)",
     )
     parser.add_argument(
         "--clusters", type=int, help="of the baselines, background included (default: the first run's slots, or 6)"
@@ -236,7 +239,7 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
         cache = open_cache(harness.dataset, options.layer, options.size, network=options.teacher)
         warn_if_random(cache)
         network = "" if options.teacher == "vgg19" else f"{options.teacher} "
-        transform = " sqrt" if options.transform == "sqrt" else ""
+        transform = "" if options.transform == "none" else f" {options.transform}"
         title = f"{name} {network}{options.layer} {options.size} px{transform}"
     train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", options.split))
     # Every process fits the same: samples and starts are drawn from the seed.

@@ -104,7 +104,7 @@ class ProtocolScores:
         return {name: score_table(self.table(protocol, order, name)) for name in rows}
 
     def confusion(self) -> dict[str, dict[str, Any]]:
-        """By class: `parts`, names of the true parts, none first; and by paint order, pixels of each label in each part."""
+        """By class: `parts`, names of the true parts, none first; by paint order, pixels of each label in each part."""
         return {
             name: {"parts": ["no part", *self._part_names[name]]}
             | {order: self.table("own", order, name).tolist() for order in ORDERS}

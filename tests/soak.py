@@ -37,9 +37,9 @@ def soak(
         with started(training(launcher, shards, run_dir, *settings), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1") as running:
             starts += 1
             before = last_step(run_dir)
-            # Most of the kills in the steps, some while starting; on average so many steps apart that all fit in.
-            target = before + rng.randint(0, 2 * steps // kills)
-            pause = rng.uniform(0, 0.2)
+            # Most of the kills in the steps, some while starting; so few steps apart that all fit in.
+            target = before + rng.randint(0, steps // kills)
+            pause = rng.uniform(0, 0.1)
             while running.process.poll() is None and last_step(run_dir) < target:
                 time.sleep(0.005)
             time.sleep(pause)

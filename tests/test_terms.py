@@ -134,6 +134,8 @@ def test_transforms_by_hand_and_of_nothing_but_zeros() -> None:
     features = torch.tensor([[[[4.0]], [[0.0]]], [[[0.0]], [[0.0]]]])  # (2, 2, 1, 1)
     assert TargetTransform("sqrt", 2)(features).flatten().tolist() == [2, 0, 0, 0]
     assert TargetTransform("l2", 2)(features).flatten().tolist() == [1, 0, 0, 0]
+    both = TargetTransform("sqrt_l2", 2)(torch.tensor([[[[9.0]], [[16.0]]]]))
+    assert both.flatten().tolist() == pytest.approx([0.6, 0.8])
     scaled = TargetTransform("channel_standardised", 2)
     scaled.measure(features[:, :, 0, 0])  # deviations 2 and 0: a channel that never fires keeps its scale
     assert scaled(features).flatten().tolist() == [2, 0, 0, 0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Transform = Literal["none", "sqrt", "channel_standardised", "l2"]
+Transform = Literal["none", "sqrt", "channel_standardised", "l2", "sqrt_l2"]
 _EPSILON = 1e-6  # VGG19 gives positions, and channels, that are all zero on real photos
 
 
@@ -21,6 +21,7 @@ class TargetTransform(nn.Module):
     channel_standardised  f_c / std_c over a sample of the cache; nothing is subtracted, so that what is not
                           negative stays so and a ReLU basis can rebuild it
     l2                    f / |f| at each position
+    sqrt_l2               both: sqrt, then to length 1
     """
 
     scale: Tensor  # (C,) 1 / std of each channel; a buffer, so that a resumed or loaded model has the training's
@@ -43,10 +44,10 @@ class TargetTransform(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) of any floating dtype -> (B, C, h, w) float32; or (M, C) -> (M, C)."""
         features = features.float()
-        if self.kind == "sqrt":
-            return features.sign() * features.abs().sqrt()
+        if self.kind in ("sqrt", "sqrt_l2"):
+            features = features.sign() * features.abs().sqrt()
         if self.kind == "channel_standardised":
             return features * self.scale.view(-1, *[1] * (features.ndim - 2))
-        if self.kind == "l2":
+        if self.kind in ("l2", "sqrt_l2"):
             return functional.normalize(features, dim=1, eps=_EPSILON)
         return features
