@@ -10,8 +10,9 @@ Shapes: B images, S slots, H x W pixels.
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,26 @@ def score_predictions(
 
 
 def evaluate_split(
-    network: SlotScops, split: Split, accelerator: Accelerator | None = None, limit: int | None = None
-) -> ProtocolScores:
-    """Scores on one split, or on its first `limit` crops; the same for any number of processes."""
+    network: SlotScops,
+    split: Split,
+    accelerator: Accelerator | None = None,
+    limit: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> ProtocolScores | None:
+    """Scores on one split, or on its first `limit` crops; the same for any number of processes.
+
+    Args:
+        should_stop: asked before each batch; where it answers True on any process, all get None and no scores.
+    """
     device = accelerator.device if accelerator else next(network.parameters()).device
     was_training = network.training
     network.eval()
     predict = network_predictor(network, device)
-    scores = score_predictions(predict, _batches(split, accelerator, limit), split.dataset, network.num_slots)
+    batches = takewhile(lambda _: not should_stop(), _batches(split, accelerator, limit))
+    scores = score_predictions(predict, batches, split.dataset, network.num_slots)
     network.train(was_training)
+    if _sum(torch.tensor([int(should_stop())]), accelerator).item():
+        return None
     scores.set_counts(_sum(scores.counts(), accelerator))
     return scores
 

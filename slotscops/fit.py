@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from slotscops import console, failures
 from slotscops.config import Config
@@ -38,7 +39,8 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
             signal_number = _rehearse(trainer) if dry_run else trainer.train()
     except BaseException as error:
         if trainer is not None and not dry_run and accelerator.is_main_process:
-            trainer.folder.note("failed", trainer.step, repr(error))
+            with suppress(OSError):  # a folder that cannot be written may be why
+                trainer.folder.note("failed", trainer.step, repr(error))
         for tracker in accelerator.trackers:  # not end_training, which would wait for processes that are gone
             tracker.finish()
         raise

@@ -113,7 +113,7 @@ class Trainer:
                 ends = self.step == last or signal_number > 0
                 with self.stopwatch.paused():
                     if train.eval_every_steps and not signal_number and (self._is_due(train.eval_every_steps) or ends):
-                        self._evaluate()
+                        self._evaluate(request)
                 if self._is_due(train.log_every_steps) or ends or self.step == 1 or self._was_evaluated_now():
                     self.log(loss, grad_norm)
                 with self.stopwatch.paused():
@@ -267,12 +267,15 @@ class Trainer:
         samples = self._plan(0).global_batch(self.samples_seen - self.config.train.batch_size)
         return batch_digest(self._split.key(sample) for sample in samples)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, request: StopRequest) -> None:
         if not self.dataset.num_samples("val"):
             return
         split = Split(self.dataset, "val", self.cache, with_labels=True)
         network = self._average.network if self._average else self.network
-        scores = evaluate_split(network, split, self.accelerator, limit=self.config.train.eval_images)
+        limit = self.config.train.eval_images
+        scores = evaluate_split(network, split, self.accelerator, limit, lambda: request.signal_number > 0)
+        if scores is None:  # asked to stop amid it: the coming step is the last
+            return
         self._scores = {"step": self.step} | {f"val_{name}": score for name, score in scores.pooled().items()}
         self._note_best()
         if self.accelerator.is_main_process:

@@ -38,6 +38,8 @@ def test_scores_of_each_class_are_those_of_scikit_learn_on_the_same_labels(split
     config = load_config(None, ["encoder.name=features", "data.size=64"])
     network = build_model(config, 512).eval()
     scores = evaluate_split(network, split)
+    assert scores is not None
+    assert evaluate_split(network, split, should_stop=lambda: True) is None
     classes, true = labels_of(split)
     predict = network_predictor(network, torch.device("cpu"))
     predicted = predict(split.read(np.arange(len(split)))).labels.numpy()

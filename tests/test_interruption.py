@@ -56,6 +56,37 @@ def test_a_signal_to_a_run_of_one_process_saves_it(toy_shards: Path, tmp_path: P
         check_it_goes_on_as_if_nothing_had_happened(toy_shards, tmp_path / "run", PYTHON, step)
 
 
+@pytest.mark.parametrize("launcher", [PYTHON, TWO_PROCESSES], ids=["one process", "two processes"])
+def test_a_signal_amid_a_long_evaluation_does_not_wait_for_its_end(
+    toy_shards: Path, tmp_path: Path, launcher: list[str]
+) -> None:
+    script = sabotaged(tmp_path, "pass")
+    slow = (
+        "from slotscops import evaluate\n"
+        "evaluate._BATCH_SIZE = 1\n"
+        "predictor = evaluate.network_predictor\n"
+        "def slow(network, device):\n"
+        "    def predict(batch):\n"
+        "        time.sleep(4)\n"
+        "        return predictor(network, device)(batch)\n"
+        "    return predict\n"
+        "evaluate.network_predictor = slow\n"
+    )
+    script.write_text(script.read_text().replace("plain = Trainer._loss\n", slow + "plain = Trainer._loss\n"))
+    settings = (*ENDLESS, "train.eval_every_steps=2")
+    with started(training(launcher, toy_shards, tmp_path / "run", *settings, script=script)) as running:
+        wait_for_step(tmp_path / "run", 1, running)
+        time.sleep(1.5)  # step 2 is done, its evaluation is under way: three crops a process at the least, 4 s each
+        os.kill(running.pid, signal.SIGTERM)
+        signalled = time.monotonic()
+        running.wait(timeout=60)
+        assert time.monotonic() - signalled < 10
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status == {"state": "interrupted", "step": status["step"], "reason": "SIGTERM"}
+    assert 2 < status["step"] <= 4
+    assert "val_nmi" not in {name for row in metrics(tmp_path / "run") for name in row}
+
+
 @pytest.mark.parametrize("whom", ["launcher", "one rank"])
 def test_ranks_agree_on_the_step_to_stop_at_whoever_is_signalled(toy_shards: Path, tmp_path: Path, whom: str) -> None:
     step = interrupt(toy_shards, tmp_path / "run", TWO_PROCESSES, whom, signal.SIGTERM)

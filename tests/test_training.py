@@ -169,6 +169,13 @@ def test_the_printed_settings_are_the_ones_a_run_would_have(toy_shards: Path, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(toy_shards: Path) -> None:
+    done = train(PYTHON, toy_shards, Path("/proc/run"))  # read-only even for root
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("slotscops: /proc/run: cannot be written")
+    assert "choose another folder with run_dir=DIR" in " ".join(done.stderr.split())
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_step_and_keeps_the_checkpoint_before(
     toy_shards: Path, tmp_path: Path
 ) -> None:
