@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slotscops.benchmark import loader
+from slotscops.benchmark import loader, step
 from slotscops.benchmark.__main__ import main
 from slotscops.benchmark.loss import materialised
 from slotscops.benchmark.measure import peak_extra_memory_bytes, take_turns
@@ -50,6 +50,7 @@ def test_the_commands_write_the_figures_they_promise(
 ) -> None:
     # The test's shards hold 5 samples each: a million records would be 200,000 of them.
     monkeypatch.setattr(loader, "_STARTS", (10, 100))
+    monkeypatch.setattr(step, "_CHECKPOINTS", 1)
     promised = {
         "loss": {"loss_speedup", "loss_memory_ratio"},
         "loader": {"loader_over_webdataset", "loader_over_decode"},

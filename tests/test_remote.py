@@ -344,11 +344,12 @@ def test_s3_from_upload_to_scores(toy_shards: Path, tmp_path: Path, monkeypatch:
         files.put(f"{toy_shards}/", "bucket/toy/", recursive=True)
         far = run(training(TWO_PROCESSES, "s3://bucket/toy", tmp_path / "far", "train.eval_every_steps=6"))
         assert far.returncode == 0, far.stderr
-        near = run(training(TWO_PROCESSES, toy_shards, tmp_path / "near", "train.eval_every_steps=6"))
+        near = run(training([sys.executable], toy_shards, tmp_path / "near", "train.eval_every_steps=6"))
         assert near.returncode == 0, near.stderr
-        assert losses(tmp_path / "far") == losses(tmp_path / "near")
-        scores = [python("-m", "slotscops.evaluate", "--checkpoint", tmp_path / name) for name in ("far", "near")]
-        assert [score.returncode for score in scores] == [0, 0], scores[0].stderr
+        assert [digest for _, digest in losses(tmp_path / "far")] == [digest for _, digest in losses(tmp_path / "near")]
+        scored = python("-m", "slotscops.evaluate", "--checkpoint", tmp_path / "far")  # where it was trained
+        assert scored.returncode == 0, scored.stderr
+        assert "s3://bucket/toy" in scored.stdout
         missing = python("-m", "slotscops.evaluate", "--checkpoint", tmp_path / "far", "--shards", "s3://bucket/other")
         assert missing.returncode == 2
         assert "s3://bucket/other/index/dataset.json: is not there" in " ".join(missing.stderr.split())

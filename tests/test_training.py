@@ -53,7 +53,7 @@ def test_a_launched_run_leaves_everything_the_run_folder_promises(toy_shards: Pa
     assert "UNTRAINED vgg19 (random:0)" in done.stderr
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_resuming_at_step_3_gives_the_same_step_6_as_never_stopping(
     toy_shards: Path, whole_run: Path, tmp_path: Path, num_workers: int
 ) -> None:
@@ -71,7 +71,6 @@ def test_resuming_at_step_3_gives_the_same_step_6_as_never_stopping(
 @pytest.mark.parametrize(
     "settings",
     [
-        ("encoder.name=resnet18", "encoder.weights=random:0", "train.batch_size=4"),
         ("slots.init=shared_gaussian", "train.optimizer=sgd"),
         ("train.accumulation_steps=2", "train.mixed_precision=bf16"),
         (
@@ -93,7 +92,7 @@ def test_resuming_at_step_3_gives_the_same_step_6_as_never_stopping(
         ),
         pytest.param(("train.compile=true", "train.mixed_precision=bf16"), marks=NEEDS_COMPILER),
     ],
-    ids=["resnet", "random slots, sgd", "accumulation, bf16", "warps, averaged weights", "full objective", "compiled"],
+    ids=["random slots, sgd", "accumulation, bf16", "resnet, warps, averaged weights", "full objective", "compiled"],
 )
 def test_resuming_is_exact_with(toy_shards: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     few = (*settings, "train.total_steps=4")
