@@ -23,6 +23,7 @@ from slotscops.loader import Split
 from slotscops.model import TargetTransform
 from slotscops.protocols import Prediction, Predictor
 from slotscops.records import Batch
+from slotscops.refine import refine_maps
 
 NAMES = ("position", "kmeans", "dff")
 Transform = Literal["none", "sqrt", "l2", "sqrt_l2"]
@@ -31,7 +32,9 @@ _NNLS_STEPS = 50  # measured on real faces: beyond 30 fewer than one cell in 2,0
 _EPSILON = 1e-9
 
 
-def fit(name: str, train: Split, num_clusters: int, seed: int = 0, transform: Transform = "none") -> Predictor:
+def fit(
+    name: str, train: Split, num_clusters: int, seed: int = 0, transform: Transform = "none", refine: bool = False
+) -> Predictor:
     """Clusters the training split's vectors.
 
     Args:
@@ -39,6 +42,7 @@ def fit(name: str, train: Split, num_clusters: int, seed: int = 0, transform: Tr
         train: read with labels, whose object masks decide what the second fit sees.
         num_clusters: G, at least 2.
         transform: of the features, as `TargetTransform`; `sqrt` lets a few strong channels decide less.
+        refine: give the labels to `refine_maps`, as a network's maps where `decoder.refinement` is `pamr`.
     """
     vectors_of = _positions if name == "position" else partial(_features, transform=transform)
     own, parts = (
@@ -47,10 +51,13 @@ def fit(name: str, train: Split, num_clusters: int, seed: int = 0, transform: Tr
 
     def predict(batch: Batch) -> Prediction:
         size = batch.images.shape[-2:]
-        labels, best = (
-            functional.interpolate(maps(vectors_of(batch)), size, mode="bilinear", align_corners=True).argmax(dim=1)
+        scores = (
+            functional.interpolate(maps(vectors_of(batch)), size, mode="bilinear", align_corners=True)
             for maps in (own, parts)
         )
+        if refine:
+            scores = (refine_maps(_one_hot(maps), batch.images) for maps in scores)
+        labels, best = (maps.argmax(dim=1) for maps in scores)
         return Prediction(labels, best + 1)
 
     return predict
@@ -68,7 +75,7 @@ def _score_maps(
     if name == "position" and not inside_objects:
         vectors = _grid().flatten(1).T  # the cells of every crop are the same
     else:
-        vectors = sample_vectors(train, seed, vectors_of, inside_objects)
+        vectors = sample_vectors(train, seed, vectors_of, inside_objects).vectors
     if name == "dff":
         return partial(factor_weights, factors=find_factors(vectors, num_clusters, seed))
     return partial(nearness, centres=find_centres(vectors, num_clusters, seed))
@@ -94,6 +101,12 @@ def factor_weights(vectors: Tensor, factors: Tensor) -> Tensor:
     for _ in range(_NNLS_STEPS):
         weights = weights * wanted / (torch.einsum("bghw,gk->bkhw", weights, gram) + _EPSILON)
     return weights
+
+
+def _one_hot(scores: Tensor) -> Tensor:
+    """(B, G, H, W) 1 where a cluster's score is the largest, else 0: scores are no shares that could be averaged."""
+    winner = scores.argmax(dim=1)
+    return functional.one_hot(winner, scores.shape[1]).movedim(-1, 1).float()
 
 
 def _features(batch: Batch, transform: Transform) -> Tensor:

@@ -45,6 +45,8 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True) 
             decoder_mixing=config.decoder.mixing,
             free_basis=config.basis.kind == "free",
             transform=config.teacher.transform,
+            refinement=config.decoder.refinement,
+            token_hidden=config.slots.token_hidden,
         )
 
 

@@ -55,6 +55,7 @@ class Encoder:
 class Slots:
     num_parts: Annotated[int, Field(ge=1, le=254)] = 5  # K; one slot more is the background
     dim: Positive = 64
+    token_hidden: Annotated[int, Field(ge=0)] = 0  # width of a hidden layer before the slots; 0: a linear map alone
     iterations: Positive = 3
     # shared_gaussian stays at chance; for the record. image_conditioned: learned, plus a linear map of the mean token
     init: Literal["learned", "shared_gaussian", "image_conditioned"] = "learned"
@@ -69,12 +70,16 @@ class Decoder:
     kind: Literal["scops", "mlp_broadcast", "conv"] = "scops"  # of the decoder, for maps: head
     mixing: bool = False  # scops: 1x1 convolution and ReLU before the head, which alone cannot place a slot
     grid: Positive | None = 8  # side of the grid on which each slot is broadcast; null: the encoder's own
+    # of maps that are scored and drawn, never while training; pamr: borders move to where the photo's colours change
+    refinement: Literal["none", "pamr"] = "none"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Basis:
     kind: Literal["relu", "free"] = "relu"  # relu: no negative numbers, as the teacher's features
-    init: Literal["random", "kmeans"] = "random"  # |N(0,1)|, or K clusters of a sample of the cached features
+    # |N(0,1)|, or K clusters of a sample of the cached features: of the lowest inertia, or of nearly that and telling
+    # least which photo a cell is from
+    init: Literal["random", "kmeans", "consistent_kmeans"] = "random"
 
 
 @dataclass(frozen=True, config=_STRICT)

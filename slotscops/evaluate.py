@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +29,7 @@ from slotscops.features import open_cache, warn_if_random
 from slotscops.index import Dataset, open_dataset
 from slotscops.landmarks import LandmarkRegression
 from slotscops.loader import Split, evaluation_batches
-from slotscops.model import SlotScops
+from slotscops.model import Refinement, SlotScops
 from slotscops.protocols import ORDERS, PROTOCOLS, Prediction, Predictor, ProtocolScores
 from slotscops.records import Batch
 from slotscops.remote import shards_argument
@@ -50,7 +50,7 @@ def network_predictor(network: SlotScops, device: torch.device) -> Predictor:
     def predict(batch: Batch) -> Prediction:
         inputs = batch.features if network.takes_features else batch.images
         assert inputs is not None
-        maps = network(inputs.to(device)).maps(batch.images.shape[-2:])  # (B, S, H, W)
+        maps = network.segment_maps(network(inputs.to(device)), batch.images.to(device))  # (B, S, H, W)
         return Prediction(maps.argmax(dim=1), maps[:, 1:].argmax(dim=1) + 1)
 
     return predict
@@ -178,6 +178,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of the baselines' features (default: none)",
     )
     parser.add_argument(
+        "--refinement",
+        choices=get_args(Refinement),
+        default="none",
+        help="of the baselines' labels; a run has its own in decoder.refinement (default: none)",
+    )
+    parser.add_argument(
         "--clusters", type=int, help="of the baselines, background included (default: the first run's slots, or 6)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the baselines")
@@ -253,9 +259,11 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
         network = "" if options.teacher == "vgg19" else f"{options.teacher} "
         transform = "" if options.transform == "none" else f" {options.transform}"
         title = f"{name} {network}{options.layer} {options.size} px{transform}"
+    title += "" if options.refinement == "none" else f" {options.refinement}"
     train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", options.split))
     # Every process fits the same: samples and starts are drawn from the seed.
-    predict = baselines.fit(name, train, options.clusters, options.seed, options.transform)
+    refine = options.refinement != "none"
+    predict = baselines.fit(name, train, options.clusters, options.seed, options.transform, refine)
     return _score(harness, title, predict, train, split, options.clusters)
 
 

@@ -29,6 +29,7 @@ from slotscops.errors import RunError, UserError, first_line
 from slotscops.files import write_bytes
 from slotscops.losses import interpolation_matrix
 from slotscops.photos import find_photos, read_photo
+from slotscops.refine import refine_maps
 from slotscops.segmenter import Segmenter, load
 from slotscops.teacher import compute_features
 
@@ -44,13 +45,13 @@ class WholeModel(nn.Module):
     def __init__(self, model: Segmenter) -> None:
         super().__init__()
         config = model.trained.config
-        if config.slots.init != "learned":
+        if config.slots.init == "shared_gaussian":
             raise UserError(
-                f"slots.init is {config.slots.init}, which draws random numbers; only learned can be exported"
+                "slots.init is shared_gaussian, which draws random numbers; only starts that do not can be exported"
             )
         self.network, self.teacher, self.teacher_size = model.network, model.teacher, config.teacher_size
         blank = torch.zeros(1, 3, model.size, model.size, dtype=torch.uint8, device=model.device)
-        grid = model.logits(blank).shape[2:]
+        grid = model.forward(blank).logits.shape[2:]
         for name, side in zip(("down", "across"), grid, strict=True):
             self.register_buffer(name, interpolation_matrix(side, model.size, align_corners=True).clone())
 
@@ -61,6 +62,8 @@ class WholeModel(nn.Module):
             inputs = compute_features(self.teacher, images, self.teacher_size)
         logits = self.network(inputs).logits.float()  # (B, S, h, w)
         maps = (self.down @ (logits @ self.across.T)).softmax(dim=1)
+        if self.network.refinement == "pamr":
+            maps = refine_maps(maps, images)
         return maps, maps.argmax(dim=1).to(torch.uint8)
 
 

@@ -23,10 +23,12 @@ from slotscops.crops import PADDING
 from slotscops.errors import UserError
 from slotscops.hub import HubModel, fetch
 from slotscops.losses import interpolation_matrix
+from slotscops.model import ModelOutput
 from slotscops.photos import read_photo, to_rgb
 from slotscops.teacher import Teacher, compute_features
 from slotscops.visualise import overlay
 
+_EPSILON = 1e-8  # keeps the log of a share that is 0 finite
 _STRIP_PIXELS = 1_000_000  # maps are upsampled so many pixels at a time: labels of a huge photo need no huge maps
 
 
@@ -99,13 +101,21 @@ class Segmenter(HubModel):
         return [Parts(np.asarray(image), logits[number]) for number, image in enumerate(images)]
 
     @torch.inference_mode()
-    def logits(self, crops: Tensor) -> Tensor:
-        """(B, S, h, w) float32 of (B, 3, size, size) uint8 RGB crops."""
+    def forward(self, crops: Tensor) -> ModelOutput:
+        """All that the network says of (B, 3, size, size) uint8 RGB crops."""
         inputs = crops
         if self.teacher is not None:
             inputs = compute_features(self.teacher, crops, self.trained.config.teacher_size)
-        logits: Tensor = self.network(inputs).logits.float()
-        return logits
+        output: ModelOutput = self.network(inputs)
+        return output
+
+    @torch.inference_mode()
+    def logits(self, crops: Tensor) -> Tensor:
+        """(B, S, h, w) float32 of (B, 3, size, size) uint8 RGB crops, on the crop's own grid where maps are refined."""
+        output = self.forward(crops)
+        if self.network.refinement == "none":
+            return output.logits.float()
+        return self.network.segment_maps(output, crops).clamp_min(_EPSILON).log()
 
     def crop(self, image: Image.Image) -> Tensor:
         """(3, size, size) uint8, what the network sees of an RGB photo."""

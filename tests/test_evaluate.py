@@ -19,6 +19,7 @@ from slotscops.index import open_dataset
 from slotscops.loader import Split, evaluation_batches
 from slotscops.protocols import ALL_CLASSES, ORDERS, PROTOCOLS, Prediction
 from slotscops.records import Batch
+from slotscops.refine import refine_maps
 
 
 @pytest.fixture
@@ -111,11 +112,31 @@ def test_vectors_inside_objects_are_those_of_covered_cells(split: Split) -> None
         assert batch.object_masks is not None
         return torch.nn.functional.adaptive_avg_pool2d(batch.object_masks[:, None].float(), 16)
 
-    inside = clusters.sample_vectors(split, 0, coverage, inside_objects=True)
-    everywhere = clusters.sample_vectors(split, 0, coverage)
+    inside = clusters.sample_vectors(split, 0, coverage, inside_objects=True).vectors
+    everywhere = clusters.sample_vectors(split, 0, coverage).vectors
     assert inside.min() >= 0.5
     assert len(inside) == int((everywhere >= 0.5).sum())
     assert len(everywhere) == len(split) * 256
+
+
+def test_labels_of_a_baseline_are_refined_where_asked(split: Split) -> None:
+    batch = split.read(np.arange(4))
+    plain, refined = (baselines.fit("kmeans", split, 4, refine=refine)(batch) for refine in (False, True))
+    shares = torch.nn.functional.one_hot(plain.labels, 4).movedim(-1, 1).float()
+    assert torch.equal(refined.labels, refine_maps(shares, batch.images).argmax(1))
+    assert not torch.equal(refined.labels, plain.labels)
+
+
+def test_of_partitions_as_good_as_each_other_the_one_that_says_less_of_the_photo_is_taken() -> None:
+    """Four groups at the corners of a square: cut one way by what they show, the other way, a little cheaper, by photo."""
+    generator = torch.Generator().manual_seed(0)
+    photos, parts = torch.arange(40).repeat_interleave(50), torch.arange(2000) % 2
+    corners = torch.stack([parts.float(), 1.001 * (photos % 2).float()], dim=1)
+    vectors = corners + 0.05 * torch.randn(2000, 2, generator=generator)
+    found = clusters.find_consistent_centres(clusters.Sample(vectors, photos), 2, seed=0)
+    cheapest = clusters.find_centres(vectors, 2, seed=0)
+    assert (found[0] - found[1]).abs().argmax() == 0
+    assert (cheapest[0] - cheapest[1]).abs().argmax() == 1
 
 
 def test_non_negative_factors_are_found_again_and_so_are_their_weights() -> None:

@@ -16,6 +16,7 @@ ROWS = [
         "losses",
         "regularisers",
         "contrast",
+        "refine",
         "warp",
         "schedule",
         "metrics",

@@ -17,12 +17,14 @@ from slotscops.model.decoder import DecoderKind, DilatedHead, SlotDecoder
 from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder
 from slotscops.model.slots import SlotAttention, SlotGradient, SlotInit, SoftPositionEncoding
 from slotscops.model.target import TargetTransform, Transform
+from slotscops.refine import refine_maps
 
 __all__ = [
     "DilatedHead",
     "Encoder",
     "FeatureEncoder",
     "ModelOutput",
+    "Refinement",
     "ResNetEncoder",
     "SlotAttention",
     "SlotDecoder",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 MapsFrom = Literal["head", "attention", "head_only"]
+Refinement = Literal["none", "pamr"]
 
 _EPSILON = 1e-8  # keeps the log of an attention that rounds to 0 finite
 
@@ -83,6 +86,8 @@ class SlotScops(nn.Module):
         decoder_mixing: bool = False,
         free_basis: bool = False,
         transform: Transform = "none",
+        refinement: Refinement = "none",
+        token_hidden: int = 0,
     ) -> None:
         """
         Args:
@@ -98,6 +103,9 @@ class SlotScops(nn.Module):
             decoder_kind, decoder_mixing: see `SlotDecoder`.
             free_basis: the basis may hold negative numbers.
             transform: what is done to the teacher's features before the parts rebuild them; see `TargetTransform`.
+            refinement: what `segment_maps` does to the maps; `pamr`, see `refine_maps`.
+            token_hidden: width of a ReLU layer between normalised encoder maps and what the slots attend to, as in
+                Locatello et al.; 0 leaves one linear map.
 
         Raises:
             UserError: no decoder and a single iteration, which would leave the slots' update untrained.
@@ -106,7 +114,7 @@ class SlotScops(nn.Module):
             raise UserError("decoder.maps is attention, which needs slots.iterations of 2 or more, came 1")
         super().__init__()
         self.num_slots = num_parts + 1
-        self.maps_from, self.free_basis = maps_from, free_basis
+        self.maps_from, self.free_basis, self.refinement = maps_from, free_basis, refinement
         self.encoder = encoder
         self.norm = nn.LayerNorm(encoder.out_channels)
         self.decoder = None
@@ -114,16 +122,11 @@ class SlotScops(nn.Module):
             self.head = DilatedHead(encoder.out_channels, self.num_slots)
         else:
             self.positions = SoftPositionEncoding(encoder.out_channels)
-            self.project = nn.Linear(encoder.out_channels, slot_dim)
-            attached = 2 if maps_from == "attention" else 1
+            self.project = _projection(encoder.out_channels, token_hidden, slot_dim)
             self.slot_attention = SlotAttention(
-                self.num_slots,
-                slot_dim,
-                num_iterations,
-                init=slot_init,
-                gradient=slot_gradient,
-                attached_iterations=attached,
-            )
+                self.num_slots, slot_dim, num_iterations, init=slot_init, gradient=slot_gradient,
+                attached_iterations=2 if maps_from == "attention" else 1,
+            )  # fmt: skip
             if maps_from == "head":
                 self.decoder = SlotDecoder(slot_dim, decoder_grid, decoder_kind, decoder_mixing)
         self.target = TargetTransform(transform, feature_channels)
@@ -162,6 +165,15 @@ class SlotScops(nn.Module):
             basis=basis,
         )
 
+    def segment_maps(self, output: ModelOutput, photos: Tensor) -> Tensor:
+        """(B, S, H, W) float32 soft maps to score and to draw: upsampled to the photos, refined where so set.
+
+        Args:
+            photos: (B, 3, H, W) RGB that the output is of, uint8 or floating point in [0, 1].
+        """
+        maps = output.maps(photos.shape[-2:])
+        return refine_maps(maps, photos) if self.refinement == "pamr" else maps
+
     @property
     def takes_features(self) -> bool:
         """True where the input is cached teacher features, False where it is photos."""
@@ -175,3 +187,10 @@ class SlotScops(nn.Module):
             if parameter.requires_grad:
                 groups[group].append(parameter)
         return groups
+
+
+def _projection(channels: int, hidden: int, slot_dim: int) -> nn.Module:
+    """(..., channels) -> (..., slot_dim)"""
+    if not hidden:
+        return nn.Linear(channels, slot_dim)
+    return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, slot_dim))
