@@ -128,7 +128,7 @@ def test_labels_of_a_baseline_are_refined_where_asked(split: Split) -> None:
 
 
 def test_of_partitions_as_good_as_each_other_the_one_that_says_less_of_the_photo_is_taken() -> None:
-    """Four groups at the corners of a square: cut one way by what they show, the other way, a little cheaper, by photo."""
+    """Four groups at the corners of a square: cut by what they show, or, a little cheaper, by photo."""
     generator = torch.Generator().manual_seed(0)
     photos, parts = torch.arange(40).repeat_interleave(50), torch.arange(2000) % 2
     corners = torch.stack([parts.float(), 1.001 * (photos % 2).float()], dim=1)
