@@ -75,7 +75,7 @@ def _score_maps(
     if name == "position" and not inside_objects:
         vectors = _grid().flatten(1).T  # the cells of every crop are the same
     else:
-        vectors = sample_vectors(train, seed, vectors_of, inside_objects).vectors
+        vectors = sample_vectors(train, seed, vectors_of, inside_objects)
     if name == "dff":
         return partial(factor_weights, factors=find_factors(vectors, num_clusters, seed))
     return partial(nearness, centres=find_centres(vectors, num_clusters, seed))

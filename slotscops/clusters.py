@@ -5,10 +5,10 @@ Shapes: B images, M sampled vectors of C channels on an h x w grid, G clusters.
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,15 +22,8 @@ _BATCH_SIZE = 32
 _MAX_IMAGES = 2_000  # a fixed sample of the split: reading a million images would take minutes
 _MAX_VECTORS = 50_000
 _NMF_ITERATIONS = 200
-_NUM_STARTS = 20  # of which the most consistent is taken
-_LARGEST_LOSS = 0.005  # of inertia, for a partition that says less about the photo
-
-
-class Sample(NamedTuple):
-    """Vectors of some grid cells of some photos."""
-
-    vectors: Tensor  # (M, C) float32
-    photos: Tensor  # (M,) int64, which photo each is from
+_NUM_STARTS = 20  # of which the least even is taken
+_INERTIA_SLACK = 1.005  # how much more than the lowest inertia it may have
 
 
 def cached_features(batch: Batch) -> Tensor:
@@ -44,8 +37,8 @@ def sample_vectors(
     seed: int,
     vectors_of: Callable[[Batch], Tensor] = cached_features,
     inside_objects: bool = False,
-) -> Sample:
-    """Vectors of grid cells, the same ones for the same seed, from at most 2,000 images.
+) -> Tensor:
+    """(M, C) float32 vectors of grid cells, the same ones for the same seed, from at most 2,000 images.
 
     Args:
         vectors_of: batch -> (B, C, h, w).
@@ -54,7 +47,7 @@ def sample_vectors(
     images = permutation(len(split), seed, epoch=0)[:_MAX_IMAGES]
     per_image = max(1, _MAX_VECTORS // len(images))
     generator = np.random.default_rng(seed)
-    vectors, counts = [], []
+    vectors = []
     for start in range(0, len(images), _BATCH_SIZE):
         batch = split.read(images[start : start + _BATCH_SIZE])
         maps = vectors_of(batch)
@@ -67,8 +60,7 @@ def sample_vectors(
         for cells, wanted in zip(maps.flatten(2).transpose(1, 2), is_wanted.flatten(1), strict=True):
             inside = cells[wanted]
             vectors.append(inside[generator.permutation(len(inside))[:per_image]])
-            counts.append(len(vectors[-1]))
-    return Sample(torch.cat(vectors).float(), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)))
+    return torch.cat(vectors).float()
 
 
 def find_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
@@ -82,23 +74,28 @@ def find_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
     return torch.from_numpy(centres).float()
 
 
-def find_consistent_centres(sample: Sample, num_clusters: int, seed: int) -> Tensor:
-    """(G, C) float32 centres of the run of k-means whose clusters are parts of every photo, not kinds of photos.
+def find_uneven_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
+    """(G, C) float32 centres of the run of k-means whose clusters differ most in size.
 
-    K-means of the same vectors ends in partitions of nearly the same inertia that differ much in what they mean. Of
-    twenty runs, each from one start, those within 0.5 % of the lowest inertia are compared by the mutual information
-    between cluster and photo: how much a cell's cluster tells about which photo it is from. The lowest wins.
+    K-means of the same vectors ends in partitions of nearly the same inertia that mean quite different things; by its
+    nature it cuts what is large into even pieces, while parts of an object are of unlike sizes. Of twenty runs, each
+    from one start, those within 0.5 % of the lowest inertia are compared by the entropy of their clusters' sizes, and
+    the lowest is taken.
     """
-    from sklearn.cluster import KMeans  # here, as above
-    from sklearn.metrics import mutual_info_score
+    from sklearn.cluster import KMeans  # as above
 
-    vectors, photos = sample.vectors.numpy(), sample.photos.numpy()
     seeds = range(_NUM_STARTS * seed, _NUM_STARTS * (seed + 1))
-    runs = [KMeans(num_clusters, n_init=1, random_state=start).fit(vectors) for start in seeds]
-    highest = min(run.inertia_ for run in runs) * (1 + _LARGEST_LOSS)
-    near = [run for run in runs if run.inertia_ <= highest]
-    chosen = min(near, key=lambda run: float(mutual_info_score(run.labels_, photos)))
+    runs = [KMeans(num_clusters, n_init=1, random_state=start).fit(vectors.numpy()) for start in seeds]
+    highest = min(run.inertia_ for run in runs) * _INERTIA_SLACK
+    chosen = min((run for run in runs if run.inertia_ <= highest), key=lambda run: _entropy_of_sizes(run.labels_))
     return torch.from_numpy(chosen.cluster_centers_).float()
+
+
+def _entropy_of_sizes(labels: NDArray[np.int32]) -> float:
+    """Of the share of each cluster, in nats."""
+    shares = np.bincount(labels) / len(labels)
+    shares = shares[shares > 0]
+    return float(-(shares * np.log(shares)).sum())
 
 
 def find_factors(vectors: Tensor, num_factors: int, seed: int) -> Tensor:
@@ -125,15 +122,9 @@ def start_from_features(network: SlotScops, split: Split, config: Config) -> Non
         return
     # Where the target is masked by the objects, the parts have only these to rebuild.
     inside_objects = config.losses.target_mask == "object"
-    sample = sample_vectors(split, config.seed, inside_objects=inside_objects)
-    network.target.measure(sample.vectors)
+    vectors = sample_vectors(split, config.seed, inside_objects=inside_objects)
+    network.target.measure(vectors)
     if config.basis.init != "random":
-        sample = sample._replace(vectors=network.target(sample.vectors))
-        network.basis_parameter.data.copy_(_find_start(sample, config))
-
-
-def _find_start(sample: Sample, config: Config) -> Tensor:
-    """(K, C) of the basis."""
-    if config.basis.init == "consistent_kmeans":
-        return find_consistent_centres(sample, config.slots.num_parts, config.seed)
-    return find_centres(sample.vectors, config.slots.num_parts, config.seed)
+        find = find_centres if config.basis.init == "kmeans" else find_uneven_centres
+        centres = find(network.target(vectors), config.slots.num_parts, config.seed)
+        network.basis_parameter.data.copy_(centres)

@@ -77,9 +77,9 @@ class Decoder:
 @dataclass(frozen=True, config=_STRICT)
 class Basis:
     kind: Literal["relu", "free"] = "relu"  # relu: no negative numbers, as the teacher's features
-    # |N(0,1)|, or K clusters of a sample of the cached features: of the lowest inertia, or of nearly that and telling
-    # least which photo a cell is from
-    init: Literal["random", "kmeans", "consistent_kmeans"] = "random"
+    # |N(0,1)|, or K clusters of a sample of the cached features: those of the lowest inertia, or of nearly that and of
+    # sizes as unlike as can be
+    init: Literal["random", "kmeans", "uneven_kmeans"] = "random"
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -112,8 +112,8 @@ def test_vectors_inside_objects_are_those_of_covered_cells(split: Split) -> None
         assert batch.object_masks is not None
         return torch.nn.functional.adaptive_avg_pool2d(batch.object_masks[:, None].float(), 16)
 
-    inside = clusters.sample_vectors(split, 0, coverage, inside_objects=True).vectors
-    everywhere = clusters.sample_vectors(split, 0, coverage).vectors
+    inside = clusters.sample_vectors(split, 0, coverage, inside_objects=True)
+    everywhere = clusters.sample_vectors(split, 0, coverage)
     assert inside.min() >= 0.5
     assert len(inside) == int((everywhere >= 0.5).sum())
     assert len(everywhere) == len(split) * 256
@@ -127,16 +127,19 @@ def test_labels_of_a_baseline_are_refined_where_asked(split: Split) -> None:
     assert not torch.equal(refined.labels, plain.labels)
 
 
-def test_of_partitions_as_good_as_each_other_the_one_that_says_less_of_the_photo_is_taken() -> None:
-    """Four groups at the corners of a square: cut by what they show, or, a little cheaper, by photo."""
+def test_of_partitions_as_good_as_each_other_the_least_even_is_taken() -> None:
+    """Two pairs of near groups, one pair with more vectors: three clusters cut one pair, and either is as cheap."""
     generator = torch.Generator().manual_seed(0)
-    photos, parts = torch.arange(40).repeat_interleave(50), torch.arange(2000) % 2
-    corners = torch.stack([parts.float(), 1.001 * (photos % 2).float()], dim=1)
-    vectors = corners + 0.05 * torch.randn(2000, 2, generator=generator)
-    found = clusters.find_consistent_centres(clusters.Sample(vectors, photos), 2, seed=0)
-    cheapest = clusters.find_centres(vectors, 2, seed=0)
-    assert (found[0] - found[1]).abs().argmax() == 0
-    assert (cheapest[0] - cheapest[1]).abs().argmax() == 1
+    counts = torch.tensor([400, 400, 100, 100])
+    groups = torch.arange(4).repeat_interleave(counts)
+    # The inertia left in a pair is its number times the square of half its distance: 800 * 1 and 200 * 3.99.
+    centres = torch.tensor([[0.0, 0.0], [0.0, 2.0], [50.0, 0.0], [50.0, 3.995]])
+    vectors = centres[groups] + 0.01 * torch.randn(1000, 2, generator=generator)
+    sizes = []
+    for find in (clusters.find_centres, clusters.find_uneven_centres):
+        nearest = torch.cdist(vectors, find(vectors, 3, seed=0)).argmin(dim=1)
+        sizes.append(sorted(torch.bincount(nearest).tolist()))
+    assert sizes == [[200, 400, 400], [100, 100, 800]]
 
 
 def test_non_negative_factors_are_found_again_and_so_are_their_weights() -> None:

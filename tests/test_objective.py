@@ -25,7 +25,7 @@ CHOICES = [
     {"losses": {"target_mask": "object"}},
     {"losses": {"equivariance": 1.0, "landmark_equivariance": 1.0}} | RESNET,
     {"teacher": {"transform": "sqrt"}, "basis": {"init": "kmeans"}},
-    {"basis": {"init": "consistent_kmeans"}, "slots": {"token_hidden": 32}},
+    {"basis": {"init": "uneven_kmeans"}, "slots": {"token_hidden": 32}},
     {"teacher": {"transform": "channel_standardised"}},
     {"teacher": {"transform": "l2"}, "basis": {"kind": "free"}},
     {"slots": {"init": "image_conditioned"}, "decoder": {"maps": "attention"}},
