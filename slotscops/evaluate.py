@@ -135,6 +135,9 @@ def _sum(counts: Tensor, accelerator: Accelerator | None) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
+    if options.read:
+        scoreboard.show("scores read from files", [method for path in options.read for method in scoreboard.read(path)])
+        return 0
     harness = _open_harness(options)
     methods = [
         _score_run(harness, trained, path) for trained, path in zip(harness.runs, options.checkpoint, strict=True)
@@ -167,6 +170,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shards", type=shards_argument, help="(default: those the first run was trained on)")
     parser.add_argument("--split", default="val")
     parser.add_argument("--json", type=Path, help="write the scores here, in 0..1")
+    parser.add_argument("--read", type=Path, nargs="+", default=[], metavar="FILE", help="show scores of --json again")
     parser.add_argument("--landmarks", action="store_true", help="regress part centres too; reads the training split")
     parser.add_argument("--teacher", help="network of the baselines' features (default: the first run's, or vgg19)")
     parser.add_argument("--layer", help="of it (default: the first run's, or relu5_4)")
@@ -191,6 +195,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in options.baseline:
         if name not in baselines.NAMES:
             raise UserError(f"--baseline: unknown '{name}'{suggest(name, baselines.NAMES) or f'; known are {_KNOWN}'}")
+    if options.read and (options.checkpoint or options.baseline):
+        raise UserError("--read shows what was scored before; give it without --checkpoint and --baseline")
+    if options.read:
+        return options
     if not (options.checkpoint or options.baseline):
         raise UserError("nothing to score; give --checkpoint RUN, --baseline NAME or both")
     if not (options.checkpoint or options.shards):

@@ -1,5 +1,7 @@
 """Scores of several methods side by side: the printed tables and the JSON."""
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +10,7 @@ import numpy as np
 
 from slotscops import console, literature
 from slotscops.config import differences
+from slotscops.errors import UserError, first_line
 from slotscops.files import json_numbers, write_json
 from slotscops.protocols import ORDERS, PROTOCOLS
 
@@ -179,6 +182,33 @@ def write(path: Path, about: dict[str, Any], methods: list[Scored]) -> None:
         ],
     }
     write_json(path, content)
+
+
+def read(path: Path) -> list[Scored]:
+    """The methods of a file of `write`, without their settings: no mean is made of them anew.
+
+    Raises:
+        UserError: no such file, or not one of `write`.
+    """
+    needed = "needed scores written by python -m slotscops.evaluate --json"
+    try:
+        return [_from_json(method) for method in json.loads(path.read_text())["methods"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {needed}, came {type(error).__name__}: {first_line(error)}") from None
+
+
+def _from_json(method: dict[str, Any]) -> Scored:
+    rows: Rows = {
+        protocol: {
+            order: {name: _numbers(row) for name, row in method["scores"][protocol][order].items()} for order in ORDERS
+        }
+        for protocol in PROTOCOLS
+    }
+    return Scored(method["name"], method["kind"], method["num_parts"], rows, _numbers(method["landmark_error"]))
+
+
+def _numbers(row: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else float(value) for name, value in row.items()}
 
 
 def _to_json(method: Scored) -> dict[str, Any]:

@@ -233,12 +233,25 @@ def test_the_command_prints_a_table_a_protocol_and_writes_json(
         assert set(method["scores"]["mask"]["small"]) == {"cow", "horse", "all classes"}
         assert set(method["scores"]["mask"]["small"]["cow"]) == {"nmi", "ari", "miou", "majority_miou"}
         assert 0 < method["landmark_error"]["cow"] < 0.7
+    assert evaluate.main(["--read", str(tmp_path / "scores.json")]) == 0
+    again = capsys.readouterr().out
+    assert set(again.splitlines()[1:]) == set(out.splitlines()[1:])  # but for what was scored; classes by name
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"methods": [{"name": "x"}]}'])
+def test_scores_that_cannot_be_read_again_are_one_line(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "scores.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match="needed scores written by python -m slotscops.evaluate --json"):
+        evaluate.main(["--read", str(path)])
 
 
 @pytest.mark.parametrize(
     ("arguments", "needed"),
     [
         ([], "give --checkpoint RUN, --baseline NAME or both"),
+        (["--read", "x", "--baseline", "kmeans"], "without --checkpoint and --baseline"),
         (["--baseline", "kmeans"], "give --shards SHARDS"),
         (["--baseline", "kmean", "--shards", "x"], "did you mean 'kmeans'?"),
         (["--baseline", "kmeans", "--shards", "x", "--clusters", "1"], "needed 2 to 255"),
