@@ -16,12 +16,13 @@ from slotscops.published import is_published, read_published
 from slotscops.run_folder import read_config, resolve_checkpoint
 
 
-def build_model(config: Config, feature_channels: int, pretrained: bool = True) -> SlotScops:
+def build_model(config: Config, feature_channels: int, pretrained: bool = True, num_classes: int = 1) -> SlotScops:
     """The network of the settings, on the CPU, the same for the same seed.
 
     Args:
         feature_channels: C of the teacher's features.
         pretrained: False where a checkpoint is loaded right after, so that no weights need to be at hand.
+        num_classes: of objects; told apart only where `slots.per_class` is `own`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -47,6 +48,7 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True) 
             transform=config.teacher.transform,
             refinement=config.decoder.refinement,
             token_hidden=config.slots.token_hidden,
+            num_classes=num_classes if config.slots.per_class == "own" else None,
         )
 
 
@@ -108,6 +110,7 @@ def load_model(run_or_checkpoint: Path) -> Trained:
         state = checkpoint.state
     if "basis_parameter" not in tensors:
         raise UserError(f"{path}: its model has no part basis; it is no model of slotscops")
-    model = build_model(config, tensors["basis_parameter"].shape[1], pretrained=False)
+    rows, channels = tensors["basis_parameter"].shape
+    model = build_model(config, channels, pretrained=False, num_classes=max(1, rows // config.slots.num_parts))
     restore_model(model, tensors, path)
     return Trained(model.eval(), config, path, state)

@@ -40,6 +40,7 @@ class State:
     teacher_sha256: str  # of the teacher's tensors
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     best: dict[str, Any] = field(default_factory=dict)  # score, value, step of the best evaluation so far
+    class_names: list[str] = field(default_factory=list)  # of the data, in the order of class ids
     format: int = FORMAT
 
 

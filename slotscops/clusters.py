@@ -38,14 +38,21 @@ def sample_vectors(
     seed: int,
     vectors_of: Callable[[Batch], Tensor] = cached_features,
     inside_objects: bool = False,
+    class_id: int | None = None,
 ) -> Tensor:
     """(M, C) float32 vectors of grid cells, the same ones for the same seed, from at most 2,000 images.
 
     Args:
         vectors_of: batch -> (B, C, h, w).
         inside_objects: only from cells at least half covered by the object; needs a split read with labels.
+        class_id: only from images of this class.
     """
-    images = permutation(len(split), seed, epoch=0)[:_MAX_IMAGES]
+    images = permutation(len(split), seed, epoch=0)
+    if class_id is not None:
+        images = images[split.class_ids()[images] == class_id]
+    images = images[:_MAX_IMAGES]
+    if not len(images):
+        return torch.empty(0, 0)
     per_image = max(1, _MAX_VECTORS // len(images))
     generator = np.random.default_rng(seed)
     vectors = []
@@ -128,5 +135,9 @@ def start_from_features(network: SlotScops, split: Split, config: Config) -> Non
     network.target.measure(vectors)
     if config.basis.init != "random":
         find = find_centres if config.basis.init == "kmeans" else find_uneven_centres
-        centres = find(network.target(vectors), config.slots.num_parts, config.seed)
-        network.basis_parameter.data.copy_(centres)
+        num_parts = config.slots.num_parts
+        for class_id, rows in enumerate(network.basis_parameter.data.split(num_parts)):
+            if network.num_classes is not None:
+                vectors = sample_vectors(split, config.seed, inside_objects=inside_objects, class_id=class_id)
+            if len(vectors) >= num_parts:  # of a class without photos to train on, random rows stay
+                rows.copy_(find(network.target(vectors), num_parts, config.seed))

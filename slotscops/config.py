@@ -59,6 +59,8 @@ class Slots:
     iterations: Positive = 3
     # shared_gaussian stays at chance; for the record. image_conditioned: learned, plus a linear map of the mean token
     init: Literal["learned", "shared_gaussian", "image_conditioned"] = "learned"
+    # own: each class of objects has its own starts and basis rows; which class, is guessed from the photo if not given
+    per_class: Literal["shared", "own"] = "shared"
     # last_iteration (Chang et al. 2022): the starts do not train; bilevel (Jia et al. 2023): they do, straight through
     gradient: Literal["full", "last_iteration", "bilevel"] = "full"
 

@@ -43,24 +43,31 @@ _KNOWN = ", ".join(baselines.NAMES)
 _MAX_LANDMARK_IMAGES = 10_000  # of the training split, to fit 3 S + 1 numbers a coordinate to
 
 
-def network_predictor(network: SlotScops, device: torch.device) -> Predictor:
-    """The slot that takes the largest share of each pixel, among all and among the parts."""
+def network_predictor(network: SlotScops, device: torch.device, classes: Sequence[int] | None = None) -> Predictor:
+    """The slot that takes the largest share of each pixel, among all and among the parts.
+
+    Args:
+        classes: for each class of the data the network's own, where they differ and each has slots of its own.
+    """
+    lookup = None if classes is None else torch.tensor(classes)
 
     @torch.inference_mode()
     def predict(batch: Batch) -> Prediction:
         inputs = batch.features if network.takes_features else batch.images
         assert inputs is not None
-        maps = network.segment_maps(network(inputs.to(device)), batch.images.to(device))  # (B, S, H, W)
+        class_ids = batch.class_ids if lookup is None else lookup[batch.class_ids]
+        output = network(inputs.to(device), class_ids=class_ids.to(device))
+        maps = network.segment_maps(output, batch.images.to(device))  # (B, S, H, W)
         return Prediction(maps.argmax(dim=1), maps[:, 1:].argmax(dim=1) + 1)
 
     return predict
 
 
 def score_predictions(
-    predict: Predictor, batches: Iterable[Batch], dataset: Dataset, num_predicted: int
+    predict: Predictor, batches: Iterable[Batch], dataset: Dataset, num_predicted: int, own_parts: bool = False
 ) -> ProtocolScores:
     """Counts predicted against true labels over all batches; labels are compared at the crops' own size."""
-    scores = ProtocolScores(_part_names(dataset), num_predicted)
+    scores = ProtocolScores(_part_names(dataset), num_predicted, own_parts)
     for batch in batches:
         scores.update(predict(batch), batch)
     return scores
@@ -83,7 +90,8 @@ def evaluate_split(
     network.eval()
     predict = network_predictor(network, device)
     batches = takewhile(lambda _: not should_stop(), _batches(split, accelerator, limit))
-    scores = score_predictions(predict, batches, split.dataset, network.num_slots)
+    own_parts = network.num_classes is not None
+    scores = score_predictions(predict, batches, split.dataset, network.num_slots, own_parts)
     network.train(was_training)
     if _sum(torch.tensor([int(should_stop())]), accelerator).item():
         return None
@@ -252,9 +260,22 @@ def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
         cache = open_cache(harness.dataset, teacher.layer, config.teacher_size, sha256, teacher.network)
         warn_if_random(cache)
     train, split = (Split(harness.dataset, name, cache, with_labels=True) for name in ("train", harness.options.split))
-    predict = network_predictor(network, device)
-    scored = _score(harness, str(path), predict, train, split, network.num_slots)
+    classes = _classes_of_network(trained, harness.dataset, path) if network.num_classes is not None else None
+    predict = network_predictor(network, device, classes)
+    scored = _score(harness, str(path), predict, train, split, network.num_slots, classes is not None)
     return scored._replace(kind="run", settings=to_mapping(config))
+
+
+def _classes_of_network(trained: Trained, dataset: Dataset, path: Path) -> list[int]:
+    """For each class of the data, its number in the network's own."""
+    names = trained.state.class_names
+    unknown = [name for name in dataset.class_names if name not in names]
+    if unknown:
+        raise UserError(
+            f"{dataset.location}: holds {', '.join(unknown)}, but {path} has slots of its own for "
+            f"{', '.join(names)} only; score it on shards of these"
+        )
+    return [names.index(name) for name in dataset.class_names]
 
 
 def _score_baseline(harness: _Harness, name: str) -> Scored:
@@ -275,10 +296,18 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
     return _score(harness, title, predict, train, split, options.clusters)
 
 
-def _score(harness: _Harness, name: str, predict: Predictor, train: Split, split: Split, num_predicted: int) -> Scored:
+def _score(
+    harness: _Harness,
+    name: str,
+    predict: Predictor,
+    train: Split,
+    split: Split,
+    num_predicted: int,
+    own_parts: bool = False,
+) -> Scored:
     total = math.ceil(len(split) / _BATCH_SIZE / console.world_size())
     batches = console.track(_batches(split, harness.accelerator), total, f"scoring {name}, batches")
-    scores = score_predictions(predict, batches, split.dataset, num_predicted)
+    scores = score_predictions(predict, batches, split.dataset, num_predicted, own_parts)
     scores.set_counts(_sum(scores.counts(), harness.accelerator))
     landmarks = {}
     if harness.options.landmarks:

@@ -47,6 +47,10 @@ class Split(Dataset[Batch]):
         shard, row = self._locate(np.array([sample]))
         return self._index(int(shard[0])).key(int(row[0]))
 
+    def class_ids(self) -> NDArray[np.int64]:
+        """(N,) row of the data set's class table, of every sample."""
+        return np.concatenate([self._index(shard).class_ids for shard in range(len(self._entries))])
+
     def read_member(self, sample: int, member: str) -> bytes:
         """The bytes of one member, its crc32 checked."""
         shard, row = self._locate(np.array([sample]))

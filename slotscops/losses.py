@@ -37,7 +37,7 @@ def semantic_consistency(
         logits: (B, S, h, w) slot logits. They and the basis receive gradients.
         features: (B, C, h, w) teacher features of any floating dtype; their grid may differ from that of the logits.
             They are a target and receive no gradient, even if they require one.
-        basis: (K, C) part basis, non-negative: already through its ReLU.
+        basis: (K, C) part basis, non-negative: already through its ReLU; or (B, K, C), one for each image.
         size: H, W in pixels.
         mask: (B, H, W) or (B, 1, H, W), bool or floating weights. It masks the target only, as in SCOPS: outside it
             the parts have to rebuild zeros. It receives no gradient.
@@ -60,12 +60,13 @@ def semantic_consistency(
     with torch.autocast(logits.device.type, enabled=False):
         target = features.detach().to(dtype)  # (B, C, h, w)
         weights = None if mask is None else mask.detach().reshape(-1, 1, height, width).to(dtype)  # (B, 1, H, W)
-        rows = basis.to(dtype)  # (K, C)
+        rows = basis.to(dtype)  # (K, C) or (B, K, C)
         parts = part_maps(logits.to(dtype), size, align_corners)[:, 1:]  # (B, K, H, W)
 
         pixels = parts.flatten(2)  # (B, K, H*W)
-        rebuilt = ((pixels @ pixels.mT).sum(0) * (rows @ rows.T)).sum()
-        overlap = (rows @ target.flatten(2)).view(-1, len(rows), *target.shape[2:])  # (B, K, h, w)
+        shares = pixels @ pixels.mT  # (B, K, K)
+        rebuilt = ((shares.sum(0) if rows.ndim == 2 else shares) * (rows @ rows.mT)).sum()
+        overlap = (rows @ target.flatten(2)).unflatten(2, target.shape[2:])  # (B, K, h, w)
         masked = parts if weights is None else parts * weights
         agreement = (_gather_onto_grid(masked, target.shape[2:], align_corners) * overlap).sum()
         total = rebuilt - 2 * agreement + _target_energy(target, size, weights, align_corners)
@@ -202,7 +203,7 @@ def _check_shapes(logits: Tensor, features: Tensor, basis: Tensor, size: tuple[i
     if features.ndim != 4 or len(features) != num_images:
         raise ValueError(f"features {_shape(features)}: needed ({num_images}, C, h, w) beside logits {_shape(logits)}")
     wanted = (num_slots - 1, features.shape[1])
-    if basis.shape != wanted:
+    if basis.shape not in (wanted, (num_images, *wanted)):
         raise ValueError(f"basis {_shape(basis)}: needed {wanted}, a row a part and a column a feature channel")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size {tuple(size)}: needed height and width in pixels, at least 1")

@@ -21,7 +21,7 @@ def watch(logits: Tensor, basis: Tensor) -> dict[str, Tensor]:
 
     Args:
         logits: (B, S, h, w) before the softmax over slots.
-        basis: (K, C).
+        basis: (K, C); or (B, K, C), of which the worst is taken.
 
     Returns:
         slot_share_0 ...: share of the grid's cells that each slot wins; they sum to 1.
@@ -37,15 +37,16 @@ def watch(logits: Tensor, basis: Tensor) -> dict[str, Tensor]:
     shares = winners.float().mean(dim=(0, 1, 2))  # (S,)
     log_maps = logits.log_softmax(dim=1)
     entropy = -(log_maps.exp() * log_maps).sum(dim=1).mean() / math.log(num_slots)
-    rows = functional.normalize(basis.float(), dim=1, eps=1e-12)
-    cosines = (rows @ rows.T).fill_diagonal_(0)  # of a zero row: 0
+    rows = functional.normalize(basis.float(), dim=-1, eps=1e-12)
+    cosines = rows @ rows.mT  # of a zero row: 0
+    cosines = cosines - cosines.diagonal(dim1=-2, dim2=-1).diag_embed()
     return {
         **{f"slot_share_{slot}": share for slot, share in enumerate(shares)},
         "background_share": shares[0],
         "dead_slots": (shares < DEAD_SHARE).sum().float(),
         "map_entropy": entropy,
         "basis_cosine": cosines.max(),
-        "zero_basis_rows": (basis == 0).all(dim=1).sum().float(),
+        "zero_basis_rows": (basis == 0).all(dim=-1).sum(dim=-1).max().float(),
     }
 
 

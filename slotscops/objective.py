@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from slotscops.config import Config, Losses
 from slotscops.contrast import part_contrast, visual_consistency
@@ -64,7 +65,7 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
 
 
 def compute_terms(
-    forward: Callable[[Tensor], ModelOutput], target: TargetTransform, batch: Batch, config: Config, step: int
+    forward: Callable[..., ModelOutput], target: TargetTransform, batch: Batch, config: Config, step: int
 ) -> tuple[ModelOutput, dict[str, Tensor]]:
     """The model's output, and every term with a weight, unweighted: scalars by name.
 
@@ -79,15 +80,21 @@ def compute_terms(
     if _needs_warp(wanted):
         warp = draw_warps(batch.keys, config.seed, step, **asdict(config.warp)).to(inputs.device)
         inputs = torch.cat([inputs, warp_images(inputs, warp)])
-    output = forward(inputs)
+    class_ids = batch.class_ids if config.slots.per_class == "own" else None
+    if class_ids is not None and warp is not None:
+        class_ids = torch.cat([class_ids, class_ids])
+    output = forward(inputs, class_ids=class_ids)
     size, num_images = (config.data.size, config.data.size), len(batch)
     logits, features = output.logits[:num_images], target(batch.features)
     terms: dict[str, Tensor] = {}
     if "semantic" in wanted:
         mask = batch.object_masks if config.losses.target_mask == "object" else None
-        terms["semantic"] = semantic_consistency(logits, features, output.basis, size, mask)
+        basis = output.basis if class_ids is None else output.basis[:num_images]
+        terms["semantic"] = semantic_consistency(logits, features, basis, size, mask)
     if "orthonormality" in wanted:
         terms["orthonormality"] = orthonormality(output.basis)
+    if output.class_logits is not None:
+        terms["classification"] = cross_entropy(output.class_logits[:num_images].float(), batch.class_ids)
     if set(wanted) - {"semantic", "orthonormality"}:
         maps = output.maps(size)  # (B or 2 B, S, H, W)
         terms |= _terms_of_maps(wanted, maps[:num_images], features, batch, config)
@@ -97,7 +104,8 @@ def compute_terms(
 
 
 def weighted_sum(terms: Mapping[str, Tensor], losses: Losses) -> Tensor:
-    return torch.stack([getattr(losses, name) * term for name, term in terms.items()]).sum()
+    """The terms times their weights. The classification of own classes has weight 1: it trains nothing but itself."""
+    return torch.stack([getattr(losses, name, 1.0) * term for name, term in terms.items()]).sum()
 
 
 def _needs_warp(wanted: Mapping[str, float]) -> bool:

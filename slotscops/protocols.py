@@ -42,13 +42,14 @@ Predictor = Callable[[Batch], Prediction]
 class ProtocolScores:
     """One streaming contingency table a class, protocol and paint order: memory does not grow with the images."""
 
-    def __init__(self, part_names: dict[str, list[str]], num_predicted: int) -> None:
+    def __init__(self, part_names: dict[str, list[str]], num_predicted: int, own_parts: bool = False) -> None:
         """
         Args:
             part_names: by class, in the order of class ids; a class with n parts has T = n + 1 true labels.
             num_predicted: P, background included.
+            own_parts: each class has found parts of its own: label 1 of one is not label 1 of another.
         """
-        self._part_names = part_names
+        self._part_names, self._own_parts = part_names, own_parts
         self.class_names = list(part_names)
         self._tables = {
             (protocol, order): [PartScores(num_predicted, len(names) + 1) for names in part_names.values()]
@@ -84,11 +85,13 @@ class ProtocolScores:
         assert start == len(counts)
 
     def table(self, protocol: str, order: str, class_name: str = ALL_CLASSES) -> NDArray[np.int64]:
-        """(P, T) pixel counts of a class; of all, every class's parts are labels of their own and no part is one."""
+        """(P, T) pixel counts of a class; of all, every class's parts are labels of their own and no part is one.
+
+        Where classes have found parts of their own, of all there are 1 + (P - 1) N_c rows: one background.
+        """
         tables = [scores.table for scores in self._tables["own" if protocol == "foreground" else protocol, order]]
         if class_name == ALL_CLASSES:
-            nothing = torch.stack([table[:, 0] for table in tables]).sum(0)
-            table = torch.cat([nothing[:, None], *(table[:, 1:] for table in tables)], dim=1)
+            table = _pool(tables, self._own_parts)
         else:
             table = tables[self.class_names.index(class_name)]
         return table[:, int(protocol == "foreground") :].numpy()
@@ -116,3 +119,14 @@ class ProtocolScores:
         own = PartScores.from_table(torch.from_numpy(self.table("own", "first"))).compute()
         mask = score_table(self.table("mask", "first"))
         return own | {"mask_nmi": mask["nmi"], "mask_ari": mask["ari"]}
+
+
+def _pool(tables: list[Tensor], own_parts: bool) -> Tensor:
+    """One table of all classes': their true parts side by side, and their found parts below each other if their own."""
+    nothing = torch.stack([table[:, 0] for table in tables]).sum(0)
+    if not own_parts:
+        return torch.cat([nothing[:, None], *(table[:, 1:] for table in tables)], dim=1)
+    background = torch.cat([nothing[:1], *(table[0, 1:] for table in tables)])
+    no_part = torch.cat([table[1:, 0] for table in tables])
+    parts = torch.block_diag(*(table[1:, 1:] for table in tables))
+    return torch.cat([background[None], torch.cat([no_part[:, None], parts], dim=1)])

@@ -74,7 +74,7 @@ def orthonormality(basis: Tensor) -> Tensor:
         L = 1/K^2 |w w^T - I|_F^2,   w_k = W_k / |W_k|
 
     Args:
-        basis: (K, C) part basis.
+        basis: (K, C) part basis; or (B, K, C), of which the mean is taken.
 
     Returns:
         Scalar in [0, 1]. A row of zeros counts as a row of length 0, not as NaN.
@@ -82,8 +82,8 @@ def orthonormality(basis: Tensor) -> Tensor:
     Source: SCOPS (arXiv:1905.01298), orthonormal constraint; theirs is the sum, ours the mean over the K^2 products.
     """
     with torch.autocast(basis.device.type, enabled=False):
-        rows = torch.nn.functional.normalize(_at_least_float32(basis), dim=1, eps=_EPSILON)
-        products = rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        rows = torch.nn.functional.normalize(_at_least_float32(basis), dim=-1, eps=_EPSILON)
+        products = rows @ rows.mT - torch.eye(rows.shape[-2], dtype=rows.dtype, device=rows.device)
         mean: Tensor = products.square().mean()
     return mean
 

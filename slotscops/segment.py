@@ -63,14 +63,20 @@ def _write(out: Path, name: str, parts: Parts, num_slots: int, soft: bool) -> En
 
 
 def segment_all(
-    model: Segmenter, photos: Sequence[Path], out: Path, gallery: Gallery, batch_size: int, soft: bool
+    model: Segmenter,
+    photos: Sequence[Path],
+    out: Path,
+    gallery: Gallery,
+    batch_size: int,
+    soft: bool,
+    class_name: str | None = None,
 ) -> list[Skipped]:
     """Segments the photos, writes their files and adds them to the gallery; returns those passed over."""
     skipped: list[Skipped] = []
     named = console.track(zip(photos, unique_names(photos), strict=True), len(photos), "photos")
     with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow packs pictures without holding the interpreter
         for batch in _batches(named, batch_size, skipped):
-            found = model.segment_batch([image for image, _ in batch])
+            found = model.segment_batch([image for image, _ in batch], class_name)
             jobs = [
                 pool.submit(_write, out, name, parts, model.network.num_slots, soft)
                 for (_, name), parts in zip(batch, found, strict=True)
@@ -101,6 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--soft", action="store_true", help="write the soft maps too")
     parser.add_argument("--batch-size", type=int, default=16, help="photos seen at once (default: 16)")
     parser.add_argument("--part-names", metavar="A,B,...", help="names of parts 1 to K in the gallery")
+    parser.add_argument(
+        "--class", dest="class_name", metavar="NAME",
+        help="what all photos show, for a model whose classes have parts of their own (default: guessed from each)",
+    )  # fmt: skip
     parser.add_argument("--strict", action="store_true", help="exit code 1 if any photo could not be read")
     parser.add_argument("--teacher-weights", help="the teacher's, for a model trained on cached features")
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO_OR_FOLDER")
@@ -115,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = load(options.checkpoint, options.teacher_weights)
     part_names = _read_part_names(options.part_names, model.network.num_slots - 1)
     gallery = Gallery.begin(options.out, Path(options.checkpoint).name, part_names, options.soft)
-    skipped = segment_all(model, photos, options.out, gallery, options.batch_size, options.soft)
+    skipped = segment_all(model, photos, options.out, gallery, options.batch_size, options.soft, options.class_name)
     for photo in skipped:
         console.warn(f"passed over: {photo.reason}")
     if len(skipped) == len(photos):

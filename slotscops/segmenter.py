@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slotscops import console
 from slotscops.build import Trained, load_model
+from slotscops.config import suggest
 from slotscops.crops import PADDING
 from slotscops.errors import UserError
 from slotscops.hub import HubModel, fetch
@@ -38,6 +39,7 @@ class Parts:
 
     photo: NDArray[np.uint8]  # (H, W, 3) RGB, upright
     logits: NDArray[np.float32]  # (S, h, w) of the square around the photo, before they are upsampled
+    class_name: str | None = None  # whose parts they are, where each class has its own
 
     @cached_property
     def maps(self) -> NDArray[np.float32]:
@@ -85,34 +87,52 @@ class Segmenter(HubModel):
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def segment(self, photo: str | Path | Image.Image) -> Parts:
+    @property
+    def class_names(self) -> list[str]:
+        """Classes that have parts of their own; empty where all share theirs."""
+        return [] if self.network.num_classes is None else self.trained.state.class_names
+
+    def segment(self, photo: str | Path | Image.Image, class_name: str | None = None) -> Parts:
         """Finds the parts in one photo, of any size and mode.
 
-        Raises:
-            UserError: no such file, not an image, or more than 100 million pixels.
-        """
-        return self.segment_batch([photo])[0]
+        Args:
+            class_name: what it shows, where each class has parts of its own; guessed from the photo if not given.
 
-    def segment_batch(self, photos: Sequence[str | Path | Image.Image]) -> list[Parts]:
-        """Finds the parts in several photos at once, of whatever sizes."""
+        Raises:
+            UserError: no such file, not an image, more than 100 million pixels, or a class the model does not know.
+        """
+        return self.segment_batch([photo], class_name)[0]
+
+    def segment_batch(self, photos: Sequence[str | Path | Image.Image], class_name: str | None = None) -> list[Parts]:
+        """Finds the parts in several photos at once, of whatever sizes; of one class, or of any."""
         images = [to_rgb(p) if isinstance(p, Image.Image) else read_photo(Path(p)) for p in photos]
         crops = torch.stack([self.crop(image) for image in images]).to(self.device)
-        logits = self.logits(crops).cpu().numpy()
-        return [Parts(np.asarray(image), logits[number]) for number, image in enumerate(images)]
+        class_ids = None if class_name is None else torch.full((len(images),), self._class_id(class_name))
+        output = self.forward(crops, class_ids)
+        logits = self._sharp_logits(output, crops).cpu().numpy()
+        names: list[str | None] = [class_name] * len(images)
+        if output.class_logits is not None and class_name is None:
+            names = [self.class_names[guess] for guess in output.class_logits.argmax(dim=1).tolist()]
+        return [Parts(np.asarray(image), logits[number], names[number]) for number, image in enumerate(images)]
+
+    def _class_id(self, name: str) -> int:
+        if name not in self.class_names:
+            known = f"known are {', '.join(self.class_names)}" if self.class_names else "its classes share their parts"
+            raise UserError(f"{self.trained.path}: class '{name}'{suggest(name, self.class_names) or f'; {known}'}")
+        return self.class_names.index(name)
 
     @torch.inference_mode()
-    def forward(self, crops: Tensor) -> ModelOutput:
+    def forward(self, crops: Tensor, class_ids: Tensor | None = None) -> ModelOutput:
         """All that the network says of (B, 3, size, size) uint8 RGB crops."""
         inputs = crops
         if self.teacher is not None:
             inputs = compute_features(self.teacher, crops, self.trained.config.teacher_size)
-        output: ModelOutput = self.network(inputs)
+        output: ModelOutput = self.network(inputs, class_ids=None if class_ids is None else class_ids.to(self.device))
         return output
 
     @torch.inference_mode()
-    def logits(self, crops: Tensor) -> Tensor:
-        """(B, S, h, w) float32 of (B, 3, size, size) uint8 RGB crops, on the crop's own grid where maps are refined."""
-        output = self.forward(crops)
+    def _sharp_logits(self, output: ModelOutput, crops: Tensor) -> Tensor:
+        """(B, S, h, w) float32, on the crop's own grid where maps are refined."""
         if self.network.refinement == "none":
             return output.logits.float()
         return self.network.segment_maps(output, crops).clamp_min(_EPSILON).log()

@@ -50,7 +50,8 @@ class Trainer:
         check_objective(config, accelerator.num_processes, self._num_microbatches)
         self.dataset, self.cache = open_training_data(config)
         check_same_on_all_ranks(config, self.dataset, self.cache, start_from)
-        self.network = build_model(config, self.cache.shape[0], pretrained=start_from is None)
+        num_classes = len(self.dataset.class_names)
+        self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes)
         # Only the object masks are looked at, and only where the target is masked by them.
         needs_masks = config.losses.target_mask == "object"
         self._split = Split(self.dataset, "train", self.cache, with_labels=needs_masks, replace_damaged=True)
@@ -312,5 +313,6 @@ class Trainer:
             teacher_sha256=self.cache.manifest["weights_sha256"],
             scores=self._scores,
             best=self._best,
+            class_names=self.dataset.class_names,
         )
         writer.save(tensors, state, self._best.get("step"))

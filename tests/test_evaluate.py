@@ -243,7 +243,7 @@ def test_scores_that_cannot_be_read_again_are_one_line(tmp_path: Path, content: 
     path = tmp_path / "scores.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match="needed scores written by python -m slotscops.evaluate --json"):
+    with pytest.raises(UserError, match=r"needed scores written by python -m slotscops\.evaluate --json"):
         evaluate.main(["--read", str(path)])
 
 

@@ -24,7 +24,7 @@ grids = st.tuples(st.sampled_from(GRIDS), st.sampled_from(GRIDS))
 class Case:
     logits: Tensor  # (B, S, h, w)
     features: Tensor  # (B, C, h, w)
-    basis: Tensor  # (K, C)
+    basis: Tensor  # (K, C) or (B, K, C)
     size: tuple[int, int]
     mask: Tensor | None
     align_corners: bool
@@ -83,7 +83,7 @@ def materialised(
 ) -> tuple[Tensor, Tensor]:
     """The plain form: the loss, and the mean square of both sides, to which rounding is relative."""
     maps = interpolate(logits, size, mode="bilinear", align_corners=align_corners).softmax(1)[:, 1:]
-    rebuilt = torch.einsum("bkyx,kc->bcyx", maps, basis)
+    rebuilt = torch.einsum("bkyx,bkc->bcyx", maps, basis.expand(len(maps), -1, -1))
     target = interpolate(features, size, mode="bilinear", align_corners=align_corners)
     if mask is not None:
         target = target * mask.reshape(len(logits), 1, *size)
@@ -121,6 +121,21 @@ def test_value_and_gradients_equal_the_materialised_form_in_float64(case: Case) 
 @given(cases)
 def test_value_and_gradients_equal_the_materialised_form_in_float32(case: Case) -> None:
     assert_same(case, torch.float32, 1e-5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases, st.booleans())
+def test_a_basis_for_each_image_equals_the_materialised_form(case: Case, double: bool) -> None:
+    own = torch.randn(len(case.logits), *case.basis.shape, generator=torch.Generator().manual_seed(0)).double()
+    case.basis = case.basis * own
+    assert_same(case, torch.float64 if double else torch.float32, 1e-10 if double else 1e-5)
+
+
+def test_the_same_basis_for_each_image_is_one_for_all() -> None:
+    case = make_case(images=3)
+    value = semantic_consistency(*case.arguments())
+    case.basis = case.basis.expand(3, -1, -1)
+    torch.testing.assert_close(semantic_consistency(*case.arguments()), value, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("mask", ["none", "bool"])

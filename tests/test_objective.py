@@ -30,6 +30,7 @@ CHOICES = [
     {"teacher": {"transform": "l2"}, "basis": {"kind": "free"}},
     {"slots": {"init": "image_conditioned"}, "decoder": {"maps": "attention"}},
     {"slots": {"gradient": "last_iteration"}},
+    {"slots": {"per_class": "own"}, "losses": {"equivariance": 1.0, "orthonormality": 0.1}} | RESNET,
     {"slots": {"gradient": "bilevel"}, "decoder": {"maps": "attention"}},
     {"decoder": {"maps": "head_only"}},
     {"decoder": {"kind": "mlp_broadcast", "grid": None}},
@@ -57,6 +58,7 @@ def test_two_steps_run_and_every_parameter_that_trains_moves(toy_shards: Path, t
         assert torch.isfinite(loss)
     wanted = {name for name in vars(config.losses) if isinstance(getattr(config.losses, name), float)}
     wanted = {name for name in wanted - {"contrast_temperature"} if getattr(config.losses, name)}
+    wanted |= {"classification"} if config.slots.per_class == "own" else set()
     assert set(trainer._terms) == wanted
     if config.losses.semantic:
         trainer.network.zero_grad()
