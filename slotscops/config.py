@@ -55,7 +55,7 @@ class Encoder:
 class Slots:
     num_parts: Annotated[int, Field(ge=1, le=254)] = 5  # K; one slot more is the background
     dim: Positive = 64
-    token_hidden: Annotated[int, Field(ge=0)] = 0  # width of a hidden layer before the slots; 0: a linear map alone
+    token_hidden: Count = 0  # width of a hidden layer before the slots; 0: a linear map alone
     iterations: Positive = 3
     # shared_gaussian stays at chance; for the record. image_conditioned: learned, plus a linear map of the mean token
     init: Literal["learned", "shared_gaussian", "image_conditioned"] = "learned"
@@ -96,6 +96,7 @@ class Losses:
     part_contrast: Rate = 0.0  # a part's features: alike in two photos, unlike other parts'
     visual_consistency: Rate = 0.0  # one colour within a part
     # What is no loss weight but belongs to them.
+    entropy_ramp_steps: Count = 0  # over which its weight grows from 0: sure of itself too early, a slot dies
     contrast_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     target_mask: Literal["none", "object"] = "none"  # object: outside the true object the target is zero
 

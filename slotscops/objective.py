@@ -103,9 +103,15 @@ def compute_terms(
     return output, terms
 
 
-def weighted_sum(terms: Mapping[str, Tensor], losses: Losses) -> Tensor:
-    """The terms times their weights. The classification of own classes has weight 1: it trains nothing but itself."""
-    return torch.stack([getattr(losses, name, 1.0) * term for name, term in terms.items()]).sum()
+def weighted_sum(terms: Mapping[str, Tensor], losses: Losses, step: int) -> Tensor:
+    """The terms times their weights at a step.
+
+    The classification of own classes has weight 1: it trains nothing but itself.
+    """
+    factors = {name: getattr(losses, name, 1.0) for name in terms}
+    if "entropy" in factors and step < losses.entropy_ramp_steps:
+        factors["entropy"] *= step / losses.entropy_ramp_steps
+    return torch.stack([factors[name] * term for name, term in terms.items()]).sum()
 
 
 def _needs_warp(wanted: Mapping[str, float]) -> bool:

@@ -170,7 +170,7 @@ class Trainer:
         self._watched = (output.logits.detach(), output.basis.detach())
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0) + term.detach() / self._num_microbatches
-        return weighted_sum(terms, self.config.losses)
+        return weighted_sum(terms, self.config.losses, self.step)
 
     def open_batches(self, num_steps: int) -> Iterator[Batch]:
         """This process's microbatches of the next so many steps."""

@@ -64,7 +64,7 @@ def test_two_steps_run_and_every_parameter_that_trains_moves(toy_shards: Path, t
         trainer.network.zero_grad()
         batch = next(trainer.open_batches(1))
         _, terms = compute_terms(trainer.network, trainer.network.target, batch, config, step=0)
-        weighted_sum(terms, config.losses).backward()
+        weighted_sum(terms, config.losses, step=0).backward()
         # DDP waits for every parameter, so none may be left out of the graph.
         assert not [name for name, p in trainer.network.named_parameters() if p.requires_grad and p.grad is None]
 
@@ -80,6 +80,13 @@ def test_equivariance_of_cached_features_is_refused_by_name() -> None:
     config = config_from_mapping(FEATURES | {"losses": {"equivariance": 1.0}}, "test")
     with pytest.raises(UserError, match=r"losses\.equivariance warps photos, but encoder\.name is features"):
         check_objective(config, num_processes=1, microbatches=1)
+
+
+def test_entropy_grows_to_its_weight_and_the_other_terms_have_theirs_at_once() -> None:
+    losses = config_from_mapping({"losses": {"entropy": 0.5, "entropy_ramp_steps": 10}}, "test").losses
+    terms = {"semantic": torch.tensor(1.0), "entropy": torch.tensor(4.0), "classification": torch.tensor(0.25)}
+    totals = [weighted_sum(terms, losses, step).item() for step in (0, 5, 10, 11)]
+    assert totals == [1.25, 2.25, 3.25, 3.25]
 
 
 def test_pairs_that_a_process_would_split_are_refused() -> None:
