@@ -44,7 +44,7 @@ def fit(
         transform: of the features, as `TargetTransform`; `sqrt` lets a few strong channels decide less.
         refine: give the labels to `refine_maps`, as a network's maps where `decoder.refinement` is `pamr`.
     """
-    vectors_of = _positions if name == "position" else partial(_features, transform=transform)
+    vectors_of = _positions if name == "position" else partial(transformed_features, transform=transform)
     own, parts = (
         _score_maps(name, train, num_clusters - int(inside), seed, vectors_of, inside) for inside in (False, True)
     )
@@ -109,7 +109,8 @@ def _one_hot(scores: Tensor) -> Tensor:
     return functional.one_hot(winner, scores.shape[1]).movedim(-1, 1).float()
 
 
-def _features(batch: Batch, transform: Transform) -> Tensor:
+def transformed_features(batch: Batch, transform: Transform) -> Tensor:
+    """(B, C, h, w) float32"""
     features = cached_features(batch)
     transformed: Tensor = TargetTransform(transform, features.shape[1])(features)
     return transformed

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from slotscops import baselines, console, scoreboard
+from slotscops import baselines, console, scoreboard, supervised
 from slotscops.build import Trained, load_model
 from slotscops.config import suggest, to_mapping
 from slotscops.crops import SIDE_PER_BOX
@@ -39,7 +39,8 @@ from slotscops.visualise import comparison
 
 _BATCH_SIZE = 16
 _PICTURED_IMAGES = 8
-_KNOWN = ", ".join(baselines.NAMES)
+_BASELINES = (*baselines.NAMES, "supervised")
+_KNOWN = ", ".join(_BASELINES)
 _MAX_LANDMARK_IMAGES = 10_000  # of the training split, to fit 3 S + 1 numbers a coordinate to
 
 
@@ -173,7 +174,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=lambda text: text.split(","),
         default=[],
         metavar="NAME,...",
-        help=f"methods without training: {_KNOWN}",
+        help=f"methods without training: {', '.join(baselines.NAMES)}; supervised: taught the true parts, a ceiling",
     )
     parser.add_argument("--shards", type=shards_argument, help="(default: those the first run was trained on)")
     parser.add_argument("--split", default="val")
@@ -201,8 +202,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the baselines")
     options = parser.parse_args(arguments)
     for name in options.baseline:
-        if name not in baselines.NAMES:
-            raise UserError(f"--baseline: unknown '{name}'{suggest(name, baselines.NAMES) or f'; known are {_KNOWN}'}")
+        if name not in _BASELINES:
+            raise UserError(f"--baseline: unknown '{name}'{suggest(name, _BASELINES) or f'; known are {_KNOWN}'}")
     if options.read and (options.checkpoint or options.baseline):
         raise UserError("--read shows what was scored before; give it without --checkpoint and --baseline")
     if options.read:
@@ -292,6 +293,9 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
     train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", options.split))
     # Every process fits the same: samples and starts are drawn from the seed.
     refine = options.refinement != "none"
+    if name == "supervised":
+        predict = supervised.fit(train, options.seed, options.transform, refine)
+        return _score(harness, title, predict, train, split, supervised.num_predicted(split), own_parts=True)
     predict = baselines.fit(name, train, options.clusters, options.seed, options.transform, refine)
     return _score(harness, title, predict, train, split, options.clusters)
 

@@ -9,7 +9,7 @@ from commands import TWO_PROCESSES, python, run, train
 from scipy.optimize import nnls
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from slotscops import baselines, clusters, evaluate, literature, scoreboard, shard
+from slotscops import baselines, clusters, evaluate, literature, scoreboard, shard, supervised
 from slotscops.build import build_model
 from slotscops.config import load_config
 from slotscops.errors import UserError
@@ -17,7 +17,7 @@ from slotscops.evaluate import evaluate_split, network_predictor, score_predicti
 from slotscops.features import open_cache
 from slotscops.index import open_dataset
 from slotscops.loader import Split, evaluation_batches
-from slotscops.protocols import ALL_CLASSES, ORDERS, PROTOCOLS, Prediction
+from slotscops.protocols import ALL_CLASSES, ORDERS, PROTOCOLS, Prediction, Predictor
 from slotscops.records import Batch
 from slotscops.refine import refine_maps
 
@@ -103,6 +103,31 @@ def test_a_baseline_finds_g_labels_and_one_fewer_on_the_object_and_the_same_agai
     assert set(first.parts.unique().tolist()) <= set(range(1, 4))
     assert torch.equal(first.labels, second.labels)
     assert torch.equal(first.parts, second.parts)
+
+
+def test_a_classifier_taught_the_true_parts_beats_clusters_of_the_same_features(split: Split) -> None:
+    def score(predict: Predictor, num_predicted: int, own_parts: bool) -> float:
+        batches = evaluation_batches(split, 16)
+        scores = score_predictions(predict, batches, split.dataset, num_predicted, own_parts)
+        return scores.scores("own", "small")["all classes"]["nmi"]
+
+    taught, again = (supervised.fit(split, seed=1) for _ in range(2))
+    batch = split.read(np.arange(6))
+    assert torch.equal(taught(batch).labels, again(batch).labels)
+    assert set(taught(batch).parts.unique().tolist()) <= set(range(1, supervised.num_predicted(split)))
+    assert score(taught, supervised.num_predicted(split), True) > 1.5 * score(
+        baselines.fit("kmeans", split, 6), 6, False
+    )
+
+
+def test_of_a_class_that_it_was_never_taught_the_classifier_finds_nothing(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class_ids = split.class_ids()
+    monkeypatch.setattr(split, "class_ids", lambda: np.full_like(class_ids, class_ids[0]))
+    predict = supervised.fit(split)
+    assert predict(split.read(np.flatnonzero(class_ids == class_ids[0]))).labels.any()
+    assert not predict(split.read(np.flatnonzero(class_ids != class_ids[0]))).labels.any()
 
 
 def test_vectors_inside_objects_are_those_of_covered_cells(split: Split) -> None:

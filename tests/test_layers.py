@@ -59,6 +59,7 @@ ROWS = [
     ["build"],
     ["clusters", "snapshot"],
     ["baselines"],
+    ["supervised"],
     ["startup", "failures", "checkpoint_writer"],
     ["evaluate"],
     ["trainer"],
