@@ -81,8 +81,9 @@ def likely_causes(row: dict[str, float], step: int, total_steps: int) -> dict[st
     dead = [slot for slot, share in enumerate(shares) if slot and share < DEAD_SHARE]
     if dead and not causes:
         causes["dead slots"] = (
-            f"slot(s) {', '.join(map(str, dead))} win nothing; their basis rows fit no feature: set basis.init=kmeans, "
-            "lower slots.num_parts, or lower train.basis_learning_rate"
+            f"slot(s) {', '.join(map(str, dead))} win nothing; their basis rows fit no feature, or an entropy loss "
+            "decided before they had found one: set losses.entropy_ramp_steps where losses.entropy is on, set "
+            "basis.init=kmeans, lower slots.num_parts, or lower train.basis_learning_rate"
         )
     if row["zero_basis_rows"] >= 1:
         causes["zero basis rows"] = (
