@@ -71,7 +71,8 @@ def likely_causes(row: dict[str, float], step: int, total_steps: int) -> dict[st
         who = "the background" if slot == 0 else f"slot {slot}"
         causes["one slot takes all"] = (
             f"{who} wins {100 * max(shares):.1f} % of all cells; the basis fits too little of the features for the "
-            "other slots to win anything: set basis.init=kmeans, and train.optimizer=adamw if it is sgd"
+            "other slots to win anything, or an entropy loss decided too early: set basis.init=kmeans, a lower "
+            "losses.entropy, and train.optimizer=adamw if it is sgd"
         )
     elif shares[0] < DEAD_SHARE:
         causes["no background"] = (
