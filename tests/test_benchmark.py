@@ -53,7 +53,7 @@ def test_the_commands_write_the_figures_they_promise(
     monkeypatch.setattr(step, "_CHECKPOINTS", 1)
     promised = {
         "loss": {"loss_speedup", "loss_memory_ratio"},
-        "loader": {"loader_over_webdataset", "loader_over_decode"},
+        "loader": {"loader_over_webdataset", "loader_over_decode", "features_per_second"},
         "step": {"step_over_encoder", "recipe_over_step", "logging_share", "data_wait", "loss_memory_bytes"},
         "scaling": {"scaling", "deterministic_over_ddp"},
         "sharding": {"shard_tree_s", "shard_archives_s"},

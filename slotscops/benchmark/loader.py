@@ -1,4 +1,4 @@
-"""From shards and cache to a collated batch, beside other loaders and JPEG decoding alone, on one core."""
+"""From shards and cache to a collated batch, beside other loaders and its parts alone, on one core."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +11,7 @@ from slotscops import console
 from slotscops.benchmark.contestants import BATCH_SIZE, make_contestants
 from slotscops.benchmark.measure import take_turns
 from slotscops.benchmark.start import measure_start
+from slotscops.feature_shard import FeatureShard
 from slotscops.features import FeatureCache
 from slotscops.index import Dataset
 from slotscops.loader import Split
@@ -30,10 +31,12 @@ def compare(dataset: Dataset, cache: FeatureCache, rounds: int, folder: Path) ->
     """Images a second of each contestant, all in this process on one thread, every sample once a round."""
     split = Split(dataset, "train", cache, with_labels=False)
     jpegs = [bytes(split.read_member(sample, "jpg")) for sample in range(len(split))]
+    shards = [cache.open_shard(entry) for entry in dataset.split("train")]
     contestants: dict[str, Callable[[], Any]] = {
         "slotscops": lambda: _read_shuffled(split),
         **make_contestants(split, folder),
         "JPEG decoding alone": lambda: [simplejpeg.decode_jpeg(jpeg) for jpeg in jpegs],
+        "features alone": lambda: _read_features_shuffled(shards),
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -46,13 +49,26 @@ def compare(dataset: Dataset, cache: FeatureCache, rounds: int, folder: Path) ->
     console.show_table(f"loader, one core, {len(split)} samples a round", ("", "images/s", "ms a round"), rows)
     ratios = {f"loader_over_{_NAMES[name]}": rate["slotscops"] / rate[name] for name in contestants if name in _NAMES}
     setting = f"{dataset.size} px, {cache.manifest['layer']}, {len(split)} samples"
-    return {"setting": setting, "loader_images_per_second": rate["slotscops"], **ratios, **_time_starts(split, folder)}
+    return {
+        "setting": setting,
+        "loader_images_per_second": rate["slotscops"],
+        "features_per_second": rate["features alone"],
+        **ratios,
+        **_time_starts(split, folder),
+    }
 
 
 def _read_shuffled(split: Split) -> None:
     order = permutation(len(split), seed=0, epoch=0)
     for start in range(0, len(split), BATCH_SIZE):
         split.read(order[start : start + BATCH_SIZE])
+
+
+def _read_features_shuffled(shards: list[FeatureShard]) -> None:
+    for shard in shards:
+        order = permutation(len(shard), seed=0, epoch=0).tolist()
+        for start in range(0, len(order), BATCH_SIZE):
+            shard.read_rows(order[start : start + BATCH_SIZE])
 
 
 def _time_starts(split: Split, folder: Path) -> dict[str, float]:

@@ -22,6 +22,7 @@ _LINES = {
     "loss_speedup": ("exact loss, faster than with its tensors built (batch 8, 128 px)", "{:.0f} x"),
     "loss_memory_ratio": ("exact loss, smaller in peak memory", "{:.0f} x"),
     "loader_images_per_second": ("loader, images a second on one core", "{:,.0f}"),
+    "features_per_second": ("cached features decoded into batches, images a second on one core", "{:,.0f}"),
     "loader_over_webdataset": ("loader, against webdataset's own pipeline", "{:.1f} x"),
     "loader_over_streaming": ("loader, against mosaicml-streaming", "{:.1f} x"),
     "loader_over_litdata": ("loader, against litdata", "{:.1f} x"),
