@@ -90,16 +90,20 @@ def to_onnx(program: torch.export.ExportedProgram, notes: dict[str, str]) -> byt
     try:
         import onnx
         import onnxruntime  # noqa: F401  # what is written will be checked
-        import onnxscript  # noqa: F401  # PyTorch's exporter stands on it
+        from onnxscript import optimizer  # PyTorch's exporter stands on onnxscript
     except ImportError as error:
         raise UserError(
             f"ONNX needs the package {error.name}; install it with pip install 'slotscops[export]'"
         ) from None
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     exported = torch.onnx.export(
-        program, dynamo=True, opset_version=_OPSET, output_names=["maps", "labels"], verbose=False
+        program, dynamo=True, opset_version=_OPSET, output_names=["maps", "labels"], verbose=False, optimize=False
     )
     assert exported is not None
+    # The exporter's own optimisation also rewrites patterns, which on the refinement's graph takes minutes for nothing.
+    optimizer.inline(exported.model)
+    optimizer.fold_constants(exported.model)
+    optimizer.remove_unused_nodes(exported.model)
     proto = exported.model_proto
     onnx.helper.set_model_props(proto, notes)
     onnx.checker.check_model(proto)
