@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,25 +22,23 @@ from torch import Tensor
 
 from slotscops import baselines, console, scoreboard, supervised
 from slotscops.build import Trained, load_model
-from slotscops.config import suggest, to_mapping
+from slotscops.config import to_mapping
 from slotscops.crops import SIDE_PER_BOX
 from slotscops.errors import UserError
+from slotscops.evaluate_options import parse_options
 from slotscops.features import open_cache, warn_if_random
 from slotscops.index import Dataset, open_dataset
 from slotscops.landmarks import LandmarkRegression
 from slotscops.loader import Split, evaluation_batches
-from slotscops.model import Refinement, SlotScops
+from slotscops.model import SlotScops
 from slotscops.protocols import ORDERS, PROTOCOLS, Prediction, Predictor, ProtocolScores
 from slotscops.records import Batch
-from slotscops.remote import shards_argument
 from slotscops.scoreboard import Scored
 from slotscops.startup import join_processes
 from slotscops.visualise import comparison
 
 _BATCH_SIZE = 16
 _PICTURED_IMAGES = 8
-_BASELINES = (*baselines.NAMES, "supervised")
-_KNOWN = ", ".join(_BASELINES)
 _MAX_LANDMARK_IMAGES = 10_000  # of the training split, to fit 3 S + 1 numbers a coordinate to
 
 
@@ -143,7 +141,7 @@ def _sum(counts: Tensor, accelerator: Accelerator | None) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
+    options = parse_options(arguments)
     if options.read:
         scoreboard.show("scores read from files", [method for path in options.read for method in scoreboard.read(path)])
         return 0
@@ -161,60 +159,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json and console.is_main():
         scoreboard.write(options.json, about, methods)
     return 0
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m slotscops.evaluate", description="Score runs and baselines.")
-    parser.add_argument(
-        "--checkpoint", type=Path, nargs="+", default=[], metavar="RUN",
-        help="runs' folders or single checkpoints; of those that differ in their seed alone, mean and deviation",
-    )  # fmt: skip
-    parser.add_argument(
-        "--baseline",
-        type=lambda text: text.split(","),
-        default=[],
-        metavar="NAME,...",
-        help=f"methods without training: {', '.join(baselines.NAMES)}; supervised: taught the true parts, a ceiling",
-    )
-    parser.add_argument("--shards", type=shards_argument, help="(default: those the first run was trained on)")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--json", type=Path, help="write the scores here, in 0..1")
-    parser.add_argument("--read", type=Path, nargs="+", default=[], metavar="FILE", help="show scores of --json again")
-    parser.add_argument("--landmarks", action="store_true", help="regress part centres too; reads the training split")
-    parser.add_argument("--teacher", help="network of the baselines' features (default: the first run's, or vgg19)")
-    parser.add_argument("--layer", help="of it (default: the first run's, or relu5_4)")
-    parser.add_argument("--size", type=int, help="of the baselines' features, pixels (default: as --layer)")
-    parser.add_argument(
-        "--transform",
-        choices=("none", "sqrt", "l2", "sqrt_l2"),
-        default="none",
-        help="of the baselines' features (default: none)",
-    )
-    parser.add_argument(
-        "--refinement",
-        choices=get_args(Refinement),
-        default="none",
-        help="of the baselines' labels; a run has its own in decoder.refinement (default: none)",
-    )
-    parser.add_argument(
-        "--clusters", type=int, help="of the baselines, background included (default: the first run's slots, or 6)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the baselines")
-    options = parser.parse_args(arguments)
-    for name in options.baseline:
-        if name not in _BASELINES:
-            raise UserError(f"--baseline: unknown '{name}'{suggest(name, _BASELINES) or f'; known are {_KNOWN}'}")
-    if options.read and (options.checkpoint or options.baseline):
-        raise UserError("--read shows what was scored before; give it without --checkpoint and --baseline")
-    if options.read:
-        return options
-    if not (options.checkpoint or options.baseline):
-        raise UserError("nothing to score; give --checkpoint RUN, --baseline NAME or both")
-    if not (options.checkpoint or options.shards):
-        raise UserError("a baseline alone needs data; give --shards SHARDS")
-    if options.clusters is not None and not 2 <= options.clusters <= 255:
-        raise UserError(f"--clusters is {options.clusters}, needed 2 to 255: a background and at least one part")
-    return options
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ ROWS = [
     ["build"],
     ["clusters", "snapshot"],
     ["baselines"],
-    ["supervised"],
+    ["supervised", "evaluate_options"],
     ["startup", "failures", "checkpoint_writer"],
     ["evaluate"],
     ["trainer"],
