@@ -6,6 +6,7 @@ folder or an id. No pickle.
 """
 
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
 
@@ -59,6 +60,7 @@ Shards `{{ data }}`{{ shard_digest }}; {{ steps }} steps, {{ samples }} crops se
 
 class HubModel(
     ModelHubMixin,
+    ABC,
     library_name="slotscops",
     pipeline_tag="image-segmentation",
     tags=["co-part-segmentation", "slot-attention", "scops"],
@@ -70,8 +72,8 @@ class HubModel(
     _hub_mixin_config = {"model_type": "slotscops"}  # noqa: RUF012  # the mixin's own name and type
     trained: Trained
 
-    def __init__(self, trained: Trained, teacher_weights: str | None = None) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, trained: Trained, teacher_weights: str | None = None) -> None: ...
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_published(save_directory, self.trained.network.state_dict(), self.trained.config, self.trained.state)
