@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from slotscops.model.slots import SoftPositionEncoding
 
@@ -19,7 +20,7 @@ DecoderKind = Literal["scops", "mlp_broadcast", "conv"]
 class DilatedHead(nn.Module):
     """Four 3x3 convolutions side by side, of different dilations, summed.
 
-    On an 8 x 8 grid all but the centre taps of dilations 12, 18 and 24 only ever see the padding.
+    On an 8 x 8 grid all but the centre taps of dilations 12, 18 and 24 only ever see the padding, and are left out.
 
     Source: DeepLab (arXiv:1606.00915), ASPP-L, which SCOPS (arXiv:1905.01298) keeps as its head.
     """
@@ -33,7 +34,16 @@ class DilatedHead(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, D, G, G) -> (B, out_channels, G, G) float32."""
-        return torch.stack([branch(maps).float() for branch in self.branches]).sum(dim=0)
+        return torch.stack([_convolve(branch, maps).float() for branch in self.branches]).sum(dim=0)
+
+
+def _convolve(branch: nn.Module, maps: Tensor) -> Tensor:
+    """What the 3x3 convolution gives, without the taps that lie beyond the maps wherever it stands."""
+    assert isinstance(branch, nn.Conv2d)
+    if branch.dilation[0] < max(maps.shape[2:]):
+        convolved: Tensor = branch(maps)
+        return convolved
+    return functional.conv2d(maps, branch.weight[:, :, 1:2, 1:2], branch.bias)
 
 
 class SlotDecoder(nn.Module):
