@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from slotscops import console
 from slotscops.config import load_config, to_yaml
-from slotscops.fit import fit
+from slotscops.core import console
+from slotscops.train.fit import fit
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "toy.yaml"
 

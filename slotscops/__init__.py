@@ -9,7 +9,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     # Late, so that `python -m slotscops.shard` and the loader's workers need not import the networks.
     if name == "load":
-        from slotscops.segmenter import load
+        from slotscops.segment.segmenter import load
 
         return load
     raise AttributeError(f"module 'slotscops' has no attribute '{name}'")

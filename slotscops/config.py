@@ -11,8 +11,8 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from slotscops.errors import UserError
-from slotscops.files import write_bytes
+from slotscops.core.errors import UserError
+from slotscops.core.files import write_bytes
 
 # Strict: the text '2e-4', which YAML does not read as a number, must not become one unnoticed.
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -196,18 +196,6 @@ def to_yaml(config: Config) -> str:
 
 def write_config(config: Config, path: Path) -> None:
     write_bytes(path, to_yaml(config).encode())
-
-
-def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
-    """Names of the settings, dotted, in which two nested mappings differ."""
-    names: list[str] = []
-    for name in sorted(set(first) | set(second)):
-        mine, other = first.get(name), second.get(name)
-        if isinstance(mine, Mapping) and isinstance(other, Mapping):
-            names += differences(mine, other, f"{prefix}{name}.")
-        elif mine != other:
-            names.append(f"{prefix}{name}")
-    return names
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

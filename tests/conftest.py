@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from slotscops import shard
+from slotscops.shard import __main__ as shard
 
 TOY = ["--toy", "--toy-train", "14", "--toy-val", "6", "--size", "64", "--samples-per-shard", "5", "--workers", "1"]
 

@@ -6,8 +6,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slotscops.config import Config, config_from_mapping, differences, load_config, setting_names, to_mapping, to_yaml
-from slotscops.errors import UserError
+from slotscops.config import Config, config_from_mapping, load_config, setting_names, to_mapping, to_yaml
+from slotscops.core.claims import differences
+from slotscops.core.errors import UserError
 
 
 def written(folder: Path, text: str) -> Path:

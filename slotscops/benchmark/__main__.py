@@ -19,16 +19,17 @@ from typing import Any
 
 import torch
 
-from slotscops import console, shard
 from slotscops.benchmark import loader, loss, report, scaling, sharding, step
 from slotscops.config import load_config
-from slotscops.errors import UserError
-from slotscops.features import open_cache
-from slotscops.files import write_json
-from slotscops.index import open_dataset
-from slotscops.machine import machine
-from slotscops.startup import start_accelerator
-from slotscops.work import usable_cores
+from slotscops.core import console
+from slotscops.core.errors import UserError
+from slotscops.core.files import write_json
+from slotscops.core.machine import machine
+from slotscops.core.pool import usable_cores
+from slotscops.features.cache import open_cache
+from slotscops.shard import __main__ as shard
+from slotscops.shard.index import open_dataset
+from slotscops.train.processes import start_accelerator
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

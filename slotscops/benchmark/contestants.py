@@ -14,7 +14,7 @@ import torch
 import webdataset
 from torch import Tensor
 
-from slotscops.loader import Split
+from slotscops.loader.split import Split
 
 BATCH_SIZE = 32
 _CHUNK_BYTES = 64_000_000

@@ -7,15 +7,15 @@ from typing import Any
 import simplejpeg
 import torch
 
-from slotscops import console
 from slotscops.benchmark.contestants import BATCH_SIZE, make_contestants
 from slotscops.benchmark.measure import take_turns
 from slotscops.benchmark.start import measure_start
-from slotscops.feature_shard import FeatureShard
-from slotscops.features import FeatureCache
-from slotscops.index import Dataset
-from slotscops.loader import Split
-from slotscops.plan import permutation
+from slotscops.core import console
+from slotscops.features.cache import FeatureCache
+from slotscops.features.rows import FeatureShard
+from slotscops.loader.plan import permutation
+from slotscops.loader.split import Split
+from slotscops.shard.index import Dataset
 
 _NAMES = {
     "webdataset, its own decoder": "webdataset",

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slotscops import console
 from slotscops.benchmark.measure import peak_extra_memory_bytes, take_turns
-from slotscops.losses import semantic_consistency
+from slotscops.core import console
+from slotscops.losses.semantic import semantic_consistency
 
 _NUM_SLOTS, _NUM_CHANNELS = 6, 512
 _MAX_BYTES = 12e9  # a materialised form beyond that is left out

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slotscops.errors import UserError
-from slotscops.files import write_bytes
+from slotscops.core.errors import UserError
+from slotscops.core.files import write_bytes
 
 _BEGIN, _END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 # What is said of each figure, with how it is written.

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from slotscops import console
-from slotscops.errors import RunError
+from slotscops.core import console
+from slotscops.core.errors import RunError
 
 _STEPS = 8
 _WARMUP_STEPS = 3

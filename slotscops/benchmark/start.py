@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from slotscops.feature_manifest import IDENTITY, file_label, write_manifest
-from slotscops.feature_shard import FeatureShard, encode
-from slotscops.features import open_cache
-from slotscops.index import Dataset, ShardEntry, index_path, open_dataset, write_dataset
-from slotscops.loader import Split
-from slotscops.plan import permutation
+from slotscops.features.cache import open_cache
+from slotscops.features.manifest import IDENTITY, file_label, write_manifest
+from slotscops.features.rows import FeatureShard, encode
+from slotscops.loader.plan import permutation
+from slotscops.loader.split import Split
+from slotscops.shard.index import Dataset, ShardEntry, index_path, open_dataset, write_dataset
 
 _BATCH_SIZE = 32
 

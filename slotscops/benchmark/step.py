@@ -10,16 +10,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from slotscops import console
 from slotscops.benchmark.loss import materialised
 from slotscops.benchmark.measure import peak_extra_memory_bytes, take_turns
-from slotscops.build import build_model, build_optimizer
-from slotscops.checkpoint_writer import CheckpointWriter
 from slotscops.config import Config
-from slotscops.losses import semantic_consistency
-from slotscops.records import Batch
-from slotscops.teacher import Teacher
-from slotscops.trainer import Trainer
+from slotscops.core import console
+from slotscops.core.records import Batch
+from slotscops.features.teacher import Teacher
+from slotscops.losses.semantic import semantic_consistency
+from slotscops.train.build import build_model, build_optimizer
+from slotscops.train.loop import Trainer
+from slotscops.train.run.writer import CheckpointWriter
 
 _STEPS_AFTER_CHECKPOINT = 20
 _CHECKPOINTS = 3

@@ -14,9 +14,9 @@ from torch.nn import functional
 from torchvision.models import ResNet18_Weights, ResNet34_Weights, ResNet50_Weights, ResNet101_Weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from slotscops import weights as weight_files
-from slotscops.errors import UserError
-from slotscops.images import normalise_images
+from slotscops.core import pretrained
+from slotscops.core.errors import UserError
+from slotscops.core.pixels import normalise_images
 
 ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
 # The first ImageNet weights: the only ones that exist for all four networks.
@@ -78,8 +78,8 @@ class ResNetEncoder(Encoder):
         if weights is None:
             _fill_with_zeros(self.trunk)
         else:
-            weight_files.fill(self.trunk, weights, _PRETRAINED[name])
-            seed = weight_files.random_seed(weights)
+            pretrained.fill(self.trunk, weights, _PRETRAINED[name])
+            seed = pretrained.random_seed(weights)
             self.is_random = seed is not None
             if seed is not None:
                 measure_statistics(self.trunk, seed)

@@ -1,0 +1,56 @@
+"""Work that several processes share without any of them waiting for another.
+
+Each unit of work ends in a file that appears whole or not at all and has the same content whoever writes it. A process
+does its own units first and then whatever is still missing; one that dies leaves its units to the others.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from slotscops.core import console
+from slotscops.core.errors import UserError
+from slotscops.core.files import write_json
+
+_SHORT = 100  # letters that a line can spare for two values
+
+
+def units_in_turn(num_units: int) -> Iterator[int]:
+    """All unit numbers, starting with this process's own share, so that processes begin at different places."""
+    first = console.rank() * num_units // console.world_size()
+    for step in range(num_units):
+        yield (first + step) % num_units
+
+
+def claim(path: Path, content: dict[str, Any], remedy: str) -> None:
+    """Writes down at `path` what is made in its folder, or refuses where that is something else.
+
+    Args:
+        remedy: what the user can do then.
+    """
+    if not path.is_file():
+        write_json(path, content)
+        return
+    try:
+        present = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path}: is damaged; {remedy}") from None
+    for name in differences(present, content):
+        before, now = present, content
+        for step in name.split("."):
+            before, now = before.get(step, {}), now.get(step, {})
+        values = f"({before}, now {now})" if len(f"{before}{now}") < _SHORT else "(too long to print)"
+        raise UserError(f"{path.parent}: was made with another {name.removeprefix('settings.')} {values}; {remedy}")
+
+
+def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
+    """Names of the settings, dotted, in which two nested mappings differ."""
+    names: list[str] = []
+    for name in sorted(set(first) | set(second)):
+        mine, other = first.get(name), second.get(name)
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            names += differences(mine, other, f"{prefix}{name}.")
+        elif mine != other:
+            names.append(f"{prefix}{name}")
+    return names

@@ -1,0 +1,76 @@
+"""Pixels: square crops around objects, resized, and the normalisation of an ImageNet network.
+
+The one place for channel order, value range and the colour of padding.
+
+Shapes: B images, H x W pixels of a photo, S side of a resized crop.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+# RGB mean and standard deviation of ImageNet, pixels in [0, 1]: what torchvision's networks were trained with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
+
+_MARGIN = 0.05  # of the box's longer side, on every side of the crop
+SIDE_PER_BOX = 1 + 2 * _MARGIN  # a crop's side over its box's longer side, up to a pixel of the photo
+# Beyond the photo's edge: zero once normalised. Segmentation pads whole photos with the same colour.
+PADDING = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+
+
+def box_of(mask: NDArray[np.bool_]) -> Box:
+    """The smallest box that holds the (H, W) mask, which must not be empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def square_crop(box: Box) -> Box:
+    """The square around the box with 5 % of its longer side on every side; it may reach beyond the photo."""
+    left, top, right, bottom = box
+    longer = max(right - left, bottom - top)
+    side = longer + 2 * max(1, round(_MARGIN * longer))
+    x, y = (left + right - side) // 2, (top + bottom - side) // 2
+    return x, y, x + side, y + side
+
+
+def crop_photo(photo: Image.Image, crop: Box, size: int) -> NDArray[np.uint8]:
+    """(S, S, 3) RGB, antialiased; ImageNet's mean colour where the crop reaches beyond the photo."""
+    return _crop(photo, crop, size, PADDING, Image.Resampling.BICUBIC)
+
+
+def crop_labels(labels: Image.Image, crop: Box, size: int) -> NDArray[np.uint8]:
+    """(S, S) labels of the nearest pixel; 0 where the crop reaches beyond the photo."""
+    return _crop(labels, crop, size, 0, Image.Resampling.NEAREST)
+
+
+def _crop(image: Image.Image, crop: Box, size: int, fill: Any, filter_: Image.Resampling) -> NDArray[np.uint8]:
+    side = crop[2] - crop[0]
+    canvas = Image.new(image.mode, (side, side), fill)
+    canvas.paste(image, (-crop[0], -crop[1]))
+    return np.array(canvas.resize((size, size), filter_))
+
+
+def normalise_images(images: Tensor) -> Tensor:
+    """Pixels as torchvision's ImageNet networks want them: (p - mean) / std for each colour.
+
+    Args:
+        images: (B, 3, H, W) RGB, uint8 in 0..255 or floating point in [0, 1].
+
+    Returns:
+        (B, 3, H, W) float32.
+    """
+    assert images.dtype == torch.uint8 or images.is_floating_point(), images.dtype
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    # Colour by colour with plain numbers: a mean tensor would have to be copied to the GPU, which waits for it.
+    colours = [
+        (pixels[:, channel] - mean) / std
+        for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
+    ]
+    return torch.stack(colours, dim=1)

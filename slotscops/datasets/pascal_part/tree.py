@@ -1,0 +1,188 @@
+"""Where the files of PASCAL-Part lie in the folders that people have, and what their split lists say."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from slotscops.core.errors import UserError
+from slotscops.datasets.pascal_part.archives import (
+    ArchivePlace,
+    FolderPlace,
+    Place,
+    find_archives,
+    is_compressed,
+    unpacked,
+)
+
+SPLITS = ("train", "val")
+_GET_PHOTOS = "unpack VOCtrainval_03-May-2010.tar"
+_GET_PARTS = "unpack PASCAL-Part's trainval.tar.gz"
+_FOLDERS = ("JPEGImages", "ImageSets/Main", "Annotations_Part")
+
+
+@dataclass(frozen=True)
+class PascalPartTree:
+    """The three folders of a PASCAL-Part tree. Whoever reads its files asks for them by the image's name."""
+
+    root: Path
+    photos: Place  # JPEGImages
+    lists: Place  # ImageSets/Main
+    annotations: Place  # Annotations_Part
+
+    def annotation_path(self, image: str) -> Path:
+        return self.annotations.path(f"{image}.mat")
+
+    def photo_path(self, image: str) -> Path:
+        return self.photos.path(f"{image}.jpg")
+
+    def open_annotation(self, image: str) -> BinaryIO:
+        """Raises UserError where there is none or it may not be read."""
+        return self.annotations.open(f"{image}.mat")
+
+    def open_photo(self, image: str) -> BinaryIO:
+        """Raises UserError where there is none or it may not be read."""
+        return self.photos.open(f"{image}.jpg")
+
+
+# ---- finding the folders -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_tree(root: Path, scratch: Path) -> Iterator[PascalPartTree]:
+    """As `find_tree`, and reads the official archives unopened where `root` holds them instead of the folders.
+
+    Args:
+        scratch: folder for what must be unpacked, removed at the end.
+
+    Raises:
+        UserError: as `find_tree`, or an archive is damaged.
+    """
+    with ExitStack() as stack:
+        places: dict[str, Place] = {}
+        for archive in find_archives(root) if _is_folder(root) or root.is_file() else []:
+            plain = stack.enter_context(unpacked(archive, scratch)) if is_compressed(archive) else archive
+            for folder in _FOLDERS:
+                place = ArchivePlace(archive, plain, folder)
+                if place.names():
+                    places.setdefault(folder, place)
+        yield find_tree(root, places)
+
+
+def find_tree(root: Path, places: Mapping[str, Place] | None = None) -> PascalPartTree:
+    """Finds the folders below `root`; those that are not there are taken from `places`.
+
+    Known are the official layout, `VOCdevkit/VOC2010/` with `Annotations_Part/` in `root`, in `VOCdevkit` or beside
+    it, and that of Choudhury et al., `VOCdevkit_2010/{VOC2010,Annotations_Part}`; `root` may be any folder of these.
+
+    Raises:
+        UserError: no such folder, or one of the three is missing; says where it was looked for.
+    """
+    if not _is_folder(root) and not places:
+        raise UserError(f"{root}: no such folder; give --root the folder that holds VOCdevkit and Annotations_Part")
+    archived = dict(places or {})
+    base = root.parent if root.is_file() else root
+    vocs = [base / "VOCdevkit" / "VOC2010", base / "VOCdevkit_2010" / "VOC2010", base / "VOC2010", base]
+    voc = next((folder for folder in vocs if _is_folder(folder / "JPEGImages")), None)
+    if voc is not None:
+        photos, lists = voc / "JPEGImages", voc / "ImageSets" / "Main"
+        archived["JPEGImages"] = FolderPlace(photos)
+        if _is_folder(lists):
+            archived["ImageSets/Main"] = FolderPlace(lists)
+    if "JPEGImages" not in archived:
+        raise UserError(f"{root}: no folder JPEGImages in {_listed(vocs)}; {_GET_PHOTOS} into {root}")
+    if "ImageSets/Main" not in archived:
+        where = voc / "ImageSets" / "Main" if voc else "ImageSets/Main"
+        raise UserError(f"{root}: no folder {where}; {_GET_PHOTOS} into {root}")
+    around = [base, *_parents(voc or base)]
+    annotations = next(filter(_is_folder, (place / "Annotations_Part" for place in around)), None)
+    if annotations is not None:
+        archived["Annotations_Part"] = FolderPlace(annotations)
+    if "Annotations_Part" not in archived:
+        raise UserError(f"{root}: no folder Annotations_Part in {_listed(around)}; {_GET_PARTS} into {root}")
+    tree = PascalPartTree(root, *(archived[folder] for folder in _FOLDERS))
+    if not list_images(tree):
+        raise UserError(f"{tree.annotations.path('')}: holds no .mat file; {_GET_PARTS} into {root}")
+    return tree
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112, Path.is_dir raises where the folder above may not be entered
+
+
+def _parents(voc: Path) -> list[Path]:
+    """The folder above VOC2010 and the one above that, also where `voc` is `.` or a link."""
+    named, real = Path(os.path.abspath(voc)), voc.resolve()  # noqa: PTH100, resolve would follow links
+    return [voc.parent] * (voc.name == "VOC2010") + [*named.parents[:2], *real.parents[:2]]
+
+
+def _listed(folders: list[Path]) -> str:
+    return ", ".join(dict.fromkeys(str(folder) for folder in folders))
+
+
+def list_images(tree: PascalPartTree) -> list[str]:
+    """Names of all annotated images, sorted."""
+    # A name with a dot in front is what a Mac's tar leaves beside each file.
+    names = tree.annotations.names()
+    return sorted(name.removesuffix(".mat") for name in names if name.endswith(".mat") and not name.startswith("."))
+
+
+# ---- split lists -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Which split an object belongs to: by its class and its image."""
+
+    lists: dict[str, dict[str, str]]  # class -> image -> split
+
+    def of_image(self, image: str) -> dict[str, str]:
+        """class -> split, for the classes whose lists name the image."""
+        return {name: splits[image] for name, splits in self.lists.items() if image in splits}
+
+
+def find_splits(tree: PascalPartTree, class_names: list[str]) -> Splits:
+    """Reads `ImageSets/Main/{class}_{train,val}.txt`; a class without a list of its own follows `{train,val}.txt`.
+
+    A list names all images of the split; its second column says whether the class is in the image. The annotation
+    knows that better, so that column is not looked at (nor do Choudhury et al.).
+
+    Raises:
+        UserError: no list at all for a class, a line that is none of a list, an image in both splits.
+    """
+    return Splits({name: _splits_of_class(tree, name) for name in class_names})
+
+
+def _splits_of_class(tree: PascalPartTree, class_name: str) -> dict[str, str]:
+    present = set(tree.lists.names())
+    own, general = ([f"{prefix}{split}.txt" for split in SPLITS] for prefix in (f"{class_name}_", ""))
+    names = own if present.intersection(own) else general
+    if not present.intersection(names):
+        raise UserError(f"{tree.lists.path('')}: holds none of {', '.join((*own, *general))}; {_GET_PHOTOS}")
+    splits: dict[str, str] = {}
+    for split, name in zip(SPLITS, names, strict=True):
+        path = tree.lists.path(name)
+        for number, image in _read_list(tree.lists, name) if name in present else ():
+            if splits.setdefault(image, split) != split:
+                raise UserError(f"{path}, line {number}: {image} is in the lists of both splits; take it out of one")
+    return splits
+
+
+def _read_list(lists: Place, name: str) -> Iterator[tuple[int, str]]:
+    """Line numbers and image names."""
+    path = lists.path(name)
+    try:
+        with lists.open(name) as file:
+            lines = file.read().decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}); it must be a VOC image list") from None
+    for number, line in enumerate(lines, start=1):
+        columns = line.split()
+        if not columns:
+            continue
+        if len(columns) > 2 or (len(columns) == 2 and columns[1] not in ("-1", "0", "1")):
+            came = " ".join(columns)[:40]
+            raise UserError(f"{path}, line {number}: '{came}' came, needed an image name and -1, 0 or 1; mend the line")
+        yield number, columns[0]

@@ -1,0 +1,1 @@
+"""A synthetic PASCAL-Part: drawn horses and cows with true parts."""

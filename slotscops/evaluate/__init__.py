@@ -1,0 +1,1 @@
+"""Runs and baselines in one table."""

@@ -1,0 +1,165 @@
+"""Scores of trained networks and of baselines on shards, through one scorer.
+
+    python -m slotscops.evaluate --checkpoint RUN... --baseline position,kmeans,dff [--shards SHARDS] [--json FILE]
+
+Three protocols side by side, in both paint orders of overlapping parts; see `metrics.protocols`. Works alone or under
+a launcher.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from slotscops.config import to_mapping
+from slotscops.core import console
+from slotscops.core.errors import UserError
+from slotscops.evaluate import baselines, ceiling, scoreboard
+from slotscops.evaluate.options import parse_options
+from slotscops.evaluate.scoreboard import Scored
+from slotscops.features.cache import open_cache, warn_if_random
+from slotscops.loader.split import Split
+from slotscops.metrics.protocols import ORDERS, PROTOCOLS, Predictor
+from slotscops.metrics.scoring import (
+    BATCH_SIZE,
+    landmark_errors,
+    network_predictor,
+    score_predictions,
+    scored_batches,
+    sum_over_processes,
+)
+from slotscops.shard.index import Dataset, open_dataset
+from slotscops.train.build import Trained, load_model
+from slotscops.train.processes import join_processes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    if options.read:
+        scoreboard.show("scores read from files", [method for path in options.read for method in scoreboard.read(path)])
+        return 0
+    harness = _open_harness(options)
+    methods = [
+        _score_run(harness, trained, path) for trained, path in zip(harness.runs, options.checkpoint, strict=True)
+    ]
+    methods += [_score_baseline(harness, name) for name in options.baseline]
+    about = {
+        "shards": harness.dataset.location,
+        "split": options.split,
+        "num_crops": harness.dataset.num_samples(options.split),
+    }
+    scoreboard.show(f"{about['split']} of {about['shards']}, {about['num_crops']} crops", methods)
+    if options.json and console.is_main():
+        scoreboard.write(options.json, about, methods)
+    return 0
+
+
+@dataclass(frozen=True)
+class _Harness:
+    """What all methods of one command share."""
+
+    dataset: Dataset
+    options: argparse.Namespace
+    runs: list[Trained]
+    accelerator: Accelerator | None  # None: a single process
+
+
+def _open_harness(options: argparse.Namespace) -> _Harness:
+    accelerator = join_processes() if console.world_size() > 1 else None
+    runs = [load_model(path) for path in options.checkpoint]
+    dataset = open_dataset(options.shards or runs[0].config.data.shards)
+    if not dataset.num_samples(options.split):
+        raise UserError(f"{dataset.location}: the split '{options.split}' holds no samples; there is nothing to score")
+    first = runs[0].config if runs else None
+    if options.teacher is None:
+        options.teacher = first.teacher.network if first else "vgg19"
+    if options.layer is None:
+        options.layer = first.teacher.layer if first else "relu5_4"
+        options.size = options.size or (first.teacher_size if first else None)
+    options.size = options.size or dataset.size
+    options.clusters = options.clusters or (runs[0].network.num_slots if runs else 6)
+    return _Harness(dataset, options, runs, accelerator)
+
+
+def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
+    if harness.accelerator is not None:
+        device = harness.accelerator.device
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = trained.network.to(device)
+    cache, config = None, trained.config
+    if harness.dataset.size != config.data.size:
+        raise UserError(
+            f"{harness.dataset.location}: holds crops of {harness.dataset.size} px, {path} was trained at "
+            f"{config.data.size}; make shards with python -m slotscops.shard --size {config.data.size}"
+        )
+    if network.takes_features:
+        teacher, sha256 = config.teacher, trained.state.teacher_sha256
+        cache = open_cache(harness.dataset, teacher.layer, config.teacher_size, sha256, teacher.network)
+        warn_if_random(cache)
+    train, split = (Split(harness.dataset, name, cache, with_labels=True) for name in ("train", harness.options.split))
+    classes = _classes_of_network(trained, harness.dataset, path) if network.num_classes is not None else None
+    predict = network_predictor(network, device, classes)
+    scored = _score(harness, str(path), predict, train, split, network.num_slots, classes is not None)
+    return scored._replace(kind="run", settings=to_mapping(config))
+
+
+def _classes_of_network(trained: Trained, dataset: Dataset, path: Path) -> list[int]:
+    """For each class of the data, its number in the network's own."""
+    names = trained.state.class_names
+    unknown = [name for name in dataset.class_names if name not in names]
+    if unknown:
+        raise UserError(
+            f"{dataset.location}: holds {', '.join(unknown)}, but {path} has slots of its own for "
+            f"{', '.join(names)} only; score it on shards of these"
+        )
+    return [names.index(name) for name in dataset.class_names]
+
+
+def _score_baseline(harness: _Harness, name: str) -> Scored:
+    options, cache, title = harness.options, None, name
+    if not harness.dataset.num_samples("train"):
+        raise UserError(f"{harness.dataset.location}: holds no training samples, which a baseline is fit to")
+    if name != "position":
+        cache = open_cache(harness.dataset, options.layer, options.size, network=options.teacher)
+        warn_if_random(cache)
+        network = "" if options.teacher == "vgg19" else f"{options.teacher} "
+        transform = "" if options.transform == "none" else f" {options.transform}"
+        title = f"{name} {network}{options.layer} {options.size} px{transform}"
+    title += "" if options.refinement == "none" else f" {options.refinement}"
+    train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", options.split))
+    # Every process fits the same: samples and starts are drawn from the seed.
+    refine = options.refinement != "none"
+    if name == "supervised":
+        predict = ceiling.fit(train, options.seed, options.transform, refine)
+        return _score(harness, title, predict, train, split, ceiling.num_predicted(split), own_parts=True)
+    predict = baselines.fit(name, train, options.clusters, options.seed, options.transform, refine)
+    return _score(harness, title, predict, train, split, options.clusters)
+
+
+def _score(
+    harness: _Harness,
+    name: str,
+    predict: Predictor,
+    train: Split,
+    split: Split,
+    num_predicted: int,
+    own_parts: bool = False,
+) -> Scored:
+    total = math.ceil(len(split) / BATCH_SIZE / console.world_size())
+    batches = console.track(scored_batches(split, harness.accelerator), total, f"scoring {name}, batches")
+    scores = score_predictions(predict, batches, split.dataset, num_predicted, own_parts)
+    scores.set_counts(sum_over_processes(scores.counts(), harness.accelerator))
+    landmarks = {}
+    if harness.options.landmarks:
+        landmarks = landmark_errors(predict, train, split, num_predicted, harness.accelerator)
+    rows = {protocol: {order: scores.scores(protocol, order) for order in ORDERS} for protocol in PROTOCOLS}
+    return Scored(name, "baseline", num_predicted - 1, rows, landmarks)
+
+
+if __name__ == "__main__":
+    console.run_command(main)

@@ -1,0 +1,91 @@
+"""What the teacher's features can give at most: a classifier that is taught the true parts.
+
+No method to compare with, for it sees what all others must find; but a score that it does not reach is hardly to be had
+from these features on this grid. One a class, and it is told the class.
+
+Shapes: B images, C channels on an h x w grid, H x W pixels, T true labels of a class, M sampled cells.
+"""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from slotscops.core.records import Batch
+from slotscops.evaluate.baselines import Transform, transformed_features
+from slotscops.loader.split import Split
+from slotscops.metrics.protocols import Prediction, Predictor
+from slotscops.model.clusters import sample_vectors
+from slotscops.model.refinement import refine_maps
+
+_HIDDEN = 256
+_NUM_PASSES = 15  # over at most 50,000 cells
+
+
+def fit(train: Split, seed: int = 0, transform: Transform = "none", refine: bool = False) -> Predictor:
+    """A network of one hidden layer (scikit-learn) on single cells, for each class of the training split.
+
+    Args:
+        train: read with labels. A cell's is that of most of its pixels, the smallest part on top.
+        transform: of the features, as `TargetTransform`.
+        refine: give the maps to `refine_maps`, as a network's where `decoder.refinement` is `pamr`.
+    """
+
+    def labelled(batch: Batch) -> Tensor:
+        features = transformed_features(batch, transform)
+        return torch.cat([features, _cell_labels(batch, features.shape[-2], features.shape[-1])], dim=1)
+
+    classifiers = {}
+    for class_id in np.unique(train.class_ids()).tolist():
+        cells = sample_vectors(train, seed, labelled, class_id=class_id).numpy()
+        classifiers[class_id] = _classifier(cells[:, :-1], cells[:, -1].astype(np.int64), seed)
+    num_labels = num_predicted(train)
+
+    def predict(batch: Batch) -> Prediction:
+        features = transformed_features(batch, transform)
+        maps = torch.zeros(len(batch), num_labels, *features.shape[-2:])
+        for class_id in set(batch.class_ids.tolist()) & set(classifiers):
+            chosen = batch.class_ids == class_id
+            cells = features[chosen].movedim(1, -1)
+            shares = classifiers[class_id].predict_proba(cells.flatten(0, 2).numpy())
+            of_class = torch.zeros(*cells.shape[:3], num_labels)
+            of_class[..., classifiers[class_id].classes_] = torch.from_numpy(shares).float().view(*cells.shape[:3], -1)
+            maps[chosen] = of_class.movedim(-1, 1)
+        maps = functional.interpolate(maps, batch.images.shape[-2:], mode="bilinear", align_corners=True)
+        if refine:
+            maps = refine_maps(maps, batch.images)
+        return Prediction(maps.argmax(dim=1), maps[:, 1:].argmax(dim=1) + 1)
+
+    return predict
+
+
+def num_predicted(split: Split) -> int:
+    """Labels that `fit`'s predictor knows, 0 = no part: as many as the class of the most parts has."""
+    return 1 + max(1, *(len(names) for names in split.dataset.part_names.values()))
+
+
+def _classifier(cells: NDArray[np.float32], labels: NDArray[np.int64], seed: int) -> Any:
+    """Of (M, C) cells with (M,) labels."""
+    from sklearn.dummy import DummyClassifier  # here, because it takes a second that others need not wait
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if len(np.unique(labels)) < 2:
+        return DummyClassifier().fit(cells, labels)
+    network = MLPClassifier((_HIDDEN,), batch_size=min(256, len(cells)), max_iter=_NUM_PASSES, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # on a bounded number of passes, by intention
+        return make_pipeline(StandardScaler(), network).fit(cells, labels)
+
+
+def _cell_labels(batch: Batch, height: int, width: int) -> Tensor:
+    """(B, 1, h, w) float: the label of most of a cell's pixels."""
+    assert batch.parts_small is not None
+    one_hot = functional.one_hot(batch.parts_small.long()).movedim(-1, 1).float()  # (B, T, H, W)
+    return functional.adaptive_avg_pool2d(one_hot, (height, width)).argmax(dim=1, keepdim=True).float()

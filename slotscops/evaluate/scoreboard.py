@@ -1,0 +1,228 @@
+"""Scores of several methods side by side: the printed tables and the JSON."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slotscops.core import console
+from slotscops.core.claims import differences
+from slotscops.core.errors import UserError, first_line
+from slotscops.core.files import json_numbers, write_json
+from slotscops.evaluate import published_numbers as literature
+from slotscops.metrics.protocols import ORDERS, PROTOCOLS
+
+Rows = dict[str, dict[str, dict[str, dict[str, float]]]]  # protocol, paint order, class, score
+_SCORES = ("nmi", "ari", "miou", "majority_miou")
+_HEADINGS = {"nmi": "NMI", "ari": "ARI", "miou": "mIoU", "majority_miou": "mIoU maj."}
+_TITLES = {
+    "own": "full image, own background",
+    "mask": "full image, given object mask (other numbers than with the method's own background)",
+    "foreground": "foreground only: pixels of true parts",
+}
+_MAY_DIFFER = {"seed", "run_dir"}  # between the runs of one mean
+
+
+class Scored(NamedTuple):
+    """One method's scores."""
+
+    name: str
+    kind: str  # run, baseline or mean
+    num_parts: int  # K
+    rows: Rows
+    landmarks: dict[str, float]  # by class; empty where not asked for
+    settings: dict[str, Any] | None = None  # of a run
+
+
+class Mean(NamedTuple):
+    """Mean and sample standard deviation (n - 1) of runs that differ in their seed alone."""
+
+    names: list[str]
+    mean: Scored
+    deviation: Scored
+
+
+def means(methods: list[Scored]) -> list[Mean]:
+    """One for each two or more runs whose settings are equal but for the seed."""
+    groups: list[list[Scored]] = []
+    for method in methods:
+        if method.settings is None:
+            continue
+        for group in groups:
+            assert group[0].settings is not None
+            if set(differences(group[0].settings, method.settings)) <= _MAY_DIFFER:
+                group.append(method)
+                break
+        else:
+            groups.append([method])
+    return [_mean(group) for group in groups if len(group) > 1]
+
+
+def _average(values: list[float]) -> float:
+    return float(np.mean(values))
+
+
+def _deviation(values: list[float]) -> float:
+    return float(np.std(values, ddof=1))
+
+
+def _mean(group: list[Scored]) -> Mean:
+    def combine(function: Callable[[list[float]], float], name: str) -> Scored:
+        first = group[0]
+        rows: Rows = {
+            protocol: {
+                order: {
+                    class_name: {
+                        score: function([method.rows[protocol][order][class_name][score] for method in group])
+                        for score in row
+                    }
+                    for class_name, row in classes.items()
+                }
+                for order, classes in orders.items()
+            }
+            for protocol, orders in first.rows.items()
+        }
+        landmarks = {
+            class_name: function([method.landmarks[class_name] for method in group]) for class_name in first.landmarks
+        }
+        return Scored(name, "mean", first.num_parts, rows, landmarks)
+
+    name = f"mean of {len(group)} as {group[0].name}"
+    return Mean([method.name for method in group], combine(_average, name), combine(_deviation, name))
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def show(title: str, methods: list[Scored]) -> None:
+    """Prints one table a protocol, never two protocols in one."""
+    averaged = means(methods)
+    console.say(title)
+    for protocol in PROTOCOLS:
+        prefix = "FG-" if protocol == "foreground" else ""
+        columns = [f"{prefix}{_HEADINGS[score]}\n{order}" for order in ORDERS for score in _SCORES]
+        rows = _rows([method for method in methods if method.kind == "run"], protocol)
+        for mean in averaged:
+            for name in mean.mean.rows[protocol][ORDERS[0]]:
+                pairs = zip(_cells(mean.mean, protocol, name), _cells(mean.deviation, protocol, name), strict=True)
+                rows.append((mean.mean.name, name, *(f"{value} ± {off}" for value, off in pairs)))
+        rows += _rows([method for method in methods if method.kind != "run"], protocol)
+        if protocol == literature.PROTOCOL:
+            rows += _published_cells(methods)
+        console.show_table(_TITLES[protocol], ("method", "class", *columns), rows)
+    _show_landmarks(methods, averaged)
+    console.say(
+        "x 100. first, small: the part on top where true masks overlap, first listed or smallest. mIoU: best "
+        "one-to-one matching; maj.: each found part counts for the true one it mostly covers."
+    )
+    if _published_cells(methods):
+        console.say(
+            f"* other people's numbers, not measured here: {literature.SOURCE}; their crops and networks differ"
+        )
+
+
+def _rows(methods: list[Scored], protocol: str) -> list[tuple[str, ...]]:
+    return [
+        (method.name, name, *_cells(method, protocol, name))
+        for method in methods
+        for name in method.rows[protocol][ORDERS[0]]
+    ]
+
+
+def _cells(method: Scored, protocol: str, class_name: str) -> list[str]:
+    return [_percent(method.rows[protocol][order][class_name][score]) for order in ORDERS for score in _SCORES]
+
+
+def _percent(value: float) -> str:
+    return "-" if value != value else f"{100 * value:.1f}"
+
+
+def _published(methods: list[Scored]) -> list[tuple[str, literature.Published]]:
+    """Class and published scores, for each class and number of parts that was scored."""
+    wanted = {
+        (name, method.num_parts): None for method in methods for name in method.rows[literature.PROTOCOL][ORDERS[0]]
+    }
+    return [(name, row) for name, num_parts in wanted for row in literature.published_scores(name, num_parts)]
+
+
+def _published_cells(methods: list[Scored]) -> list[tuple[str, ...]]:
+    empty = [""] * (len(_SCORES) * len(ORDERS) - 2)
+    return [
+        (f"* {row.method}, published", name, _percent(row.nmi), _percent(row.ari), *empty)
+        for name, row in _published(methods)
+    ]
+
+
+def _show_landmarks(methods: list[Scored], averaged: list[Mean]) -> None:
+    rows = [(method.name, name, _percent(error)) for method in methods for name, error in method.landmarks.items()]
+    for mean in averaged:
+        for name, error in mean.mean.landmarks.items():
+            rows.append((mean.mean.name, name, f"{_percent(error)} ± {_percent(mean.deviation.landmarks[name])}"))
+    if rows:
+        title = "landmarks: error of regressed part centres, less is better (weak: read it beside position)"
+        console.show_table(title, ("method", "class", "% of the box's longer side"), rows)
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, about: dict[str, Any], methods: list[Scored]) -> None:
+    """Everything that `show` prints, in 0..1; None where there was no pixel to score."""
+    content = about | {
+        "methods": [_to_json(method) for method in methods],
+        "means": [
+            {"of": mean.names, "mean": _to_json(mean.mean), "deviation": _to_json(mean.deviation)}
+            for mean in means(methods)
+        ],
+        "published": [
+            {"class": name, "source": literature.SOURCE, "protocol": literature.PROTOCOL, **row._asdict()}
+            for name, row in _published(methods)
+        ],
+    }
+    write_json(path, content)
+
+
+def read(path: Path) -> list[Scored]:
+    """The methods of a file of `write`, without their settings: no mean is made of them anew.
+
+    Raises:
+        UserError: no such file, or not one of `write`.
+    """
+    needed = "needed scores written by python -m slotscops.evaluate --json"
+    try:
+        return [_from_json(method) for method in json.loads(path.read_text())["methods"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {needed}, came {type(error).__name__}: {first_line(error)}") from None
+
+
+def _from_json(method: dict[str, Any]) -> Scored:
+    rows: Rows = {
+        protocol: {
+            order: {name: _numbers(row) for name, row in method["scores"][protocol][order].items()} for order in ORDERS
+        }
+        for protocol in PROTOCOLS
+    }
+    return Scored(method["name"], method["kind"], method["num_parts"], rows, _numbers(method["landmark_error"]))
+
+
+def _numbers(row: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else float(value) for name, value in row.items()}
+
+
+def _to_json(method: Scored) -> dict[str, Any]:
+    scores = {
+        protocol: {
+            order: {name: json_numbers(row) for name, row in classes.items()} for order, classes in orders.items()
+        }
+        for protocol, orders in method.rows.items()
+    }
+    return {
+        "name": method.name,
+        "kind": method.kind,
+        "num_parts": method.num_parts,
+        "scores": scores,
+        "landmark_error": json_numbers(method.landmarks),
+    }

@@ -1,0 +1,183 @@
+"""The feature cache: teacher features of every crop, computed once, row-aligned with the shards.
+
+    python -m slotscops.features --shards SHARDS [--teacher vgg19] [--layer relu5_4] [--size 128] [--mirrored]
+
+`SHARDS/features/{name}/{split}-{000000}.safetensors` holds the features, `manifest.json` what they were made of.
+Features of the mirrored crops are a cache of their own beside it. Works alone or under a launcher; a start over
+finished files does nothing twice.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from slotscops.core import console
+from slotscops.core.errors import UserError
+from slotscops.core.files import sha256_of_file, sha256_of_json
+from slotscops.features.manifest import REMOVE_AND_REBUILD, file_label, name_of, read_manifest, rebuild_command
+from slotscops.features.rows import FeatureShard
+from slotscops.shard.index import Dataset, ShardEntry, open_dataset
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """A finished cache and its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    dataset: Dataset
+    mirrored: "FeatureCache | None" = None  # of the mirrored crops, where those were asked for
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, h, w of one row."""
+        channels, height, width = self.manifest["shape"]
+        return channels, height, width
+
+    @property
+    def digest(self) -> str:
+        """One hash over the manifest, and so over every file's own; over both where there are mirrored features."""
+        own = sha256_of_json(self.manifest)
+        return own if self.mirrored is None else sha256_of_json([own, self.mirrored.digest])
+
+    @property
+    def is_random(self) -> bool:
+        """True where the teacher was never trained: good for tests only."""
+        return str(self.manifest["weights"]).startswith("random:")
+
+    def path(self, shard: str) -> Path:
+        return self.folder / f"{shard}.safetensors"
+
+    def file(self, entry: ShardEntry) -> tuple[str, str, int]:
+        """Name below SHARDS, sha256 and bytes of the features of one shard."""
+        row = self.manifest["files"][entry.name]
+        return f"features/{self.folder.name}/{entry.name}.safetensors", row["sha256"], row["bytes"]
+
+    def open_shard(self, entry: ShardEntry) -> FeatureShard:
+        with self.dataset.opened(*self.file(entry)) as path:
+            shard = FeatureShard(path)
+        if shard.label != file_label(self.manifest, entry.name):
+            raise UserError(f"{shard.path}: belongs to another shard or cache (files swapped?); {REMOVE_AND_REBUILD}")
+        if len(shard) != entry.num_samples or shard.shape != self.shape:
+            raise UserError(
+                f"{shard.path}: holds {len(shard)} maps of {shard.shape}, needed {entry.num_samples} of {self.shape}; "
+                f"rebuild with: {rebuild_command(self.dataset.location, self.manifest)}"
+            )
+        return shard
+
+
+def open_cache(
+    dataset: Dataset,
+    layer: str,
+    size: int,
+    weights_sha256: str | None = None,
+    network: str = "vgg19",
+    mirrored: bool = False,
+) -> FeatureCache:
+    """Opens the cache of `layer` at `size` pixels, and checks that it belongs to these shards and is complete.
+
+    Args:
+        mirrored: open the features of the mirrored crops too, made with the same weights.
+
+    Raises:
+        UserError: not there, unfinished, or a field that differs, with the command that rebuilds it.
+    """
+    wanted = {"network": network, "layer": layer, "input_size": size, "mirrored": False}
+    wanted |= {} if weights_sha256 is None else {"weights_sha256": weights_sha256}
+    cache = _open_one(dataset, wanted)
+    if not mirrored:
+        return cache
+    wanted |= {"mirrored": True, "weights_sha256": cache.manifest["weights_sha256"]}
+    return replace(cache, mirrored=_open_one(dataset, wanted, cache.manifest["weights"]))
+
+
+def _open_one(dataset: Dataset, wanted: dict[str, Any], weights: str = "imagenet") -> FeatureCache:
+    name = name_of(wanted)
+    folder = dataset.folder / "features" / name
+    command = rebuild_command(dataset.location, wanted | {"weights": weights})
+    if not _has_manifest(dataset, name):
+        others = _finished_names(dataset)
+        state = f"only {', '.join(others)}" if others else "no finished feature cache"
+        reason = " of the mirrored crops (data.mirror is on)" if wanted["mirrored"] else ""
+        build = "build with" if dataset.remote is None else "build and upload it, where the shards were made, with"
+        raise UserError(f"{dataset.location}: needed features {name}{reason}, came {state}; {build}: {command}")
+    cache = FeatureCache(folder, read_manifest(folder / "manifest.json"), dataset)
+    for field, value in (wanted | {"shard_digest": dataset.digest}).items():
+        if cache.manifest[field] != value:
+            raise UserError(
+                f"{folder}: {field} is {cache.manifest[field]}, needed {value}; "
+                f"remove the folder and rebuild with: {command}"
+            )
+    _check_files(cache, dataset)
+    return cache
+
+
+def _has_manifest(dataset: Dataset, name: str) -> bool:
+    """Whether the cache is finished; a remote one's manifest is fetched."""
+    if dataset.remote is None:
+        return (dataset.folder / "features" / name / "manifest.json").is_file()
+    try:
+        dataset.remote.fetch_anew(f"features/{name}/manifest.json")
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _finished_names(dataset: Dataset) -> list[str]:
+    """Of remote ones, those that were fetched before: a web server does not tell what it has."""
+    return sorted(path.parent.name for path in dataset.folder.glob("features/*/manifest.json"))
+
+
+def open_features(shards: str | Path, shard: str, name: str | None = None) -> FeatureShard:
+    """One shard's features by name, such as `open_features("shards/horse", "train-000000")[i]`, (C, h, w) float16.
+
+    Args:
+        name: folder below SHARDS/features; may be left out where there is only one, mirrored ones aside.
+    """
+    dataset = open_dataset(shards)
+    names = [other for other in _finished_names(dataset) if not other.endswith("-mirrored")]
+    if name is None and len(names) != 1:
+        raise UserError(f"{shards}: has feature caches {names or 'none'}; name the one you want")
+    name = name or names[0]
+    if not _has_manifest(dataset, name):
+        raise UserError(f"{shards}: has no finished feature cache '{name}', came {', '.join(names) or 'none'}")
+    manifest = read_manifest(dataset.folder / "features" / name / "manifest.json")
+    fields = ("network", "layer", "input_size", "mirrored")
+    cache = _open_one(dataset, {field: manifest[field] for field in fields})
+    for entries in dataset.splits.values():
+        for entry in entries:
+            if entry.name == shard:
+                return cache.open_shard(entry)
+    raise UserError(f"{shards}: has no shard '{shard}'")
+
+
+def _check_files(cache: FeatureCache, dataset: Dataset) -> None:
+    for entries in dataset.splits.values():
+        for entry in entries:
+            path, row = cache.path(entry.name), cache.manifest["files"].get(entry.name)
+            came = path.stat().st_size if path.is_file() else "no file"
+            if row is not None and dataset.remote is not None:
+                continue  # looked at when it is fetched
+            if row is None or came != row["bytes"]:
+                needed = "a row in the manifest" if row is None else f"{row['bytes']} bytes"
+                raise UserError(f"{path}: came {came}, needed {needed}; {REMOVE_AND_REBUILD}")
+
+
+def verify(cache: FeatureCache) -> list[str]:
+    """Names of the shards whose feature file differs from the sha256 in the manifest."""
+    return [
+        shard
+        for shard, row in sorted(cache.manifest["files"].items())
+        if not cache.path(shard).is_file() or sha256_of_file(cache.path(shard)) != row["sha256"]
+    ]
+
+
+def warn_if_random(cache: FeatureCache) -> None:
+    if cache.is_random and console.is_main():
+        console.warn(
+            f"WARNING: the features in {cache.folder} come from an UNTRAINED {cache.manifest['network']} "
+            f"({cache.manifest['weights']}). "
+            "Scores made with them mean nothing beyond a test."
+        )

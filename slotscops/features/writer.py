@@ -1,0 +1,108 @@
+"""Computes the features of every crop, mirrored or not, and writes them beside the shards; restartable at any moment.
+
+Shapes: N samples of a shard, C channels on an h x w grid.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from slotscops.core import console
+from slotscops.core.claims import claim, units_in_turn
+from slotscops.core.errors import RunError
+from slotscops.core.files import sha256_of_file, write_bytes
+from slotscops.core.pixels import IMAGENET_MEAN, IMAGENET_STD
+from slotscops.features.cache import FeatureCache, open_cache
+from slotscops.features.manifest import file_label, name_of, write_manifest
+from slotscops.features.rows import FeatureShard, encode
+from slotscops.features.teacher import Teacher, compute_features
+from slotscops.shard.index import Dataset, ShardEntry
+from slotscops.shard.reader import ShardReader
+
+_BATCH_SIZE = 16  # fixed: another batch may change the last bits of a convolution, and the cache is to be reproducible
+
+
+def build_cache(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool = False) -> FeatureCache:
+    """Computes whatever is missing of the cache and returns it finished.
+
+    Args:
+        mirrored: compute the features of the mirrored crops too.
+
+    Raises:
+        UserError: the folder holds a cache that was made otherwise.
+    """
+    for flip in (False, True) if mirrored else (False,):
+        write_cache(dataset, teacher, size, flip)
+    return open_cache(dataset, teacher.layer, size, teacher.fingerprint, teacher.network, mirrored)
+
+
+def write_cache(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool) -> None:
+    """Writes whatever is missing of one cache, its manifest last.
+
+    Raises:
+        UserError: the folder holds a cache that was made otherwise.
+        RunError: features that no float16 can hold.
+    """
+    identity = _identity(dataset, teacher, size, mirrored)
+    folder = dataset.folder / "features" / name_of(identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder / "identity.json", identity, "remove the folder to build it anew")
+    if (folder / "manifest.json").is_file():
+        return
+    entries = [entry for split in dataset.splits.values() for entry in split]
+    teacher = teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    for number in units_in_turn(len(entries)):
+        path = folder / f"{entries[number].name}.safetensors"
+        if not path.is_file():
+            label = file_label(identity, entries[number].name)
+            write_bytes(path, encode(_compute_shard(dataset, entries[number], teacher, size, mirrored), label))
+    _list_files(folder, identity, entries, teacher.output_shape(size))
+
+
+def _identity(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool) -> dict[str, Any]:
+    return {
+        "network": teacher.network,
+        "layer": teacher.layer,
+        "weights": teacher.weights_name,
+        "weights_sha256": teacher.fingerprint,
+        "input_size": size,
+        "resize": "none" if size == dataset.size else "bicubic, antialiased",
+        "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "channels": "RGB"},
+        "dtype": "float16",
+        "mirrored": mirrored,
+        "shard_digest": dataset.digest,
+    }
+
+
+def _compute_shard(
+    dataset: Dataset, entry: ShardEntry, teacher: Teacher, size: int, mirrored: bool
+) -> NDArray[np.float16]:
+    """(N, C, h, w) features of one shard's crops."""
+    reader = ShardReader(dataset, entry)
+    device = next(teacher.parameters()).device
+    features = np.empty((entry.num_samples, *teacher.output_shape(size)), np.float16)
+    starts = range(0, entry.num_samples, _BATCH_SIZE)
+    what = f"features of {entry.name}{', mirrored' if mirrored else ''}, batches of {_BATCH_SIZE}"
+    for start in console.track(starts, len(starts), what):
+        images = reader.read_images(range(start, min(start + _BATCH_SIZE, entry.num_samples))).to(device)
+        maps = compute_features(teacher, images.flip(-1) if mirrored else images, size)
+        features[start : start + _BATCH_SIZE] = maps.half().cpu().numpy()
+    if not np.isfinite(features).all():
+        raise RunError(f"{entry.name}: features beyond 65504 do not fit float16; check the teacher's weights")
+    return features
+
+
+def _list_files(folder: Path, identity: dict[str, Any], entries: list[ShardEntry], shape: tuple[int, ...]) -> None:
+    files = {}
+    for entry in entries:
+        path = folder / f"{entry.name}.safetensors"
+        files[entry.name] = {
+            "sha256": sha256_of_file(path),
+            "bytes": path.stat().st_size,
+            "encoding": FeatureShard(path).encoding,
+            "negative": FeatureShard(path).has_negative,
+        }
+    write_manifest(folder / "manifest.json", identity, shape, files)

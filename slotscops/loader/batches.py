@@ -1,0 +1,120 @@
+"""Batches: in the plan's order for training, in the shards' order for evaluation.
+
+A loader worker keeps no state of its own. It is told the numbers to read, so the order and what is mirrored are the
+same with any number of workers.
+"""
+
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator
+from multiprocessing.context import BaseContext
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from slotscops.core.errors import RunError, UserError
+from slotscops.core.records import Batch
+from slotscops.loader.plan import TrainingPlan
+from slotscops.loader.split import Split
+
+_PREFETCHED_BATCHES = 4  # by each worker
+_WORKER_GRACE_S = 15  # for which a worker outlives a SIGTERM
+
+
+def training_batches(split: Split, training_plan: TrainingPlan, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """Microbatches of this process in the plan's order, read ahead by `num_workers` processes."""
+    if len(split) == 0:
+        raise UserError(
+            f"{split.dataset.location}: the split '{split.name}' holds no samples; there is nothing to train on"
+        )
+    return _name_lost_workers(_data_loader(split, training_plan, num_workers, pin_memory))
+
+
+def _name_lost_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except (RunError, UserError):  # of the data, found by a worker that is well
+        raise
+    except (ConnectionError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            "a loader worker died, killed or out of memory; start again to go on from the last checkpoint, with "
+            "fewer data.num_workers if memory was short"
+        ) from error
+
+
+def move_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`; on a GPU the next one is copied there while the present one is worked on."""
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    copying = torch.cuda.Stream(device)
+    following = _copy(batches, device, copying)
+    while following is not None:
+        working = torch.cuda.current_stream(device)
+        working.wait_stream(copying)
+        batch = following
+        batch.record_stream(working)
+        following = _copy(batches, device, copying)
+        yield batch
+
+
+def _copy(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream) -> Batch | None:
+    batch = next(batches, None)
+    if batch is None:
+        return None
+    with torch.cuda.stream(stream):
+        return batch.to(device)
+
+
+def evaluation_batches(
+    split: Split, batch_size: int, rank: int = 0, num_ranks: int = 1, limit: int | None = None, num_workers: int = 0
+) -> Iterator[Batch]:
+    """Every sample once over all processes, in the shards' order; the last batch may be smaller.
+
+    The batches are the same for any number of processes, which share them out whole: another batch may change the last
+    bits of a convolution.
+    """
+    samples = range(min(len(split), limit or len(split)))
+    starts = range(0, len(samples), batch_size)
+    mine = starts[rank * len(starts) // num_ranks : (rank + 1) * len(starts) // num_ranks]
+    batches = [list(samples[start : start + batch_size]) for start in mine]
+    return iter(_data_loader(split, batches, num_workers, pin_memory=False))
+
+
+def _data_loader(split: Split, batches: Any, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    return DataLoader(
+        split,
+        batch_sampler=batches,
+        collate_fn=_already_a_batch,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Of its own, because each start of a loader draws a number, and a resumed run starts one more.
+        generator=torch.Generator(),
+        prefetch_factor=_PREFETCHED_BATCHES if num_workers else None,
+        # A forked copy of a process that runs PyTorch's threads can hang.
+        multiprocessing_context=_worker_context() if num_workers else None,
+        worker_init_fn=outlive_signals,
+    )
+
+
+def _worker_context() -> BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # import PyTorch once, not in every worker
+    return context
+
+
+def _already_a_batch(batch: Any) -> Any:
+    return batch
+
+
+def outlive_signals(_worker: int = 0) -> None:
+    """For loader workers: a signal to the whole process group must not take the data away from the last step.
+
+    SIGTERM still ends them, some seconds later: it is also how Python ends workers at its own exit.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_GRACE_S))

@@ -1,0 +1,206 @@
+"""Shards and feature cache read by sample number.
+
+Samples are numbered through a split in the order of its shards, and once more mirrored: of N samples, number N + i is
+sample i turned left to right.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from slotscops.core.errors import DamageError, RunError
+from slotscops.core.records import Batch
+from slotscops.features.cache import FeatureCache
+from slotscops.features.rows import FeatureShard
+from slotscops.loader.plan import NUM_SUBSTITUTES, substitutes
+from slotscops.shard.index import Dataset as ShardDataset
+from slotscops.shard.index import ShardEntry, ShardIndex
+from slotscops.shard.reader import ShardReaders
+
+
+@dataclass
+class Split(Dataset[Batch]):
+    """All samples of one split, read by number. Cheap to send to a worker: files are opened where they are read."""
+
+    dataset: ShardDataset
+    name: str  # train or val
+    cache: FeatureCache | None  # None: batches without features
+    with_labels: bool  # evaluation reads part labels and object masks; training never does
+    replace_damaged: bool = False  # training goes on with others; evaluation must not, or its scores would change
+
+    def __len__(self) -> int:
+        return self.dataset.num_samples(self.name)
+
+    def key(self, sample: int) -> str:
+        shard, row = self._locate(np.array([sample]))
+        return self._index(int(shard[0])).key(int(row[0]))
+
+    def class_ids(self) -> NDArray[np.int64]:
+        """(N,) row of the data set's class table, of every sample."""
+        return np.concatenate([self._index(shard).class_ids for shard in range(len(self._entries))])
+
+    def read_member(self, sample: int, member: str) -> bytes:
+        """The bytes of one member, its crc32 checked."""
+        shard, row = self._locate(np.array([sample]))
+        return self._readers[int(shard[0])].read_member(int(row[0]), member)
+
+    def read(self, samples: NDArray[np.int64]) -> Batch:
+        """The samples as one batch, in the order asked for; where asked to, others in the place of damaged ones.
+
+        Raises:
+            DamageError: a damaged sample that is not to be replaced.
+            RunError: there is hardly a sample that is whole.
+        """
+        if self._faults:  # so that what is known to be damaged is not read again and again
+            samples, damaged = self._replace(samples)
+        else:
+            damaged = {}
+        try:
+            batch = self._read(samples)
+        except DamageError:
+            if not self.replace_damaged:
+                raise
+            for sample in samples.tolist():
+                self._look_for_fault(sample)
+            samples, more = self._replace(samples)
+            damaged |= more
+            batch = self._read(samples)
+        return replace(batch, damaged=damaged)
+
+    def _replace(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], dict[str, str]]:
+        """The samples with whole ones in the place of those known to be damaged, and these by key."""
+        damaged = {self.key(sample): self._faults[sample] for sample in samples.tolist() if sample in self._faults}
+        whole = [self._find_substitute(s) if s in self._faults else s for s in samples.tolist()]
+        return np.array(whole, np.int64), damaged
+
+    def _find_substitute(self, sample: int) -> int:
+        """Another sample: a pure function of the sample and of what is damaged, whoever asks and whenever."""
+        for other in substitutes(sample, len(self)):
+            if other not in self._faults:
+                self._look_for_fault(other)
+            if other not in self._faults:
+                return other
+        raise RunError(
+            f"{self._faults[sample]} (nor is one of {NUM_SUBSTITUTES} others whole); look at all of them with: "
+            f"python -m slotscops.shard --verify {self.dataset.location}"
+        )
+
+    def _look_for_fault(self, sample: int) -> None:
+        try:
+            self._read(np.array([sample]))
+        except DamageError as error:
+            self._faults[sample] = str(error)
+
+    def _read(self, samples: NDArray[np.int64]) -> Batch:
+        shards, rows = self._locate(samples)
+        self._fetch_together(shards)
+        size = self.dataset.size
+        mirrored = samples >= len(self)
+        pixels = np.empty((len(samples), size, size, 3), np.uint8)
+        parts, parts_small = np.empty((2, len(samples), size, size), np.uint8)
+        objects = np.empty(parts.shape, np.bool_)
+        places = list(zip(shards.tolist(), rows.tolist(), strict=True))
+        for place, (shard, row) in enumerate(places):
+            reader = self._readers[shard]
+            reader.read_image_into(pixels[place], row)
+            if self.with_labels:
+                parts[place] = reader.read_parts(row)
+                parts_small[place] = reader.read_parts(row, smallest_on_top=True)
+                objects[place] = reader.read_object_mask(row)
+        for array in (pixels, parts, parts_small, objects) if self.with_labels else (pixels,):
+            array[mirrored] = array[mirrored, :, ::-1]
+        return Batch(
+            images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # laid out channels last
+            features=self._read_features(shards, rows, mirrored),
+            parts=torch.from_numpy(parts) if self.with_labels else None,
+            object_masks=torch.from_numpy(objects) if self.with_labels else None,
+            class_ids=torch.tensor([self._index(s).class_ids[r] for s, r in places]),
+            keys=[self._index(s).key(r) for s, r in places],
+            parts_small=torch.from_numpy(parts_small) if self.with_labels else None,
+        )
+
+    def _fetch_together(self, shards: NDArray[np.int64]) -> None:
+        """Of a batch of remote samples, what is not at hand yet; the rest is left to where it is opened."""
+        if self.dataset.remote is None:
+            return
+        wanted = []
+        for entry in [self._entries[shard] for shard in np.unique(shards)]:
+            wanted.append((f"{entry.name}.tar", entry.sha256, entry.num_bytes))
+            for cache in (self.cache, self.cache and self.cache.mirrored):
+                if cache is not None:
+                    wanted.append(cache.file(entry))
+        self.dataset.remote.fetch_together(wanted)
+
+    def __getitems__(self, samples: Sequence[int]) -> Batch:
+        """One batch, called by the DataLoader with all its numbers at once."""
+        return self.read(np.asarray(samples, np.int64))
+
+    def _read_features(
+        self, shards: NDArray[np.int64], rows: NDArray[np.int64], mirrored: NDArray[np.bool_]
+    ) -> torch.Tensor | None:
+        if self.cache is None:
+            return None
+        features = torch.zeros(len(shards), *self.cache.shape, dtype=torch.float16)
+        maps = features.view(len(shards), -1).numpy()
+        for place, (shard, row, flip) in enumerate(zip(shards.tolist(), rows.tolist(), mirrored.tolist(), strict=True)):
+            self._feature_shard(shard, flip).read_row_into(row, maps[place])
+        return features
+
+    def _locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Shard number and row of each sample, mirrored or not."""
+        samples = samples % len(self)
+        shards = np.searchsorted(self._shard_ends, samples, side="right")
+        starts = np.concatenate([[0], self._shard_ends])
+        return shards, samples - starts[shards]
+
+    def _feature_shard(self, shard: int, mirrored: bool) -> FeatureShard:
+        if (shard, mirrored) not in self._feature_shards:
+            cache = self.cache.mirrored if mirrored and self.cache else self.cache
+            assert cache is not None
+            if self.dataset.remote is not None:
+                for opened in [place for place, features in self._feature_shards.items() if features.is_evicted]:
+                    del self._feature_shards[opened]
+            self._feature_shards[shard, mirrored] = cache.open_shard(self._entries[shard])
+        return self._feature_shards[shard, mirrored]
+
+    @property
+    def _entries(self) -> list[ShardEntry]:
+        return self.dataset.split(self.name)
+
+    @cached_property
+    def _shard_ends(self) -> NDArray[np.int64]:
+        return np.cumsum([entry.num_samples for entry in self._entries], dtype=np.int64)
+
+    def _index(self, shard: int) -> ShardIndex:
+        # Read when first needed: a million records are ready to serve before their indices are.
+        if shard not in self._indices:
+            self._indices[shard] = self.dataset.read_index(self._entries[shard])
+        return self._indices[shard]
+
+    @cached_property
+    def _indices(self) -> dict[int, ShardIndex]:
+        return {}
+
+    @cached_property
+    def _faults(self) -> dict[int, str]:
+        """What is wrong with each sample that this process found to be damaged."""
+        return {}
+
+    @cached_property
+    def _readers(self) -> ShardReaders:
+        return ShardReaders(self.dataset, self._entries, self._index)
+
+    @cached_property
+    def _feature_shards(self) -> dict[tuple[int, bool], FeatureShard]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker opens its own files; memory maps do not travel.
+        fields = ("dataset", "name", "cache", "with_labels", "replace_damaged")
+        return {field: self.__dict__[field] for field in fields}

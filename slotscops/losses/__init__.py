@@ -1,0 +1,5 @@
+"""Part maps become one number to minimise."""
+
+from slotscops.losses.semantic import semantic_consistency
+
+__all__ = ["semantic_consistency"]

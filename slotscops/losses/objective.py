@@ -1,0 +1,146 @@
+"""What is minimised: the terms of the settings, from the model's output and the batch.
+
+Shapes: B images, S slots, H x W pixels.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from slotscops.config import Config, Losses
+from slotscops.core.errors import UserError
+from slotscops.core.records import Batch
+from slotscops.losses.contrast import part_contrast, visual_consistency
+from slotscops.losses.regularisers import concentration, entropy, orthonormality, part_centres
+from slotscops.losses.semantic import semantic_consistency
+from slotscops.losses.warp import Warp, draw_warps, equivariance, landmark_equivariance, warp_images
+from slotscops.model.network import ModelOutput
+from slotscops.model.target import TargetTransform
+
+_NAMES = (
+    "semantic",
+    "concentration",
+    "orthonormality",
+    "entropy",
+    "equivariance",
+    "landmark_equivariance",
+    "part_contrast",
+    "visual_consistency",
+)
+
+
+def weights(losses: Losses) -> dict[str, float]:
+    """The weights that are not 0, by the name of their term."""
+    return {name: getattr(losses, name) for name in _NAMES if getattr(losses, name)}
+
+
+def check_objective(config: Config, num_processes: int, microbatches: int) -> None:
+    """
+    Args:
+        microbatches: of each process in a step.
+
+    Raises:
+        UserError: no term at all, one that needs photos where the encoder reads features, pairs that a process's share
+            of the batch would split.
+    """
+    wanted = weights(config.losses)
+    if not wanted:
+        raise UserError("every weight in losses is 0; there is nothing to train")
+    if _needs_warp(wanted) and config.encoder.name == "features":
+        name = next(name for name in wanted if name.endswith("equivariance"))
+        raise UserError(
+            f"losses.{name} warps photos, but encoder.name is features, which sees none; set it to 0 or "
+            "encoder.name to a ResNet"
+        )
+    if config.warp.min_scale > config.warp.max_scale:
+        raise UserError(f"warp.min_scale {config.warp.min_scale} is above warp.max_scale {config.warp.max_scale}")
+    share = config.train.batch_size // (num_processes * microbatches)
+    if "part_contrast" in wanted and share % 2:
+        raise UserError(
+            f"losses.part_contrast compares pairs of photos, but each process takes {share} at a time; needed an even "
+            "number: change train.batch_size"
+        )
+
+
+def compute_terms(
+    forward: Callable[..., ModelOutput], target: TargetTransform, batch: Batch, config: Config, step: int
+) -> tuple[ModelOutput, dict[str, Tensor]]:
+    """The model's output, and every term with a weight, unweighted: scalars by name.
+
+    Args:
+        forward: the model; called once, on plain and warped photos together where a term needs both.
+        target: what turns cached features into what the parts rebuild.
+        step: number of the step, from which warps are drawn.
+    """
+    assert batch.features is not None
+    wanted = weights(config.losses)
+    inputs, warp = batch.features if config.encoder.name == "features" else batch.images, None
+    if _needs_warp(wanted):
+        warp = draw_warps(batch.keys, config.seed, step, **asdict(config.warp)).to(inputs.device)
+        inputs = torch.cat([inputs, warp_images(inputs, warp)])
+    class_ids = batch.class_ids if config.slots.per_class == "own" else None
+    if class_ids is not None and warp is not None:
+        class_ids = torch.cat([class_ids, class_ids])
+    output = forward(inputs, class_ids=class_ids)
+    size, num_images = (config.data.size, config.data.size), len(batch)
+    logits, features = output.logits[:num_images], target(batch.features)
+    terms: dict[str, Tensor] = {}
+    if "semantic" in wanted:
+        mask = batch.object_masks if config.losses.target_mask == "object" else None
+        basis = output.basis if class_ids is None else output.basis[:num_images]
+        terms["semantic"] = semantic_consistency(logits, features, basis, size, mask)
+    if "orthonormality" in wanted:
+        terms["orthonormality"] = orthonormality(output.basis)
+    if output.class_logits is not None:
+        terms["classification"] = cross_entropy(output.class_logits[:num_images].float(), batch.class_ids)
+    if set(wanted) - {"semantic", "orthonormality"}:
+        maps = output.maps(size)  # (B or 2 B, S, H, W)
+        terms |= _terms_of_maps(wanted, maps[:num_images], features, batch, config)
+        if warp is not None:
+            terms |= _terms_of_warp(wanted, maps[:num_images], maps[num_images:], warp)
+    return output, terms
+
+
+def weighted_sum(terms: Mapping[str, Tensor], losses: Losses, step: int) -> Tensor:
+    """The terms times their weights at a step.
+
+    The classification of own classes has weight 1: it trains nothing but itself.
+    """
+    factors = {name: getattr(losses, name, 1.0) for name in terms}
+    if "entropy" in factors and step < losses.entropy_ramp_steps:
+        factors["entropy"] *= step / losses.entropy_ramp_steps
+    return torch.stack([factors[name] * term for name, term in terms.items()]).sum()
+
+
+def _needs_warp(wanted: Mapping[str, float]) -> bool:
+    return "equivariance" in wanted or "landmark_equivariance" in wanted
+
+
+def _terms_of_maps(
+    wanted: Mapping[str, float], maps: Tensor, features: Tensor, batch: Batch, config: Config
+) -> dict[str, Tensor]:
+    parts = maps[:, 1:]
+    terms: dict[str, Tensor] = {}
+    if "concentration" in wanted:
+        terms["concentration"] = concentration(parts)
+    if "entropy" in wanted:
+        terms["entropy"] = entropy(maps)
+    if "part_contrast" in wanted:
+        temperature = config.losses.contrast_temperature
+        terms["part_contrast"] = part_contrast(parts, features, batch.class_ids, temperature)
+    if "visual_consistency" in wanted:
+        terms["visual_consistency"] = visual_consistency(parts, batch.images)
+    return terms
+
+
+def _terms_of_warp(wanted: Mapping[str, float], plain: Tensor, of_warped: Tensor, warp: Warp) -> dict[str, Tensor]:
+    terms: dict[str, Tensor] = {}
+    if "equivariance" in wanted:
+        terms["equivariance"] = equivariance(plain, of_warped, warp)
+    if "landmark_equivariance" in wanted:
+        centres, moved = part_centres(plain[:, 1:]), part_centres(of_warped[:, 1:])
+        terms["landmark_equivariance"] = landmark_equivariance(centres, moved, warp)
+    return terms

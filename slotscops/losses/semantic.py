@@ -1,0 +1,141 @@
+"""The training losses of SCOPS as pure functions.
+
+Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher channels, logits and features each on an
+h x w grid of their own, H x W pixels.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slotscops.model.maps import both_matrices, part_maps
+
+
+def semantic_consistency(
+    logits: Tensor,
+    features: Tensor,
+    basis: Tensor,
+    size: tuple[int, int],
+    mask: Tensor | None = None,
+    align_corners: bool = True,
+) -> Tensor:
+    """How far the part maps times the part basis are from the teacher's features, at pixel resolution.
+
+        L = 1/(B H W C) sum |P W - m U f|^2
+
+    P are the part maps, W the basis, U the bilinear upsampling to H x W, f the features, m the mask. U is linear, so
+    the same number comes without any tensor of B C H W numbers from
+
+        sum |P W - m U f|^2 = <W W^T, P P^T> - 2 <U^T m P, W f> + sum m^2 |U f|^2.
+
+    The three terms are summed apart, so what rounding leaves is relative to the largest of them, not to L.
+
+    Args:
+        logits: (B, S, h, w) slot logits. They and the basis receive gradients.
+        features: (B, C, h, w) teacher features of any floating dtype; their grid may differ from that of the logits.
+            They are a target and receive no gradient, even if they require one.
+        basis: (K, C) part basis, non-negative: already through its ReLU; or (B, K, C), one for each image.
+        size: H, W in pixels.
+        mask: (B, H, W) or (B, 1, H, W), bool or floating weights. It masks the target only, as in SCOPS: outside it
+            the parts have to rebuild zeros. It receives no gradient.
+        align_corners: how both grids lie on the pixels, as in `torch.nn.functional.interpolate`.
+
+    Returns:
+        Scalar, in squared units of the features. float64 if any of the first three inputs is, else float32, also
+        under autocast.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+
+    Source: SCOPS (arXiv:1905.01298), semantic consistency loss; the low-rank form is ours.
+    """
+    _check_shapes(logits, features, basis, size, mask)
+    dtype = torch.float32
+    for tensor in (logits, features, basis):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    (height, width), num_channels = size, features.shape[1]
+    with torch.autocast(logits.device.type, enabled=False):
+        target = features.detach().to(dtype)  # (B, C, h, w)
+        weights = None if mask is None else mask.detach().reshape(-1, 1, height, width).to(dtype)  # (B, 1, H, W)
+        rows = basis.to(dtype)  # (K, C) or (B, K, C)
+        parts = part_maps(logits.to(dtype), size, align_corners)[:, 1:]  # (B, K, H, W)
+
+        pixels = parts.flatten(2)  # (B, K, H*W)
+        shares = pixels @ pixels.mT  # (B, K, K)
+        rebuilt = ((shares.sum(0) if rows.ndim == 2 else shares) * (rows @ rows.mT)).sum()
+        overlap = (rows @ target.flatten(2)).unflatten(2, target.shape[2:])  # (B, K, h, w)
+        masked = parts if weights is None else parts * weights
+        agreement = (_gather_onto_grid(masked, target.shape[2:], align_corners) * overlap).sum()
+        total = rebuilt - 2 * agreement + _target_energy(target, size, weights, align_corners)
+        mean: Tensor = total / (len(features) * num_channels * height * width)
+    return mean
+
+
+def _gather_onto_grid(maps: Tensor, grid: tuple[int, ...], align_corners: bool) -> Tensor:
+    """U^T maps: (..., H, W) -> (..., h, w), the adjoint of bilinear upsampling."""
+    height, width = maps.shape[-2:]
+    down, across = both_matrices(grid, (height, width), align_corners, maps.dtype, maps.device)
+    return (down.T @ maps) @ across
+
+
+@torch.no_grad()
+def _target_energy(features: Tensor, size: tuple[int, int], weights: Tensor | None, align_corners: bool) -> Tensor:
+    """sum over images, pixels and channels of m^2 |U f|^2, from inner products of neighbouring grid cells.
+
+    Along one axis a pixel mixes cells i and i + 1 with shares a_i and a_i+1, so that its squared norm is
+    sum_i a_i^2 <f_i, f_i> + 2 a_i a_i+1 <f_i, f_i+1>: linear in the products, and separable in the two axes.
+
+    Args:
+        features: (B, C, h, w).
+        weights: (B, 1, H, W) mask m, or None for all ones.
+    """
+    down, across = both_matrices(features.shape[2:], size, align_corners, features.dtype, features.device)
+    pairs_down, pairs_across = _pair_shares(down), _pair_shares(across)  # (H, 2h), (W, 2w)
+    if weights is None:
+        pair_weights = torch.outer(pairs_down.sum(0), pairs_across.sum(0))  # (2h, 2w)
+    else:
+        pair_weights = pairs_down.T @ weights[:, 0].square() @ pairs_across  # (B, 2h, 2w)
+    return (pair_weights * _neighbour_products(features)).sum()
+
+
+def _pair_shares(matrix: Tensor) -> Tensor:
+    """(out, in) shares of cells -> (out, 2 in) shares of pairs: a_i^2 of i with itself, 2 a_i a_i+1 with the next."""
+    with_next = functional.pad(2 * matrix[:, :-1] * matrix[:, 1:], (0, 1))
+    return torch.cat([matrix.square(), with_next], dim=1)
+
+
+def _neighbour_products(features: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, 2h, 2w) inner products over C: with itself and right | below and diagonally."""
+    padded = functional.pad(features, (0, 1, 0, 1))
+    here, right = padded[:, :, :-1, :-1], padded[:, :, :-1, 1:]
+    below, diagonal = padded[:, :, 1:, :-1], padded[:, :, 1:, 1:]
+    # Both diagonals of a square of cells carry the same shares.
+    crossed = ((here * diagonal).sum(1) + (below * right).sum(1)) / 2
+    upper = torch.cat([(here * here).sum(1), (here * right).sum(1)], dim=2)
+    lower = torch.cat([(here * below).sum(1), crossed], dim=2)
+    return torch.cat([upper, lower], dim=1)
+
+
+def _check_shapes(logits: Tensor, features: Tensor, basis: Tensor, size: tuple[int, int], mask: Tensor | None) -> None:
+    if logits.ndim != 4 or logits.shape[1] < 2:
+        raise ValueError(f"logits {_shape(logits)}: needed (B, S, h, w) with a background and at least one part")
+    num_images, num_slots = logits.shape[:2]
+    if features.ndim != 4 or len(features) != num_images:
+        raise ValueError(f"features {_shape(features)}: needed ({num_images}, C, h, w) beside logits {_shape(logits)}")
+    wanted = (num_slots - 1, features.shape[1])
+    if basis.shape not in (wanted, (num_images, *wanted)):
+        raise ValueError(f"basis {_shape(basis)}: needed {wanted}, a row a part and a column a feature channel")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size {tuple(size)}: needed height and width in pixels, at least 1")
+    if mask is None:
+        return
+    if mask.shape not in ((num_images, *size), (num_images, 1, *size)):
+        raise ValueError(f"mask {_shape(mask)}: needed {(num_images, *size)} or {(num_images, 1, *size)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"mask of {mask.dtype}: needed bool or floating weights, so that 255 is not taken for a weight"
+        )
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

@@ -1,0 +1,89 @@
+"""Part maps at pixel resolution: logits upsampled bilinearly, then softmax over slots.
+
+Shapes: B images, S slots (slot 0 the background), logits on an h x w grid, H x W pixels.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Pairs of sizes in one run: rows and columns of the logits and of the features, in training and in evaluation.
+_CACHED_MATRICES = 64
+
+
+def part_maps(logits: Tensor, size: tuple[int, int], align_corners: bool = True) -> Tensor:
+    """Each slot's share of each pixel: softmax over slots of the upsampled logits.
+
+    Args:
+        logits: (B, S, h, w) slot logits.
+        size: H, W in pixels.
+
+    Returns:
+        (B, S, H, W) in [0, 1], summing to 1 over slots; float32 or, for float64 logits, float64, also under autocast.
+
+    Source: SCOPS (arXiv:1905.01298).
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    with torch.autocast(logits.device.type, enabled=False):
+        # Two products are 5 times as fast as F.interpolate, forward and backward, for 8 x 6 maps of 8 x 8 to 128 x 128
+        # on two CPU cores. The small grid is widened first, so that the long product is the one with long rows.
+        down, across = both_matrices(logits.shape[2:], size, align_corners, dtype, logits.device)
+        return (down @ (logits.to(dtype) @ across.T)).softmax(dim=1)
+
+
+def interpolation_matrix(
+    in_size: int,
+    out_size: int,
+    align_corners: bool,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Bilinear interpolation along one axis as a matrix.
+
+        x(o) = o (in - 1) / (out - 1)                  with align_corners
+        x(o) = max(0, (o + 1/2) in / out - 1/2)        without
+        M[o, floor x] = 1 - (x - floor x),   M[o, floor x + 1] = x - floor x
+
+    Returns:
+        (out_size, in_size), rows sum to 1: what `torch.nn.functional.interpolate` does without antialiasing. Every
+        caller gets the same tensor, so do not write to it.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    if in_size < 1 or out_size < 1:
+        raise ValueError(f"interpolation from {in_size} to {out_size}: both sizes must be at least 1")
+    return _interpolation_matrix(in_size, out_size, align_corners, dtype, torch.device(device))
+
+
+@lru_cache(maxsize=_CACHED_MATRICES)
+def _interpolation_matrix(
+    in_size: int, out_size: int, align_corners: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    # The first caller may be an evaluation in inference mode, whose tensors training could not use.
+    with torch.inference_mode(False), torch.no_grad():
+        output = torch.arange(out_size, device="cpu")
+        # x as a fraction of whole numbers, so that a position on a grid cell is exactly there.
+        if align_corners:
+            numerator, denominator = output * (in_size - 1), max(out_size - 1, 1)
+        else:
+            numerator, denominator = ((2 * output + 1) * in_size - out_size).clamp_min(0), 2 * out_size
+        left = numerator // denominator
+        right = (left + 1).clamp_max(in_size - 1)
+        share = (numerator - left * denominator).double() / denominator
+        matrix = torch.zeros(out_size, in_size, dtype=torch.float64, device="cpu")
+        matrix[output, left] += 1 - share
+        matrix[output, right] += share  # at the far edge left and right are one cell, which then gets all
+        return matrix.to(device, dtype)
+
+
+def both_matrices(
+    grid: tuple[int, ...], size: tuple[int, int], align_corners: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(H, h) and (W, w)."""
+    (h, w), (height, width) = grid, size
+    return (
+        interpolation_matrix(h, height, align_corners, dtype, device),
+        interpolation_matrix(w, width, align_corners, dtype, device),
+    )

@@ -1,0 +1,139 @@
+"""Photos in, parts out, and a page to look at them all.
+
+    python -m slotscops.segment --checkpoint RUN --out DIR PHOTO_OR_FOLDER...
+
+For each photo: `NAME.parts.png` (indexed, pixel value = part label, VOC colours), `NAME.overlay.jpg`, and with
+`--soft` `NAME.maps.safetensors` (`maps`: (S, H, W) float32). `DIR/index.html` shows them all, straight from disk.
+
+Exit code: 0 if at least one photo was segmented (those that could not be read are listed, on stderr and in the page),
+1 if none could, or with `--strict` if any could not; 2 for a mistake in the command.
+"""
+
+import argparse
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+from safetensors.numpy import save
+
+from slotscops.core import console
+from slotscops.core.errors import RunError, UserError
+from slotscops.core.files import write_bytes
+from slotscops.core.photos import PHOTO_SUFFIXES, find_photos, read_photo, unique_names
+from slotscops.core.pictures import label_image, picture_bytes
+from slotscops.core.pool import usable_cores
+from slotscops.segment.gallery import Entry, Gallery, Skipped, write_pictures
+from slotscops.segment.segmenter import Parts, Segmenter, load
+
+_BATCH_PIXELS = 50_000_000  # a batch of huge photos is cut short here, so that it fits into memory
+
+
+def _batches(
+    named: Iterable[tuple[Path, str]], size: int, skipped: list[Skipped]
+) -> Iterator[list[tuple[Image.Image, str]]]:
+    """Photos that could be read, `size` at a time; the others go to `skipped` with the reason."""
+    batch: list[tuple[Image.Image, str]] = []
+    num_pixels = 0
+    for path, name in named:
+        try:
+            image = read_photo(path)
+        except UserError as error:
+            skipped.append(Skipped(str(path), str(error)))
+            continue
+        batch.append((image, name))
+        num_pixels += image.width * image.height
+        if len(batch) == size or num_pixels >= _BATCH_PIXELS:
+            yield batch
+            batch, num_pixels = [], 0
+    if batch:
+        yield batch
+
+
+def _write(out: Path, name: str, parts: Parts, num_slots: int, soft: bool) -> Entry:
+    """One photo's files."""
+    write_bytes(out / f"{name}.parts.png", picture_bytes(label_image(parts.labels)))
+    overlay = io.BytesIO()
+    parts.overlay().save(overlay, "JPEG", quality=92)
+    write_bytes(out / f"{name}.overlay.jpg", overlay.getvalue())
+    if soft:
+        write_bytes(out / f"{name}.maps.safetensors", save({"maps": parts.maps}))
+    return write_pictures(out, name, parts.photo, parts.labels, num_slots)
+
+
+def segment_all(
+    model: Segmenter,
+    photos: Sequence[Path],
+    out: Path,
+    gallery: Gallery,
+    batch_size: int,
+    soft: bool,
+    class_name: str | None = None,
+) -> list[Skipped]:
+    """Segments the photos, writes their files and adds them to the gallery; returns those passed over."""
+    skipped: list[Skipped] = []
+    named = console.track(zip(photos, unique_names(photos), strict=True), len(photos), "photos")
+    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow packs pictures without holding the interpreter
+        for batch in _batches(named, batch_size, skipped):
+            found = model.segment_batch([image for image, _ in batch], class_name)
+            jobs = [
+                pool.submit(_write, out, name, parts, model.network.num_slots, soft)
+                for (_, name), parts in zip(batch, found, strict=True)
+            ]
+            for job in jobs:
+                gallery.add(job.result())
+    return skipped
+
+
+def _read_part_names(text: str | None, num_parts: int) -> list[str]:
+    if text is None:
+        return [f"part {number}" for number in range(1, num_parts + 1)]
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != num_parts or not all(names):
+        raise UserError(f"--part-names {text}: {len(names)} names, the model has {num_parts} parts; give one for each")
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m slotscops.segment",
+        description="Find the parts in photos.",
+        epilog="Exit code 0: parts found, photos that could not be read are listed; 1: none could be read, or with "
+        "--strict any could not; 2: a mistake in the command.",
+    )
+    parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--soft", action="store_true", help="write the soft maps too")
+    parser.add_argument("--batch-size", type=int, default=16, help="photos seen at once (default: 16)")
+    parser.add_argument("--part-names", metavar="A,B,...", help="names of parts 1 to K in the gallery")
+    parser.add_argument(
+        "--class", dest="class_name", metavar="NAME",
+        help="what all photos show, for a model whose classes have parts of their own (default: guessed from each)",
+    )  # fmt: skip
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if any photo could not be read")
+    parser.add_argument("--teacher-weights", help="the teacher's, for a model trained on cached features")
+    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO_OR_FOLDER")
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: give 1 or more")
+    photos = find_photos(options.photos, options.out)
+    if not photos:
+        raise UserError(
+            f"no photos in {', '.join(map(str, options.photos))}; needed {', '.join(sorted(PHOTO_SUFFIXES))}"
+        )
+    model = load(options.checkpoint, options.teacher_weights)
+    part_names = _read_part_names(options.part_names, model.network.num_slots - 1)
+    gallery = Gallery.begin(options.out, Path(options.checkpoint).name, part_names, options.soft)
+    skipped = segment_all(model, photos, options.out, gallery, options.batch_size, options.soft, options.class_name)
+    for photo in skipped:
+        console.warn(f"passed over: {photo.reason}")
+    if len(skipped) == len(photos):
+        raise RunError("no photo could be read")
+    page = gallery.finish(skipped)
+    console.say(f"{page}: parts of {len(photos) - len(skipped)} photos, {len(skipped)} passed over")
+    return 1 if options.strict and skipped else 0
+
+
+if __name__ == "__main__":
+    console.run_command(main)

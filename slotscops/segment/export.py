@@ -1,0 +1,208 @@
+"""A trained model as one file for other programs: ONNX, or PyTorch's own exported program.
+
+    python -m slotscops.export --checkpoint RUN --out model.onnx [PHOTO_OR_FOLDER...]
+    python -m slotscops.export --checkpoint RUN --out model.pt2  [PHOTO_OR_FOLDER...]
+
+Input `images`: (B, 3, size, size) uint8 RGB, 0..255; any B. Normalisation, and the teacher where the model reads its
+features, are inside. Outputs: `maps` (B, S, size, size) float32, each slot's share of each pixel, slot 0 the
+background; `labels` (B, size, size) uint8, the slot with the largest share. Resize a photo so that its longer side is
+`size` and pad it to a square with `slotscops.crops.PADDING`, as `model.segment` does.
+
+What was written is read back and run on the photos beside the model itself; if they differ, there is no file.
+"""
+
+import argparse
+import io
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from slotscops.core import console
+from slotscops.core.errors import RunError, UserError, first_line
+from slotscops.core.files import write_bytes
+from slotscops.core.photos import find_photos, read_photo
+from slotscops.features.teacher import compute_features
+from slotscops.model.maps import interpolation_matrix
+from slotscops.model.refinement import refine_maps
+from slotscops.segment.segmenter import Segmenter, load
+
+TOLERANCE = 1e-3  # largest allowed difference of a share, 0..1
+_LARGEST_CHECK = 32  # photos
+_OPSET = 20
+Runner = Callable[[NDArray[np.uint8]], tuple[NDArray[Any], NDArray[Any]]]
+
+
+class WholeModel(nn.Module):
+    """From pixels to maps and labels in one forward pass."""
+
+    def __init__(self, model: Segmenter) -> None:
+        super().__init__()
+        config = model.trained.config
+        if config.slots.init == "shared_gaussian":
+            raise UserError(
+                "slots.init is shared_gaussian, which draws random numbers; only starts that do not can be exported"
+            )
+        self.network, self.teacher, self.teacher_size = model.network, model.teacher, config.teacher_size
+        blank = torch.zeros(1, 3, model.size, model.size, dtype=torch.uint8, device=model.device)
+        grid = model.forward(blank).logits.shape[2:]
+        for name, side in zip(("down", "across"), grid, strict=True):
+            self.register_buffer(name, interpolation_matrix(side, model.size, align_corners=True).clone())
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, size, size) float32 maps and (B, size, size) uint8 labels of (B, 3, size, size) uint8 images."""
+        inputs = images
+        if self.teacher is not None:
+            inputs = compute_features(self.teacher, images, self.teacher_size)
+        logits = self.network(inputs).logits.float()  # (B, S, h, w)
+        maps = (self.down @ (logits @ self.across.T)).softmax(dim=1)
+        if self.network.refinement == "pamr":
+            maps = refine_maps(maps, images)
+        return maps, maps.argmax(dim=1).to(torch.uint8)
+
+
+def export_program(whole: WholeModel, size: int) -> torch.export.ExportedProgram:
+    """The model as one graph, for any number of images."""
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+    with torch.no_grad():
+        return torch.export.export(whole, (example,), dynamic_shapes=shapes)
+
+
+def to_pt2(program: torch.export.ExportedProgram) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()
+
+
+def to_onnx(program: torch.export.ExportedProgram, notes: dict[str, str]) -> bytes:
+    """The graph as ONNX, in one file.
+
+    Raises:
+        UserError: the packages that write and run ONNX are not installed.
+    """
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401  # what is written will be checked
+        from onnxscript import optimizer  # PyTorch's exporter stands on onnxscript
+    except ImportError as error:
+        raise UserError(
+            f"ONNX needs the package {error.name}; install it with pip install 'slotscops[export]'"
+        ) from None
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    exported = torch.onnx.export(
+        program, dynamo=True, opset_version=_OPSET, output_names=["maps", "labels"], verbose=False, optimize=False
+    )
+    assert exported is not None
+    # The exporter's own optimisation also rewrites patterns, which on the refinement's graph takes minutes for nothing.
+    optimizer.inline(exported.model)
+    optimizer.fold_constants(exported.model)
+    optimizer.remove_unused_nodes(exported.model)
+    proto = exported.model_proto
+    onnx.helper.set_model_props(proto, notes)
+    onnx.checker.check_model(proto)
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+def run_pt2(content: bytes) -> Runner:
+    module = torch.export.load(io.BytesIO(content)).module()
+
+    def run(images: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any]]:
+        with torch.inference_mode():
+            maps, labels = module(torch.from_numpy(images))
+        return maps.numpy(), labels.numpy()
+
+    return run
+
+
+def run_onnx(content: bytes) -> Runner:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+    def run(images: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any]]:
+        maps, labels = session.run(["maps", "labels"], {"images": images})
+        return maps, labels
+
+    return run
+
+
+def largest_difference(whole: WholeModel, run: Runner, crops: NDArray[np.uint8]) -> tuple[float, float]:
+    """Of the maps, in shares; and the part of the pixels whose labels differ. One image is run alone, then all."""
+    with torch.inference_mode():
+        maps, labels = (tensor.numpy() for tensor in whole(torch.from_numpy(crops)))
+    alone, together = run(crops[:1]), run(crops)
+    assert together[0].shape == maps.shape
+    assert together[1].shape == labels.shape
+    difference = max(float(np.abs(together[0] - maps).max()), float(np.abs(alone[0] - maps[:1]).max()))
+    return difference, float((together[1] != labels).mean())
+
+
+def _crops_for_check(model: Segmenter, paths: Sequence[Path]) -> tuple[NDArray[np.uint8], str]:
+    """(N, 3, size, size) crops of the photos, or of noise where none were given, and what they are."""
+    if not paths:
+        noise = np.random.default_rng(0).integers(0, 256, (4, 3, model.size, model.size), dtype=np.uint8)
+        return noise, "4 images of noise (give photos to check on them)"
+    photos = find_photos(paths)[:_LARGEST_CHECK]
+    if not photos:
+        raise UserError(f"no photos in {', '.join(map(str, paths))}")
+    return np.stack([model.crop(read_photo(photo)).numpy() for photo in photos]), f"{len(photos)} photos"
+
+
+def export(model: Segmenter, out: Path, crops: NDArray[np.uint8]) -> tuple[float, float]:
+    """Writes the model to `out`, `.onnx` or `.pt2`, once it has shown to give what the model gives.
+
+    Returns:
+        The largest difference of a share, and the part of the pixels whose labels differ.
+
+    Raises:
+        UserError: the model cannot be exported, or packages are missing.
+        RunError: the exporter failed, or the exported model differs by more than `TOLERANCE`.
+    """
+    whole = WholeModel(model).cpu().eval()
+    settings = {"size": str(model.size), "slots": str(model.network.num_slots), "input": "uint8 RGB 0..255"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporters, to their authors
+            program = export_program(whole, model.size)
+            content = to_onnx(program, settings) if out.suffix == ".onnx" else to_pt2(program)
+            run = run_onnx(content) if out.suffix == ".onnx" else run_pt2(content)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the exporters raise whatever their parts raise
+        raise RunError(f"{out}: could not be exported ({type(error).__name__}: {first_line(error)})") from error
+    difference, relabelled = largest_difference(whole, run, crops)
+    if not difference <= TOLERANCE:
+        raise RunError(f"{out}: not written, it differs from the model by {difference:.2g} (allowed {TOLERANCE:g})")
+    write_bytes(out, content)
+    return difference, relabelled
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m slotscops.export", description="Write a trained model as ONNX or as PyTorch's exported program."
+    )
+    parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.onnx or FILE.pt2")
+    parser.add_argument("--teacher-weights", help="the teacher's, for a model trained on cached features")
+    parser.add_argument("photos", type=Path, nargs="*", metavar="PHOTO_OR_FOLDER", help="to check the written model on")
+    options = parser.parse_args(arguments)
+    if options.out.suffix not in (".onnx", ".pt2"):
+        raise UserError(f"--out {options.out}: give a name that ends in .onnx or .pt2")
+    if not options.out.parent.is_dir():
+        raise UserError(f"--out {options.out}: no such folder; make it first")
+    model = load(options.checkpoint, options.teacher_weights)
+    crops, what = _crops_for_check(model, options.photos)
+    difference, relabelled = export(model, options.out, crops)
+    console.say(
+        f"{options.out}: images (B, 3, {model.size}, {model.size}) uint8 RGB -> maps, labels; on {what} the largest "
+        f"difference to the model is {difference:.1e}, {relabelled:.4%} of labels differ"
+    )
+    return 0

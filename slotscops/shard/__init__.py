@@ -1,0 +1,1 @@
+"""Records become indexed tar files, and are read back by index."""

@@ -1,0 +1,177 @@
+"""Turns PASCAL-Part into WebDataset shards with an index and the teacher's features.
+
+    python -m slotscops.shard --root DIR --out SHARDS [--classes horse,cow] [--size 128] [--teacher-weights FILE]
+    python -m slotscops.shard --images DIR [--parts DIR] --out SHARDS [--val-share 0.1] [--class-name NAME]
+    python -m slotscops.shard --toy --out shards/toy
+    python -m slotscops.shard --inspect SHARDS [--out FILE.png]
+    python -m slotscops.shard --verify SHARDS
+
+Works alone or under a launcher. Started again after any interruption it finishes what is missing.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from slotscops.core import console
+from slotscops.core.errors import UserError
+from slotscops.core.pool import usable_cores
+from slotscops.datasets.pascal_part.annotation import BOX_SHARE
+from slotscops.datasets.pascal_part.classes import PART_NAMES, check_class_names
+from slotscops.datasets.pascal_part.tree import SPLITS
+from slotscops.datasets.photo_folder import PhotoFolder
+from slotscops.datasets.sources import open_pascal_part
+from slotscops.datasets.toy import tree as toy
+from slotscops.features.__main__ import add_teacher_options, report
+from slotscops.features.teacher import Teacher
+from slotscops.features.verify import verify_shards
+from slotscops.features.writer import build_cache
+from slotscops.shard.index import Dataset
+from slotscops.shard.overview import inspect_shards
+from slotscops.shard.reader import ShardReader
+from slotscops.shard.remote import check_local, is_remote, shards_argument
+from slotscops.shard.writer import Outcome, ShardSettings, plan_path, write_shards
+
+_LISTED = 20  # damaged files named at the end; all are in index/left_out.json
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    if options.inspect:
+        inspect_shards(options.inspect, options.out)
+        return 0
+    if options.verify:
+        return verify_shards(options.verify, options.workers)
+    if options.images:
+        classes = [options.class_name]
+    else:
+        classes = check_class_names(options.classes.split(",")) if options.classes else list(PART_NAMES)
+    # Before any work: a teacher without weights is an error at the start, not after an hour.
+    teacher = None if options.no_features else Teacher(options.layer, options.teacher_weights, options.teacher)
+    root, source = options.root, "files"
+    if options.toy:
+        root = options.out / "photos"
+        source = f"toy, seed {options.toy_seed}, {options.toy_train} + {options.toy_val} photos"
+        # The plan is written once the tree is whole; where it was drawn with other numbers, the plan refuses them.
+        if not plan_path(options.out).is_file():
+            toy.write_tree(root, num_train=options.toy_train, num_val=options.toy_val, seed=options.toy_seed)
+    settings = ShardSettings(
+        classes=classes,
+        size=options.size,
+        min_box_share={split: _min_box_share(options, split) for split in SPLITS},
+        samples_per_shard=options.samples_per_shard,
+    )
+    if options.images:
+        folder = PhotoFolder(options.images, options.parts, options.val_share, options.class_name)
+        source = f"photos, parts {options.parts is not None}, val {options.val_share}"
+        outcome = write_shards(folder, options.out, settings, options.workers, source)
+    else:
+        with open_pascal_part(root, options.out / ".unpacked") as pascal_part:
+            outcome = write_shards(pascal_part, options.out, settings, options.workers, source)
+    _show(outcome, options.out)
+    if teacher is not None:
+        report(build_cache(outcome.dataset, teacher, options.size, options.mirrored))
+    return 1 if options.strict and outcome.num_damaged else 0
+
+
+def _min_box_share(options: argparse.Namespace, split: str) -> float:
+    """Photos of one's own are all kept unless asked otherwise."""
+    asked: float | None = getattr(options, f"min_box_{split}")
+    return asked if asked is not None else 0.0 if options.images else BOX_SHARE[split]
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m slotscops.shard", description=__doc__.split("\n")[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--root", type=Path, help="folder of VOCdevkit and Annotations_Part, or of their archives")
+    source.add_argument("--toy", action="store_true", help="draw a synthetic tree into OUT/photos and shard that")
+    source.add_argument("--images", type=Path, help="folder of photos, each one object; train/ and val/ are splits")
+    source.add_argument(
+        "--inspect", type=shards_argument, metavar="SHARDS", help="print statistics and draw a sheet (--out PNG)"
+    )
+    source.add_argument(
+        "--verify", type=shards_argument, metavar="SHARDS", help="check every hash, say what is damaged"
+    )
+    parser.add_argument("--parts", type=Path, help="of --images: folder of label PNGs, parts.txt names the labels")
+    parser.add_argument("--val-share", type=float, default=0.1, help="of --images (default: 0.1)")
+    parser.add_argument("--class-name", default="object", help="of --images (default: object)")
+    parser.add_argument("--out", type=shards_argument)
+    parser.add_argument("--classes", help="comma-separated VOC names (default: all 20)")
+    parser.add_argument("--size", type=int, default=128, help="side of the crops, pixels (default: 128)")
+    add_teacher_options(parser)
+    parser.add_argument("--no-features", action="store_true", help="shards only; see python -m slotscops.features")
+    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    for split in SPLITS:
+        share = BOX_SHARE[split]
+        parser.add_argument(
+            f"--min-box-{split}", type=float, metavar="SHARE",
+            help=f"leave out {split} objects whose box covers no more of the image (default: {share})",
+        )  # fmt: skip
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes for crops (default: all cores)")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file was damaged")
+    parser.add_argument("--toy-train", type=int, default=600, help="toy photos to train on (default: 600)")
+    parser.add_argument("--toy-val", type=int, default=150, help="toy photos to score on (default: 150)")
+    parser.add_argument("--toy-seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.out is None and not (options.inspect or options.verify):
+        parser.error("the following arguments are required: --out")
+    if options.out is not None:
+        options.out = check_local(options.out)
+    if options.verify and is_remote(options.verify):
+        raise UserError(f"{options.verify}: files of a URL are verified when fetched; give --verify the folder itself")
+    if options.parts and not options.images:
+        parser.error("--parts goes with --images")
+    if not 0 <= options.val_share <= 1:
+        raise UserError(f"--val-share is {options.val_share}, needed 0 to 1")
+    for name, least in (("size", 32), ("samples_per_shard", 1), ("workers", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, needed at least {least}")
+    return options
+
+
+def _show(outcome: Outcome, out: Path) -> None:
+    """A table of what was written, and what was left out and why."""
+    if not console.is_main():
+        return
+    dataset = outcome.dataset
+    rows = []
+    for split in SPLITS:
+        counts = _count(dataset, split)
+        for name in [name for name in dataset.class_names if counts["objects", name]]:
+            megabytes = counts["bytes", name] / 1e6
+            cells = [f"{counts[what, name]:,}" for what in ("images", "objects", "parts")]
+            rows.append((name, split, *cells, f"{megabytes:.2f}"))
+    console.show_table(str(out), ("class", "split", "images", "objects", "parts", "MB"), rows)
+    reasons = Counter((item.kind, item.class_name or "-", item.split or "-") for item in outcome.left_out)
+    if reasons:
+        left = [(kind, name, split, f"{count:,}") for (kind, name, split), count in sorted(reasons.items())]
+        console.show_table("left out", ("reason", "class", "split", "objects or files"), left)
+        console.say(f"every one with its reason: {out / 'index' / 'left_out.json'}")
+    damaged = [item for item in outcome.left_out if item.damaged]
+    for item in damaged[:_LISTED]:
+        console.warn(f"left out {item.image}: {item.reason}")
+    if len(damaged) > _LISTED:
+        console.warn(f"left out {len(damaged) - _LISTED} more damaged files")
+
+
+def _count(dataset: Dataset, split: str) -> Counter[tuple[str, str]]:
+    """Images, objects, parts and bytes by (what, class)."""
+    counts: Counter[tuple[str, str]] = Counter()
+    images: set[tuple[str, str]] = set()
+    for entry in dataset.splits[split]:
+        reader = ShardReader(dataset, entry)
+        for row in range(len(reader.index)):
+            description = reader.read_description(row)
+            name = description["class"]
+            images.add((name, description["image"]))
+            counts["objects", name] += 1
+            counts["parts", name] += len(description["part_names"])
+            counts["bytes", name] += int(reader.index.sizes[row].sum())
+    for name, _ in images:
+        counts["images", name] += 1
+    return counts
+
+
+if __name__ == "__main__":
+    console.run_command(main)

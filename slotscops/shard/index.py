@@ -1,0 +1,268 @@
+"""The index beside the shards: where each member of each sample lies, and what the data set as a whole is.
+
+Shapes: N samples of a shard, M members of a sample (`records.MEMBERS`).
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from slotscops.core.errors import UserError, first_line
+from slotscops.core.files import sha256_of_bytes, sha256_of_json, write_bytes, write_json
+from slotscops.core.records import MEMBERS
+from slotscops.shard.remote import RemoteFolder, is_remote
+
+FORMAT = 2
+# A data set from elsewhere must not make us read beside its folder.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_MAX_SIZE = 1 << 15  # pixels, side of a crop; more is no data set but a damaged file
+_DTYPES = {"key_bytes": np.uint8, "crc32": np.uint32}  # the others are int64
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the members of one shard lie. Row i belongs to the i-th sample of the tar."""
+
+    key_bytes: NDArray[np.uint8]  # all keys, UTF-8, one after the other
+    key_ends: NDArray[np.int64]  # (N,) end of each key in key_bytes
+    offsets: NDArray[np.int64]  # (N, M) first byte of each member's content in the tar
+    sizes: NDArray[np.int64]  # (N, M) bytes
+    crc32: NDArray[np.uint32]  # (N, M)
+    class_ids: NDArray[np.int64]  # (N,) row of the data set's class table
+
+    def __len__(self) -> int:
+        return len(self.key_ends)
+
+    def key(self, row: int) -> str:
+        start = self.key_ends[row - 1] if row else 0
+        return self.key_bytes[start : self.key_ends[row]].tobytes().decode()
+
+    @staticmethod
+    def from_keys(keys: list[str], **arrays: NDArray[Any]) -> "ShardIndex":
+        encoded = [key.encode() for key in keys]
+        return ShardIndex(
+            key_bytes=np.frombuffer(b"".join(encoded), np.uint8),
+            key_ends=np.cumsum([len(key) for key in encoded], dtype=np.int64),
+            **arrays,
+        )
+
+    def write(self, path: Path) -> None:
+        write_bytes(path, save({name: np.ascontiguousarray(array) for name, array in vars(self).items()}))
+
+    @staticmethod
+    def read(path: Path, sha256: str | None = None) -> "ShardIndex":
+        """Raises UserError where the file is missing, has another sha256, or its arrays do not fit each other."""
+        try:
+            content = path.read_bytes()
+            if sha256 is not None and sha256_of_bytes(content) != sha256:
+                raise UserError(f"{path}: is damaged (sha256 differs from dataset.json); {_REBUILD}")
+            index = ShardIndex(**load(content))
+        except (OSError, SafetensorError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: is no readable shard index ({first_line(error)}); {_REBUILD}") from None
+        if not index._fits():
+            raise UserError(f"{path}: its arrays do not fit each other; {_REBUILD}")
+        return index
+
+    def _fits(self) -> bool:
+        """Whether the arrays belong together, and every key can be shown in a line."""
+        num, members = self.key_ends.size, (self.key_ends.size, len(MEMBERS))
+        shapes = dict.fromkeys(vars(self), (num,)) | dict.fromkeys(("offsets", "sizes", "crc32"), members)
+        shapes["key_bytes"] = (self.key_bytes.size,)
+        for name, array in vars(self).items():
+            if array.shape != shapes[name] or array.dtype != _DTYPES.get(name, np.int64):
+                return False
+        starts = np.concatenate([[0], self.key_ends])
+        if starts[-1] != len(self.key_bytes) or not (np.diff(starts) > 0).all():
+            return False
+        if (self.key_bytes[starts[:-1]] & 0xC0 == 0x80).any():  # a key that begins within a character
+            return False
+        try:
+            return self.key_bytes.tobytes().decode().isprintable()
+        except UnicodeDecodeError:
+            return False
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One row of `dataset.json`'s table of shards."""
+
+    name: str  # "train-000000"
+    num_samples: int
+    num_bytes: int  # of the tar
+    sha256: str  # of the tar
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `SHARDS/index/dataset.json` says."""
+
+    folder: Path  # of remote shards: where their copies lie, each once it has been opened
+    settings: dict[str, Any]  # of the sharding: size, classes, box shares, ...
+    class_names: list[str]  # class_ids are rows of this table
+    part_names: dict[str, list[str]]  # by class; part label = position + 1
+    splits: dict[str, list[ShardEntry]]
+    remote: RemoteFolder | None = None
+
+    @property
+    def location(self) -> str:
+        """Folder or URL, as messages call the data set."""
+        return str(self.folder) if self.remote is None else self.remote.url
+
+    @property
+    def size(self) -> int:
+        """Side of the crops, pixels."""
+        return int(self.settings["size"])
+
+    @cached_property
+    def digest(self) -> str:
+        """One hash over settings, tables and every shard's own hash."""
+        return sha256_of_json(_to_json(self))
+
+    def tar_path(self, entry: ShardEntry) -> Path:
+        return self.folder / f"{entry.name}.tar"
+
+    @contextmanager
+    def opened(self, name: str, sha256: str, num_bytes: int | None = None) -> Iterator[Path]:
+        """A file of the data set, named from its folder on, fetched where it is remote; see `RemoteFolder.opened`."""
+        if self.remote is None:
+            yield self.folder / name
+        else:
+            with self.remote.opened(name, sha256, num_bytes) as path:
+                yield path
+
+    def num_samples(self, split: str) -> int:
+        return sum(entry.num_samples for entry in self.split(split))
+
+    def split(self, name: str) -> list[ShardEntry]:
+        if name not in self.splits:
+            raise UserError(f"{self.location}: has no split '{name}', only {', '.join(self.splits) or 'none'}")
+        return self.splits[name]
+
+    def read_index(self, entry: ShardEntry) -> ShardIndex:
+        with self.opened(f"index/{entry.name}.safetensors", entry.index_sha256) as path:
+            index = ShardIndex.read(path, entry.index_sha256)
+        if len(index) and not 0 <= index.class_ids.min() <= index.class_ids.max() < len(self.class_names):
+            raise UserError(f"{index_path(self.folder, entry.name)}: names classes beyond dataset.json's; {_REBUILD}")
+        if len(index) != entry.num_samples:
+            raise UserError(
+                f"{index_path(self.folder, entry.name)}: lists {len(index)} samples, dataset.json says "
+                f"{entry.num_samples}; {_REBUILD}"
+            )
+        return index
+
+
+_REBUILD = "make the shards again with python -m slotscops.shard into an empty folder"
+
+
+def index_path(shards: Path, shard: str) -> Path:
+    return shards / "index" / f"{shard}.safetensors"
+
+
+def dataset_path(shards: Path) -> Path:
+    return shards / "index" / "dataset.json"
+
+
+def open_dataset(shards: str | Path) -> Dataset:
+    """Reads `dataset.json` of a folder or a URL, and checks that every tar of a folder has the size it says.
+
+    Raises:
+        UserError: no shards there (with the command that makes them), an unfinished or damaged data set.
+        RunError: the server cannot be reached.
+    """
+    if is_remote(shards):
+        return _open_remote(RemoteFolder.of(str(shards)))
+    dataset = read_dataset(Path(shards))
+    for entries in dataset.splits.values():
+        for entry in entries:
+            _check_tar(dataset, entry)
+    return dataset
+
+
+def _open_remote(remote: RemoteFolder) -> Dataset:
+    try:
+        remote.fetch_anew("index/dataset.json")
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; upload a whole folder written by python -m slotscops.shard") from None
+    return replace(read_dataset(remote.copy), remote=remote)
+
+
+def read_dataset(shards: Path) -> Dataset:
+    """What `dataset.json` says, whatever became of the shards since. Raises UserError as `open_dataset`."""
+    path = dataset_path(shards)
+    if not path.is_file():
+        unfinished = (shards / "index" / "plan.json").is_file()
+        state = "holds shards that were not finished" if unfinished else "holds no shards"
+        raise UserError(
+            f"{shards}: {state}; make them with: python -m slotscops.shard --root DIR --out {shards}"
+            f" (or --toy --out {shards})"
+        )
+    try:
+        content = json.loads(path.read_text())
+        dataset = _from_json(shards, content)
+        digest = content["digest"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged ({first_line(error)}); {_REBUILD}") from None
+    if dataset.digest != digest:
+        raise UserError(f"{path}: its content does not fit its own digest; {_REBUILD}")
+    return dataset
+
+
+def write_dataset(dataset: Dataset) -> None:
+    write_json(dataset_path(dataset.folder), _to_json(dataset) | {"digest": dataset.digest})
+
+
+def _check_tar(dataset: Dataset, entry: ShardEntry) -> None:
+    path = dataset.tar_path(entry)
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; bring it back or {_REBUILD}")
+    if path.stat().st_size != entry.num_bytes:
+        raise UserError(f"{path}: has {path.stat().st_size} bytes, needed {entry.num_bytes}; {_REBUILD}")
+
+
+def _to_json(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "settings": dataset.settings,
+        "class_names": dataset.class_names,
+        "part_names": dataset.part_names,
+        "splits": {split: [vars(entry) for entry in entries] for split, entries in dataset.splits.items()},
+    }
+
+
+def _from_json(shards: Path, content: dict[str, Any]) -> Dataset:
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']!r}, this version reads {FORMAT}")
+    dataset = Dataset(
+        folder=shards,
+        settings=dict(content["settings"]),
+        class_names=_names(content["class_names"]),
+        part_names={name: _names(parts) for name, parts in content["part_names"].items()},
+        splits={split: [_entry(**entry) for entry in entries] for split, entries in content["splits"].items()},
+    )
+    if not 1 <= dataset.size <= _MAX_SIZE or not {*dataset.class_names} <= {*dataset.part_names}:
+        raise ValueError("its settings and tables do not fit each other")
+    return dataset
+
+
+def _names(names: list[str]) -> list[str]:
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise ValueError("a name is none")
+    return list(names)
+
+
+def _entry(name: str, num_samples: int, num_bytes: int, sha256: str, index_sha256: str) -> ShardEntry:
+    kinds = [type(value) for value in (num_samples, num_bytes, sha256, index_sha256)]
+    if kinds != [int, int, str, str] or min(num_samples, num_bytes) < 0 or not _SHARD_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no row of the table of shards")
+    return ShardEntry(name, num_samples, num_bytes, sha256, index_sha256)

@@ -1,0 +1,247 @@
+"""Objects of a source become shards with their index; restartable at any moment, byte-identical each time.
+
+Two phases, each split into units whose files appear whole or not at all: scanning decides from the annotations which
+objects are kept, so that every shard's content is known before one is written; then each shard is cropped and written.
+Any number of processes may work on the same folder; see `work`.
+"""
+
+import io
+import json
+import shutil
+import tarfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slotscops.core import console
+from slotscops.core.claims import claim, units_in_turn
+from slotscops.core.errors import UserError
+from slotscops.core.files import sha256_of_file, sha256_of_json, write_bytes, write_json
+from slotscops.core.pool import WorkerPool
+from slotscops.core.records import MEMBERS, to_members
+from slotscops.datasets.pascal_part.annotation import Candidate, LeftOut
+from slotscops.datasets.pascal_part.tree import SPLITS
+from slotscops.datasets.sources import Source
+from slotscops.shard.index import Dataset, ShardEntry, ShardIndex, dataset_path, index_path, open_dataset, write_dataset
+
+_IMAGES_PER_SCAN = 256  # a unit of the first phase: a second or two of work
+Sample = tuple[str, str, dict[str, bytes]]  # key, class, members
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """What decides the shards' bytes, beside the photos and annotations themselves."""
+
+    classes: list[str]  # in the class table's order
+    size: int  # side of the crops, pixels
+    min_box_share: dict[str, float]  # by split: an object's box must cover more of its image than this
+    samples_per_shard: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    dataset: Dataset
+    left_out: list[LeftOut]
+
+    @property
+    def num_damaged(self) -> int:
+        return sum(item.damaged for item in self.left_out)
+
+
+def write_shards(
+    source: Source, out: Path, settings: ShardSettings, num_workers: int, description: str = "files"
+) -> Outcome:
+    """Writes whatever is missing of the shards below `out`, and returns the finished data set.
+
+    Finished shards are taken as they are: whoever changes photos or annotations chooses another folder.
+
+    Args:
+        description: what the photos are, to tell apart sources whose images have the same names.
+
+    Raises:
+        UserError: the folder holds something else, or no object is left to write (then nothing stays behind).
+        RunError: a worker process died.
+    """
+    images = source.list_images()
+    plan = {
+        "source": description,
+        "settings": asdict(settings),
+        "images": len(images),
+        "images_sha256": sha256_of_json(images),
+    }
+    if _claim_folder(out, plan):
+        with WorkerPool(num_workers, __name__) as pool:
+            candidates, left_out = _scan(source, out, settings, images, pool)
+            if not candidates:
+                _withdraw(out)
+                raise UserError(_nothing_left(source, left_out))
+            _write_missing(source, out, settings, candidates, pool)
+        _finish(source, out, settings, candidates, left_out)
+    left_out = [LeftOut(**item) for item in json.loads(_left_out_path(out).read_text())]
+    return Outcome(open_dataset(out), left_out)
+
+
+# ---- the folder --------------------------------------------------------------------------------------------------
+
+
+def _claim_folder(out: Path, plan: dict[str, Any]) -> bool:
+    """Writes down what is made here. False where it is finished already; refuses where it is something else."""
+    path = plan_path(out)
+    is_new = not path.is_file()
+    if is_new and out.exists() and (not out.is_dir() or any(out.glob("*.tar")) or (out / "index").exists()):
+        raise UserError(f"{out}: holds other shards or is no folder; choose another --out or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from None
+    claim(path, plan, "choose another --out or remove the folder")
+    return not dataset_path(out).is_file()
+
+
+def plan_path(out: Path) -> Path:
+    return out / "index" / "plan.json"
+
+
+def _withdraw(out: Path) -> None:
+    """Takes the claim back, so that nothing stays behind."""
+    shutil.rmtree(out / "index")
+    if not any(out.iterdir()):
+        out.rmdir()
+
+
+def _left_out_path(out: Path) -> Path:
+    return out / "index" / "left_out.json"
+
+
+def _nothing_left(source: Source, left_out: list[LeftOut]) -> str:
+    worst = sorted(left_out, key=lambda item: not item.damaged)[:1]
+    reason = "; ".join(f"{item.image}: {item.reason}" for item in worst) or "no object of these classes in any split"
+    more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+    return f"{source.root}: no object is left to write: {reason}{more}"
+
+
+# ---- first phase: which objects ----------------------------------------------------------------------------------
+
+
+def _scan(
+    source: Source, out: Path, settings: ShardSettings, images: list[str], pool: WorkerPool
+) -> tuple[list[Candidate], list[LeftOut]]:
+    """All kept objects in the order of image and object number, and all left out."""
+    splits = source.splits(settings.classes)
+    chunks = [images[start : start + _IMAGES_PER_SCAN] for start in range(0, len(images), _IMAGES_PER_SCAN)]
+    folder = out / "index" / "scan"
+    folder.mkdir(exist_ok=True)
+    for number in console.track(units_in_turn(len(chunks)), len(chunks), "scanning annotations, chunks"):
+        path = folder / f"{number:06d}.json"
+        if not path.is_file():
+            task = partial(source.scan, class_names=settings.classes, min_box_share=settings.min_box_share)
+            found = pool.map(task, chunks[number], [splits.of_image(image) for image in chunks[number]])
+            write_json(path, [[asdict(item) for kind in pair for item in kind] for pair in found])
+    rows = [row for number in range(len(chunks)) for row in json.loads((folder / f"{number:06d}.json").read_text())]
+    flat = [item for row in rows for item in row]
+    candidates = [Candidate(**{**item, "box": tuple(item["box"])}) for item in flat if "box" in item]
+    return candidates, [LeftOut(**item) for item in flat if "box" not in item]
+
+
+# ---- second phase: the shards ------------------------------------------------------------------------------------
+
+
+def _shards(candidates: list[Candidate], settings: ShardSettings) -> list[tuple[str, list[Candidate]]]:
+    """Each shard's name and its objects."""
+    shards = []
+    for split in SPLITS:
+        mine = [candidate for candidate in candidates if candidate.split == split]
+        for number, start in enumerate(range(0, len(mine), settings.samples_per_shard)):
+            shards.append((f"{split}-{number:06d}", mine[start : start + settings.samples_per_shard]))
+    return shards
+
+
+def _write_missing(
+    source: Source, out: Path, settings: ShardSettings, candidates: list[Candidate], pool: WorkerPool
+) -> None:
+    shards = _shards(candidates, settings)
+    for number in console.track(units_in_turn(len(shards)), len(shards), "writing shards"):
+        name, objects = shards[number]
+        if index_path(out, name).is_file():
+            continue
+        by_image = [list(group) for _, group in groupby(objects, key=lambda candidate: candidate.image)]
+        made = pool.map(partial(_make_samples, source, settings.size), by_image)
+        samples = [sample for found, _ in made for sample in found]
+        write_bytes(out / f"{name}.tar", _tar_bytes(samples))
+        write_json(_shard_left_out_path(out, name), [asdict(item) for _, missing in made for item in missing])
+        _index_tar(out / f"{name}.tar", samples, settings.classes).write(index_path(out, name))
+
+
+def _shard_left_out_path(out: Path, shard: str) -> Path:
+    return out / "index" / "scan" / f"{shard}.json"
+
+
+def _make_samples(source: Source, size: int, candidates: list[Candidate]) -> tuple[list[Sample], list[LeftOut]]:
+    """Crops and encodes the objects of one image."""
+    records, left_out = source.read(candidates[0].image, candidates, size)
+    return [(record.key, record.description["class"], to_members(record)) for record in records], left_out
+
+
+def _tar_bytes(samples: Iterable[Sample]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for key, _, members in samples:
+            for extension, content in members.items():
+                entry = tarfile.TarInfo(f"{key}.{extension}")  # owner 0, time 0, mode 644: nothing of this machine
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def _index_tar(path: Path, samples: Sequence[Sample], class_names: list[str]) -> ShardIndex:
+    with tarfile.open(path) as tar:
+        offsets = [entry.offset_data for entry in tar]
+    contents = [content for _, _, members in samples for content in members.values()]
+    shape = (len(samples), len(MEMBERS))
+    return ShardIndex.from_keys(
+        [key for key, _, _ in samples],
+        offsets=np.array(offsets, np.int64).reshape(shape),
+        sizes=np.array([len(content) for content in contents], np.int64).reshape(shape),
+        crc32=np.array([zlib.crc32(content) for content in contents], np.uint32).reshape(shape),
+        class_ids=np.array([class_names.index(name) for _, name, _ in samples], np.int64),
+    )
+
+
+def _finish(
+    source: Source, out: Path, settings: ShardSettings, candidates: list[Candidate], left_out: list[LeftOut]
+) -> None:
+    """Writes the table of everything. Any process may: all write the same."""
+    splits: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
+    for name, objects in _shards(candidates, settings):
+        path = out / f"{name}.tar"
+        splits[objects[0].split].append(
+            ShardEntry(
+                name=name,
+                num_samples=len(ShardIndex.read(index_path(out, name))),
+                num_bytes=path.stat().st_size,
+                sha256=sha256_of_file(path),
+                index_sha256=sha256_of_file(index_path(out, name)),
+            )
+        )
+        left_out += [LeftOut(**item) for item in json.loads(_shard_left_out_path(out, name).read_text())]
+    if not any(entry.num_samples for entries in splits.values() for entry in entries):
+        for name, _ in _shards(candidates, settings):
+            (out / f"{name}.tar").unlink()
+        _withdraw(out)
+        raise UserError(f"{out}: no object is left to write: {left_out[-1].image}: {left_out[-1].reason}")
+    write_json(_left_out_path(out), [asdict(item) for item in left_out])
+    write_dataset(
+        Dataset(
+            folder=out,
+            settings=asdict(settings),
+            class_names=settings.classes,
+            part_names={name: source.part_names(name, candidates) for name in settings.classes},
+            splits=splits,
+        )
+    )

@@ -1,0 +1,117 @@
+"""Settings become networks and optimizers; the only place where `Config` and the model meet."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from slotscops.config import Config
+from slotscops.core.errors import UserError
+from slotscops.model.encoder import FeatureEncoder, ResNetEncoder
+from slotscops.model.network import SlotScops
+from slotscops.train.run.checkpoint import State, load_checkpoint, restore_model
+from slotscops.train.run.folder import read_config, resolve_checkpoint
+from slotscops.train.run.published import is_published, read_published
+
+
+def build_model(config: Config, feature_channels: int, pretrained: bool = True, num_classes: int = 1) -> SlotScops:
+    """The network of the settings, on the CPU, the same for the same seed.
+
+    Args:
+        feature_channels: C of the teacher's features.
+        pretrained: False where a checkpoint is loaded right after, so that no weights need to be at hand.
+        num_classes: of objects; told apart only where `slots.per_class` is `own`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder: nn.Module
+        if config.encoder.name == "features":
+            encoder = FeatureEncoder(feature_channels)
+        else:
+            weights = config.encoder.weights if pretrained else None
+            encoder = ResNetEncoder(config.encoder.name, weights, config.encoder.frozen_stages)
+        return SlotScops(
+            encoder,
+            num_parts=config.slots.num_parts,
+            feature_channels=feature_channels,
+            slot_dim=config.slots.dim,
+            num_iterations=config.slots.iterations,
+            slot_init=config.slots.init,
+            decoder_grid=config.decoder.grid,
+            slot_gradient=config.slots.gradient,
+            maps_from=config.decoder.maps,
+            decoder_kind=config.decoder.kind,
+            decoder_mixing=config.decoder.mixing,
+            free_basis=config.basis.kind == "free",
+            transform=config.teacher.transform,
+            refinement=config.decoder.refinement,
+            token_hidden=config.slots.token_hidden,
+            num_classes=num_classes if config.slots.per_class == "own" else None,
+        )
+
+
+def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
+    """SGD as SCOPS' or AdamW, with a learning rate of its own for encoder, head and basis.
+
+    Each group keeps its rate as `peak_learning_rate`; the trainer sets `lr` from the step.
+    """
+    train = config.train
+    rates = {
+        "encoder": train.learning_rate / 10 if train.encoder_learning_rate is None else train.encoder_learning_rate,
+        "head": train.learning_rate,
+        "basis": train.learning_rate if train.basis_learning_rate is None else train.basis_learning_rate,
+    }
+    groups = [
+        {
+            "name": name,
+            "params": parameters,
+            "lr": rates[name],
+            "peak_learning_rate": rates[name],
+            "weight_decay": 0.0 if name == "basis" else train.weight_decay,
+        }
+        for name, parameters in model.parameter_groups().items()
+        if parameters
+    ]
+    if train.optimizer == "sgd":
+        return SGD(groups, lr=train.learning_rate, momentum=train.momentum)
+    return AdamW(groups, lr=train.learning_rate, fused=True)  # on a CPU too: half the time of the plain one
+
+
+def parameter_names(model: nn.Module) -> Mapping[Tensor, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+class Trained(NamedTuple):
+    """A network read back from a checkpoint, with what belongs to it."""
+
+    network: SlotScops
+    config: Config
+    path: Path  # of the checkpoint
+    state: State
+
+
+def load_model(run_or_checkpoint: Path) -> Trained:
+    """The trained network of a run, of a checkpoint, or of a model given away on its own.
+
+    Raises:
+        UserError: nothing there, damaged, or settings that do not fit the tensors.
+    """
+    if is_published(run_or_checkpoint):
+        path = run_or_checkpoint
+        tensors, config, state = read_published(path)
+    else:
+        path = resolve_checkpoint(run_or_checkpoint)
+        config = read_config(path)
+        checkpoint = load_checkpoint(path)
+        # Averaged weights are what was scored while training.
+        tensors = checkpoint.model if checkpoint.ema is None else checkpoint.ema
+        state = checkpoint.state
+    if "basis_parameter" not in tensors:
+        raise UserError(f"{path}: its model has no part basis; it is no model of slotscops")
+    rows, channels = tensors["basis_parameter"].shape
+    model = build_model(config, channels, pretrained=False, num_classes=max(1, rows // config.slots.num_parts))
+    restore_model(model, tensors, path)
+    return Trained(model.eval(), config, path, state)

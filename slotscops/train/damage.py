@@ -1,0 +1,84 @@
+"""Damaged samples that a run met: counted over all processes, reported once each, and too many of them end the run."""
+
+import json
+from collections.abc import Mapping
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import tensor
+
+from slotscops.core import console
+from slotscops.core.errors import RunError
+from slotscops.core.files import write_json
+from slotscops.shard.index import Dataset
+from slotscops.train.run.folder import RunFolder
+
+_NAMED = 3  # in the line that ends the run; each has been reported in a line of its own, and all are in the run folder
+
+
+class DamageLedger:
+    """What is wrong with each damaged sample found so far, by key; the same on every process after `agree`."""
+
+    def __init__(self, dataset: Dataset, split: str, max_share: float, folder: RunFolder) -> None:
+        """
+        Args:
+            max_share: of the split's samples; `agree` raises where more are damaged.
+        """
+        self._dataset = dataset
+        self._split = split
+        self._max_share = max_share
+        self._folder = folder
+        self._known: dict[str, str] = {}
+        self._found_at: dict[str, int] = {}  # step, by key
+        self._new: dict[str, str] = {}  # found by this process since all agreed
+
+    def note(self, damaged: Mapping[str, str]) -> None:
+        """Takes down what a batch of this process came with. Costs nothing where that is nothing."""
+        for key in damaged.keys() - self._known.keys():
+            self._new[key] = damaged[key]
+
+    def reload(self, step: int) -> None:
+        """What the run had found by the step it goes on from; for one process, the others hear of it in `agree`."""
+        try:
+            rows = json.loads(self._folder.damaged.read_text())
+            self._new = {key: str(row["what"]) for key, row in rows.items() if row["step"] <= step}
+            self._found_at = {key: int(rows[key]["step"]) for key in self._new}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none there, or damaged: found again then
+            self._new = {}
+
+    def agree(self, accelerator: Accelerator, step: int, write: bool = True) -> int:
+        """How many different samples all processes together found to be damaged. All must call it at the same step.
+
+        Raises:
+            RunError: on every process, if they are more than allowed.
+        """
+        num_new = tensor([len(self._new)], device=accelerator.device)
+        if int(accelerator.gather(num_new).sum()):
+            found: dict[str, str] = {}
+            for of_process in gather_object([self._new]):
+                found |= of_process
+            self._new = {}
+            self._take_up({key: found[key] for key in sorted(found.keys() - self._known.keys())}, step, write)
+        allowed = self._max_share * self._dataset.num_samples(self._split)
+        if len(self._known) > allowed:
+            raise RunError(self._too_many())
+        return len(self._known)
+
+    def _take_up(self, found: dict[str, str], step: int, write: bool) -> None:
+        self._known |= found
+        if not console.is_main():
+            return
+        for key, what in found.items():
+            self._found_at.setdefault(key, step)
+            console.warn(f"sample {key} is damaged, another takes its place: {what}")
+        if write:
+            rows = {key: {"step": self._found_at[key], "what": what} for key, what in self._known.items()}
+            write_json(self._folder.damaged, rows)
+
+    def _too_many(self) -> str:
+        named = "; ".join(list(self._known.values())[:_NAMED])
+        more = f"; {len(self._known) - _NAMED} more in {self._folder.damaged}" if len(self._known) > _NAMED else ""
+        return (
+            f"{self._dataset.location}: {len(self._known)} of {self._dataset.num_samples(self._split)} samples of "
+            f"{self._split} are damaged, more than data.max_damaged_share={self._max_share:g} allows: {named}{more}"
+        )

@@ -1,0 +1,71 @@
+"""A whole run: from settings to the exit code."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from slotscops.config import Config
+from slotscops.core import console
+from slotscops.train import failures
+from slotscops.train.loop import Trainer
+from slotscops.train.processes import start_accelerator
+from slotscops.train.run.folder import RunFolder
+from slotscops.train.stopwatch import peak_memory_bytes
+
+_REHEARSED_STEPS = 3  # the first is slower than the rest
+
+
+def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: Sequence[str] = ()) -> int:
+    """Trains to `train.total_steps`; a dry run takes a few steps, writes nothing and says what all of it would cost.
+
+    Args:
+        resume: `auto` goes on from the run's newest whole checkpoint, `none` refuses where there is one, anything
+            else is the path of a run or checkpoint to go on from.
+        trackers: who is told of the run besides TensorBoard; `wandb`.
+
+    Returns:
+        The exit code: 0, or 128 + the number of the signal that asked the run to stop.
+
+    Raises:
+        UserError: settings, data, features or checkpoint that do not fit each other.
+        RunError: a loss or gradient that is not finite, a lost process or loader worker, no room for the last
+            checkpoint; names step and cause.
+    """
+    accelerator = start_accelerator(config, () if dry_run else trackers)
+    trainer = None
+    try:
+        with failures.named(lambda: trainer.step if trainer else 0):
+            start_from = None if dry_run else RunFolder.of(config).find_checkpoint(resume)
+            trainer = Trainer(config, accelerator, start_from)
+            signal_number = _rehearse(trainer) if dry_run else trainer.train()
+    except BaseException as error:
+        if trainer is not None and not dry_run and accelerator.is_main_process:
+            with suppress(OSError):  # a folder that cannot be written may be why
+                trainer.folder.note("failed", trainer.step, repr(error))
+        for tracker in accelerator.trackers:  # not end_training, which would wait for processes that are gone
+            tracker.finish()
+        raise
+    accelerator.end_training()
+    return 128 + signal_number if signal_number else 0
+
+
+def _rehearse(trainer: Trainer) -> int:
+    """Takes a few steps, writes nothing, says what the whole run would cost."""
+    batches = trainer.open_batches(_REHEARSED_STEPS)
+    for _ in range(_REHEARSED_STEPS):
+        start = time.perf_counter()
+        loss, _ = trainer.take_step(batches)
+        loss_value = loss.item()
+        step_s = time.perf_counter() - start
+    trainer.finite.check()
+    trainer.damage.agree(trainer.accelerator, trainer.step, write=False)
+    train = trainer.config.train
+    weights_mb = sum(parameter.nbytes for parameter in trainer.network.parameters()) / 1e6
+    console.say(
+        f"dry run: loss {loss_value:.5g}, {step_s:.3f} s a step of {train.batch_size} images, so about "
+        f"{train.total_steps * step_s / 3600:.2f} h for {train.total_steps} steps on "
+        f"{trainer.accelerator.num_processes} process(es) of {trainer.accelerator.device.type}; "
+        f"peak memory {peak_memory_bytes(trainer.accelerator.device) / 1e9:.2f} GB, "
+        f"{weights_mb:.0f} MB of weights. Nothing was written."
+    )
+    return 0

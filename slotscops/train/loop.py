@@ -1,0 +1,321 @@
+"""The training loop, and only the loop."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from slotscops.config import Config, to_mapping
+from slotscops.core import console
+from slotscops.core.files import write_json
+from slotscops.core.machine import machine
+from slotscops.core.records import Batch
+from slotscops.loader.batches import move_ahead, training_batches
+from slotscops.loader.plan import TrainingPlan, batch_digest
+from slotscops.loader.split import Split
+from slotscops.losses.objective import check_objective, compute_terms, weighted_sum
+from slotscops.metrics.scoring import evaluate_split, picture_of_split
+from slotscops.model.clusters import start_from_features
+from slotscops.train import monitors
+from slotscops.train.averaging import WeightAverage
+from slotscops.train.build import build_model, build_optimizer
+from slotscops.train.damage import DamageLedger
+from slotscops.train.finite import FiniteWatch
+from slotscops.train.processes import check_same_on_all_ranks, microbatches_of_process, open_training_data
+from slotscops.train.reduction import FixedOrderReducer
+from slotscops.train.run import checkpoint, snapshot
+from slotscops.train.run.folder import RunFolder, check_same_run
+from slotscops.train.run.page import write_report
+from slotscops.train.run.writer import CheckpointWriter
+from slotscops.train.schedule import learning_rate_factor
+from slotscops.train.stopping import Agreement, StopRequest
+from slotscops.train.stopwatch import Stopwatch, peak_memory_bytes
+from slotscops.train.trackers import log_picture, open_trackers
+
+
+class Trainer:
+    """One process of a run: network, optimizer, data, and how far it came."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, start_from: Path | None = None) -> None:
+        """
+        Args:
+            start_from: the checkpoint to go on from; None begins anew.
+        """
+        self.config = config
+        self.accelerator = accelerator
+        self.folder = RunFolder.of(config)
+        self._num_microbatches = microbatches_of_process(config, accelerator.num_processes)
+        check_objective(config, accelerator.num_processes, self._num_microbatches)
+        self.dataset, self.cache = open_training_data(config)
+        check_same_on_all_ranks(config, self.dataset, self.cache, start_from)
+        num_classes = len(self.dataset.class_names)
+        self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes)
+        # Only the object masks are looked at, and only where the target is masked by them.
+        needs_masks = config.losses.target_mask == "object"
+        self._split = Split(self.dataset, "train", self.cache, with_labels=needs_masks, replace_damaged=True)
+        self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder)
+        if start_from is None:
+            start_from_features(self.network, self._split, config)
+        if config.train.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(config, self.network)
+        self._wrap()
+        self.step = 0  # steps done
+        self.samples_seen = 0
+        self._scores: dict[str, float] = {}  # of the last evaluation
+        self._best: dict[str, Any] = {}  # score, value and step of the best one
+        self.finite = FiniteWatch(accelerator)
+        self._terms: dict[str, Tensor] = {}  # of the last step, unweighted, this process's mean
+        self.stopwatch = Stopwatch()
+        self._watched: tuple[Tensor, Tensor] | None = None  # logits and basis of the last microbatch
+        self._warned: set[str] = set()  # causes of collapse that were named already
+        # Shared-Gaussian slots draw from this: differently on each process, the same at each start.
+        torch.manual_seed(config.seed * 1000 + accelerator.process_index)
+        if start_from is not None:
+            self._resume(start_from)
+
+    def _wrap(self) -> None:
+        """DDP or a fixed order of summing, mixed precision, compilation, averaging of weights."""
+        train = self.config.train
+        # The bare network and optimizer stay at hand: what is saved bears no trace of DDP or torch.compile.
+        model = torch.compile(self.network) if train.compile else self.network
+        self._reducer: FixedOrderReducer | None = None
+        if train.reduction == "deterministic":
+            self._model = self.accelerator.prepare_model(model, evaluation_mode=True)  # without DDP
+            self._reducer = FixedOrderReducer(list(self.network.parameters()))
+        else:
+            self._model = self.accelerator.prepare_model(model)
+        self._stepper = self.accelerator.prepare_optimizer(self.optimizer)
+        self._average = WeightAverage(self.network, train.ema_decay) if train.ema_decay else None
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """From where the run stands to its end, or to `train.stop_after_steps` from here.
+
+        Returns:
+            The number of the signal that asked to stop before; 0 where none did.
+        """
+        train = self.config.train
+        start, last = self.step, train.total_steps
+        if train.stop_after_steps is not None:
+            last = min(last, start + train.stop_after_steps)
+        self.open_run()
+        batches = self.open_batches(last - start)
+        agreement = Agreement(timedelta(minutes=train.timeout_minutes))
+        signal_number = 0
+        with StopRequest() as request, CheckpointWriter(self.folder.checkpoints, train.keep_checkpoints) as writer:
+            self.stopwatch.restart()
+            for _ in console.track_silently(range(start, last), last - start, "training steps"):
+                loss, grad_norm = self.take_step(batches)
+                signal_number = agreement.exchange(request.signal_number)
+                ends = self.step == last or signal_number > 0
+                with self.stopwatch.paused():
+                    if train.eval_every_steps and not signal_number and (self._is_due(train.eval_every_steps) or ends):
+                        self._evaluate(request)
+                if self._is_due(train.log_every_steps) or ends or self.step == 1 or self._was_evaluated_now():
+                    self.log(loss, grad_norm)
+                with self.stopwatch.paused():
+                    if self._was_evaluated_now() and self.accelerator.is_main_process:
+                        write_report(self.folder)
+                    if self._is_due(train.save_every_steps) or ends or self._best.get("step") == self.step:
+                        self.save(writer)
+                if signal_number:
+                    break
+            agreement.finish()
+        if self.accelerator.is_main_process:
+            self.folder.close(self.config, self.step, signal_number)
+            write_report(self.folder)
+        return signal_number
+
+    def _is_due(self, every_steps: int) -> bool:
+        return self.step % every_steps == 0
+
+    def take_step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+        """One update from one global batch. Returns this process's mean loss and the norm of the whole gradient."""
+        train = self.config.train
+        factor = learning_rate_factor(self.step, train.total_steps, train.schedule, train.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_learning_rate"] * factor
+        total = torch.zeros((), device=self.accelerator.device)
+        self._terms = {}
+        for number in range(self._num_microbatches):
+            with self.stopwatch.waiting():
+                batch = next(batches)
+            self.damage.note(batch.damaged)
+            is_last = number == self._num_microbatches - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self._model):
+                loss = self._loss(batch)
+                self.accelerator.backward(loss if self._reducer else loss / self._num_microbatches)
+            if self._reducer:
+                self._reducer.collect()
+            total += loss.detach() / self._num_microbatches
+        if self._reducer:
+            self._reducer.reduce()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), train.clip_norm or float("inf"))
+        self._stepper.step()
+        self._stepper.zero_grad()
+        if self._average:
+            self._average.update()
+        self.step += 1
+        self.samples_seen += train.batch_size
+        self.stopwatch.count(train.batch_size)
+        self.finite.note(self.step, total, grad_norm)
+        return total, grad_norm
+
+    def _loss(self, batch: Batch) -> Tensor:
+        output, terms = compute_terms(self._model, self.network.target, batch, self.config, self.step)
+        self._watched = (output.logits.detach(), output.basis.detach())
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0) + term.detach() / self._num_microbatches
+        return weighted_sum(terms, self.config.losses, self.step)
+
+    def open_batches(self, num_steps: int) -> Iterator[Batch]:
+        """This process's microbatches of the next so many steps."""
+        device = self.accelerator.device
+        workers = self.config.data.num_workers
+        batches = training_batches(self._split, self._plan(num_steps), workers, pin_memory=device.type == "cuda")
+        return move_ahead(batches, device)
+
+    def _plan(self, num_steps: int) -> TrainingPlan:
+        return TrainingPlan(
+            num_samples=len(self._split),
+            seed=self.config.seed,
+            batch_size=self.config.train.batch_size,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            accumulation_steps=self._num_microbatches,
+            samples_seen=self.samples_seen,
+            last=self.samples_seen + num_steps * self.config.train.batch_size,
+            mirror=self.config.data.mirror,
+        )
+
+    # ---- where it starts -----------------------------------------------------------------------------------------
+
+    def _resume(self, path: Path) -> None:
+        """Goes on from a checkpoint, exactly."""
+        saved = checkpoint.load_checkpoint(path)
+        check_same_run(saved.state, self.config, self.dataset, self.cache, path)
+        snapshot.restore(saved, self.network, self._average, self.optimizer, self.accelerator.process_index)
+        self.step, self.samples_seen = saved.state.step, saved.state.samples_seen
+        self._scores, self._best = saved.state.scores, saved.state.best
+        console.say(f"{path}: going on from step {self.step}")
+
+    def open_run(self) -> None:
+        """Makes the run's folder and opens the trackers."""
+        if self.accelerator.is_main_process:
+            self.folder.open(self.config, self.step)
+            self.folder.note("running", self.step)
+            processes = {"processes": str(self.accelerator.num_processes)}
+            write_json(self.folder.machine, machine(self.accelerator.device) | processes)
+            self.damage.reload(self.step)
+        self.accelerator.wait_for_everyone()
+        open_trackers(self.accelerator, self.folder, self.step)
+
+    # ---- what it writes ------------------------------------------------------------------------------------------
+
+    def log(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Writes down the step just taken: metrics.jsonl, TensorBoard, a line."""
+        row = self._make_row(loss, grad_norm)
+        if self._was_evaluated_now():
+            row |= {name: score for name, score in self._scores.items() if name.startswith("val_")}
+        digest = row.pop("batch_digest")  # text, which TensorBoard cannot plot
+        self.accelerator.log(row, step=self.step)
+        if self.accelerator.is_main_process:
+            self.folder.log(row | {"batch_digest": digest})
+            console.say_plainly(
+                f"step {self.step}/{self.config.train.total_steps}  loss {row['loss']:.6g}  "
+                f"{row['images_per_second']:.1f} images/s  data wait {100 * row['data_wait']:.1f} %"
+                + "".join(f"  {name} {100 * row[name]:.1f}" for name in ("val_nmi", "val_ari") if name in row)
+            )
+        self.stopwatch.restart()
+
+    def _make_row(self, loss: Tensor, grad_norm: Tensor) -> dict[str, Any]:
+        """What is written down of the step just taken. The only place where a step waits for the device."""
+        loss = self.accelerator.reduce(loss, "mean")
+        terms = {name: self.accelerator.reduce(term, "mean") for name, term in self._terms.items()}
+        self.finite.check()
+        return {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "loss": loss.item(),
+            **{f"loss_{name}": term.item() for name, term in terms.items()},
+            **{f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups},
+            "grad_norm": grad_norm.item(),
+            **self.stopwatch.read(),
+            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            **self._watch(),
+            "damaged_samples": self.damage.agree(self.accelerator, self.step),
+            "batch_digest": self._batch_digest(),
+        }
+
+    def _watch(self) -> dict[str, float]:
+        """Monitors of collapse, averaged over processes; warns of each likely cause once."""
+        assert self._watched is not None
+        values = monitors.watch(*self._watched)
+        means = self.accelerator.reduce(torch.stack(list(values.values())), "mean").tolist()
+        row = dict(zip(values, means, strict=True))
+        for cause, message in monitors.likely_causes(row, self.step, self.config.train.total_steps).items():
+            if cause not in self._warned and self.accelerator.is_main_process:
+                console.warn(f"WARNING: step {self.step}: {message}")
+            self._warned.add(cause)
+        return row
+
+    def _batch_digest(self) -> str:
+        """Hash of the planned keys of the global batch just trained on, in order; replaced samples do not show."""
+        samples = self._plan(0).global_batch(self.samples_seen - self.config.train.batch_size)
+        return batch_digest(self._split.key(sample) for sample in samples)
+
+    def _evaluate(self, request: StopRequest) -> None:
+        if not self.dataset.num_samples("val"):
+            return
+        split = Split(self.dataset, "val", self.cache, with_labels=True)
+        network = self._average.network if self._average else self.network
+        limit = self.config.train.eval_images
+        scores = evaluate_split(network, split, self.accelerator, limit, lambda: request.signal_number > 0)
+        if scores is None:  # asked to stop amid it: the coming step is the last
+            return
+        self._scores = {"step": self.step} | {f"val_{name}": score for name, score in scores.pooled().items()}
+        self._note_best()
+        if self.accelerator.is_main_process:
+            picture = picture_of_split(network, split)
+            picture.save(self.folder.pictures / f"step-{self.step}.png")
+            log_picture(self.accelerator, "parts", picture, self.step)
+            write_json(self.folder.evaluation, {"step": self.step, "confusion": scores.confusion()})
+
+    def _note_best(self) -> None:
+        name = self.config.train.best_score
+        if name is None:
+            return
+        value = self._scores[f"val_{name}"]
+        before = self._best if self._best.get("score") == name else {}
+        if value == value and value > before.get("value", float("-inf")):  # NaN: nothing to score
+            self._best = {"score": name, "value": value, "step": self.step}
+
+    def _was_evaluated_now(self) -> bool:
+        return self._scores.get("step") == self.step
+
+    def save(self, writer: CheckpointWriter) -> None:
+        """Hands the state of all processes to the writer."""
+        self.finite.check()
+        tensors = snapshot.take(self.network, self._average, self.optimizer, self.accelerator)
+        if not self.accelerator.is_main_process:
+            return
+        state = checkpoint.State(
+            step=self.step,
+            samples_seen=self.samples_seen,
+            config=to_mapping(self.config),
+            shard_digest=self.dataset.digest,
+            feature_digest=self.cache.digest,
+            teacher_weights=self.cache.manifest["weights"],
+            teacher_sha256=self.cache.manifest["weights_sha256"],
+            scores=self._scores,
+            best=self._best,
+            class_names=self.dataset.class_names,
+        )
+        writer.save(tensors, state, self._best.get("step"))

@@ -1,0 +1,187 @@
+"""Before the first step: processes as the launcher promised, data and features that fit the settings."""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from slotscops.config import Config, to_mapping
+from slotscops.core import console
+from slotscops.core.errors import UserError
+from slotscops.core.files import sha256_of_json
+from slotscops.features.cache import FeatureCache, open_cache, warn_if_random
+from slotscops.features.teacher import Teacher
+from slotscops.loader import plan
+from slotscops.shard.index import Dataset, open_dataset
+from slotscops.train.trackers import choose_trackers
+
+CPU_LAUNCH = (
+    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --num_cpu_threads_per_process 1 --main_process_port 0"
+)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerator:
+    """Joins the other processes.
+
+    Args:
+        trackers: who is told of the run besides TensorBoard.
+
+    Raises:
+        UserError: the launcher started another number of processes than it was asked for, or than the settings want,
+            or the global batch cannot be divided among them, or a tracker is not there.
+    """
+    # Before the processes meet, and before a GPU is touched.
+    if config.train.num_processes not in (None, console.world_size()):
+        raise UserError(
+            f"train.num_processes is {config.train.num_processes}, but {console.world_size()} were started; "
+            "give the launcher that number or drop the setting"
+        )
+    microbatches_of_process(config, console.world_size())
+    accelerator = join_processes(
+        mixed_precision=config.train.mixed_precision,
+        log_with=choose_trackers(trackers, config),
+        project_dir=config.run_dir,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.timeout_minutes)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+        ],
+    )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Has the C library (glibc) keep what large tensors leave free, for those of the next step.
+
+    Otherwise it gives every tensor above 32 MB back to the system, which hands out its pages again one fault at a time:
+    7 % of a step of ResNet-50 at 128 px, batch 16, on two cores. Other C libraries are left as they are.
+    """
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt") and hasattr(allocator, "gnu_get_libc_version"):
+        allocator.mallopt(_M_MMAP_MAX, 0)
+        allocator.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def join_processes(**arguments: Any) -> Accelerator:
+    """Joins the other processes; `arguments` are Accelerate's own.
+
+    Raises:
+        UserError: the launcher started another number of processes than it was asked for.
+    """
+    _check_environment()
+    accelerator = Accelerator(**arguments)
+    if accelerator.num_processes != console.world_size():
+        raise UserError(
+            f"the launcher promised {console.world_size()} processes, but each runs alone (--multi_gpu without a GPU "
+            f"for each); on CPUs launch with: {CPU_LAUNCH}"
+        )
+    return accelerator
+
+
+def microbatches_of_process(config: Config, num_processes: int) -> int:
+    """So many microbatches each process makes of its share of the global batch.
+
+    Raises:
+        UserError: the batch cannot be divided so.
+    """
+    train = config.train
+    if train.reduction == "ddp":
+        plan.check_divisible(train.batch_size, num_processes, train.accumulation_steps)
+        return train.accumulation_steps
+    if train.accumulation_steps != 1:
+        raise UserError(
+            f"train.accumulation_steps is {train.accumulation_steps}, but train.reduction=deterministic splits the "
+            "batch into train.microbatches; set train.accumulation_steps=1"
+        )
+    if train.microbatches % num_processes or train.batch_size % train.microbatches:
+        raise UserError(
+            f"train.microbatches is {train.microbatches}, needed a multiple of the {num_processes} processes that "
+            f"divides train.batch_size, {train.batch_size}"
+        )
+    return train.microbatches // num_processes
+
+
+def check_same_on_all_ranks(config: Config, dataset: Dataset, cache: FeatureCache, start_from: Path | None) -> None:
+    """Refuses to train where the processes were given different things, as by an old copy on one node.
+
+    Raises:
+        UserError: naming what differs on which ranks.
+    """
+    if console.world_size() == 1:
+        return
+    mine = {
+        "settings": sha256_of_json(to_mapping(config) | {"data": config.data.size, "run_dir": ""}),
+        "shards": dataset.digest,
+        "features": cache.digest,
+        "a checkpoint": "none" if start_from is None else start_from.name,
+    }
+    everyone: list[Any] = [None] * console.world_size()
+    between_hosts: Any = dist.new_group(backend="gloo")  # no GPU memory is taken yet
+    dist.all_gather_object(everyone, mine, group=between_hosts)
+    for what, first in everyone[0].items():
+        others = [str(rank) for rank, theirs in enumerate(everyone) if theirs[what] != first]
+        if others:
+            raise UserError(
+                f"rank {', '.join(others)} came with {what} other than rank 0's ({first[:12]}); give every process "
+                "the same command, shards and run folder"
+            )
+
+
+def _check_environment() -> None:
+    # accelerate launch --cpu --num_processes N sets the address of a process group and then starts one process.
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"the launcher was asked for several processes but started one; on CPUs launch with: {CPU_LAUNCH}"
+        )
+
+
+def open_training_data(config: Config) -> tuple[Dataset, FeatureCache]:
+    """The shards and their feature cache, checked against the settings.
+
+    Raises:
+        UserError: missing or unfinished shards, another crop size, a cache that does not fit.
+    """
+    dataset = open_dataset_of_size(config)
+    network, layer, weights = config.teacher.network, config.teacher.layer, config.teacher.weights
+    sha256 = None if weights is None else Teacher(layer, weights, network).fingerprint
+    # Where the cache does not follow an augmentation, this refuses it by name.
+    cache = open_cache(dataset, layer, config.teacher_size, sha256, network, mirrored=config.data.mirror)
+    warn_if_random(cache)
+    _warn_if_fetched_again_and_again(dataset, cache)
+    return dataset, cache
+
+
+def _warn_if_fetched_again_and_again(dataset: Dataset, cache: FeatureCache) -> None:
+    """Training reads shards in no order: with a cache smaller than the data nearly every sample fetches its shard."""
+    if dataset.remote is None or not console.is_main():
+        return
+    entries = dataset.split("train")
+    needed = sum(entry.num_bytes for entry in entries)
+    for features in [cache] if cache.mirrored is None else [cache, cache.mirrored]:
+        needed += sum(features.manifest["files"][entry.name]["bytes"] for entry in entries)
+    if needed > dataset.remote.max_bytes:
+        console.warn(
+            f"{dataset.location}: has {needed / 1e9:.3g} GB to train on, the cache "
+            f"{dataset.remote.max_bytes / 1e9:.3g}; shards will be fetched again and again, set SLOTSCOPS_CACHE_GB to "
+            f"more than {needed / 1e9:.3g}"
+        )
+
+
+def open_dataset_of_size(config: Config) -> Dataset:
+    dataset = open_dataset(config.data.shards)
+    if dataset.size != config.data.size:
+        raise UserError(
+            f"{config.data.shards}: holds crops of {dataset.size} px, but data.size is {config.data.size}; set "
+            f"data.size={dataset.size} or make shards with python -m slotscops.shard --size {config.data.size}"
+        )
+    return dataset

@@ -1,0 +1,240 @@
+"""Checkpoints: a folder that appears whole or not at all, every file hashed, no pickle anywhere.
+
+`checkpoints/step-{N}/` holds `model.safetensors`, `optimizer.safetensors`, `rng.safetensors` (one row a process),
+`ema.safetensors` where weights are averaged, `state.json` (step, samples_seen, what it was trained on) and
+`manifest.json` (sha256 and size of all others). The link `checkpoints/best` leads to the one with the best score.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from slotscops.core.errors import UserError
+from slotscops.core.files import fsync, sha256_of_file, write_json
+
+FORMAT = 1
+_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+_EMA = "ema.safetensors"  # only where weights are averaged
+
+
+@dataclass(frozen=True)
+class State:
+    """All of a run's state that is not a tensor."""
+
+    step: int
+    samples_seen: int
+    config: dict[str, Any]
+    shard_digest: str
+    feature_digest: str
+    teacher_weights: str  # imagenet, random:SEED, or the name of the file
+    teacher_sha256: str  # of the teacher's tensors
+    scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    best: dict[str, Any] = field(default_factory=dict)  # score, value, step of the best evaluation so far
+    class_names: list[str] = field(default_factory=list)  # of the data, in the order of class ids
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back, its hashes checked."""
+
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    ema: dict[str, Tensor] | None  # averaged weights, under the model's names
+    state: State
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: State,
+    keep: int,
+    best_step: int | None = None,
+) -> Path:
+    """Writes `folder/step-{N}`, then removes all but the newest `keep` and the best.
+
+    At whatever moment the process dies, every checkpoint that was whole before is whole still.
+
+    Args:
+        tensors: what each safetensors file holds, by its name without ending: model, optimizer, rng, and ema if any.
+        best_step: a checkpoint that stays, however old; the link `best` leads to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{state.step}"
+    partial, replaced = folder / f".{final.name}.partial", folder / f".{final.name}.replaced"
+    for left_over in folder.glob(".step-*"):  # by a process that died while writing
+        shutil.rmtree(left_over)
+    partial.mkdir()
+    try:
+        _write_files(partial, tensors, state)
+        if final.exists():  # damaged, or of a run that was resumed from an earlier checkpoint
+            final.rename(replaced)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    fsync(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if best_step is not None:
+        _link_best(folder, best_step)
+    for old in list_checkpoints(folder)[:-keep]:
+        if old.name != f"step-{best_step}":
+            _remove(old)
+    return final
+
+
+def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State) -> None:
+    for name, group in tensors.items():
+        save_file(dict(group), folder / f"{name}.safetensors")
+    write_json(folder / "state.json", asdict(state))
+    names = [*(f"{name}.safetensors" for name in tensors), "state.json"]
+    for name in names:
+        fsync(folder / name)
+    write_json(folder / "manifest.json", {name: _describe(folder / name) for name in names})
+
+
+def _link_best(folder: Path, step: int) -> None:
+    link = folder / ".best"
+    link.unlink(missing_ok=True)
+    link.symlink_to(f"step-{step}")
+    link.rename(folder / "best")
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: one that is half removed must not stand there under a checkpoint's name.
+    leaving = checkpoint.with_name(f".{checkpoint.name}.removed")
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizer's state by "{parameter}/{quantity}", such as "basis/exp_avg"."""
+    return {
+        f"{names[parameter]}/{quantity}": value
+        for parameter, state in optimizer.state.items()
+        for quantity, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def rng_tensors(rank: int) -> dict[str, Tensor]:
+    """The states of PyTorch's random number generators of this process."""
+    states = {f"cpu/{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"cuda/{rank}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints below `folder`, by step."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raises UserError naming the first file that is missing or differs from the manifest."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        names = {*_FILES, *manifest}
+        expected = {name: (manifest[name]["sha256"], manifest[name]["bytes"]) for name in sorted(names)}
+    except FileNotFoundError:
+        raise UserError(f"{path}: is no checkpoint (no manifest.json); give a folder step-N of a run") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}/manifest.json: is damaged; {_USE_ANOTHER}") from None
+    for name, (sha256, num_bytes) in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file}: is missing; {_USE_ANOTHER}")
+        if file.stat().st_size != num_bytes or sha256_of_file(file) != sha256:
+            raise UserError(f"{file}: is damaged (its sha256 differs from the manifest); {_USE_ANOTHER}")
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint after checking every hash.
+
+    Raises:
+        UserError: missing, damaged, or of another format.
+    """
+    verify_checkpoint(path)
+    try:
+        state = State(**json.loads((path / "state.json").read_text()))
+        model, optimizer, rng = (load((path / name).read_bytes()) for name in _FILES[:3])
+        ema = load((path / _EMA).read_bytes()) if (path / _EMA).is_file() else None
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {_USE_ANOTHER}") from None
+    if state.format != FORMAT:
+        raise UserError(f"{path}: has format {state.format}, this version reads {FORMAT}")
+    return Checkpoint(path, model, optimizer, rng, ema, state)
+
+
+def restore_model(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Loads the model's tensors; a missing, foreign or misshapen one is refused by name."""
+    own = module.state_dict()
+    for name in sorted(set(own) ^ set(tensors)):
+        side = "lacks" if name in own else "has the foreign"
+        raise UserError(f"{path}: {side} tensor {name}; it was saved by a model with other settings")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, needed {tuple(tensor.shape)}; "
+                "it was saved by a model with other settings"
+            )
+    module.load_state_dict(dict(tensors))
+
+
+def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`. Learning rates and other settings stay those of the optimizer."""
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, quantity = key.rpartition("/")
+        by_parameter.setdefault(name, {})[quantity] = tensor
+    content = optimizer.state_dict()
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    content["state"] = {
+        number: {quantity: _laid_out_as(parameter, tensor) for quantity, tensor in state.items()}
+        for number, parameter in enumerate(ordered)
+        if (state := by_parameter.get(names[parameter]))
+    }
+    optimizer.load_state_dict(content)
+
+
+def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor in the parameter's order of memory: fused optimizers walk through both side by side, unchecked."""
+    if tensor.shape != parameter.shape:
+        return tensor  # a step counter
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+
+
+def restore_rng(tensors: Mapping[str, Tensor], rank: int) -> bool:
+    """Restores this process's generators; False where the checkpoint was written by fewer processes."""
+    if f"cpu/{rank}" not in tensors:
+        return False
+    torch.set_rng_state(tensors[f"cpu/{rank}"])
+    if torch.cuda.is_available() and f"cuda/{rank}" in tensors:
+        torch.cuda.set_rng_state(tensors[f"cuda/{rank}"])
+    return True
+
+
+_USE_ANOTHER = "use an older checkpoint of the run"

@@ -1,0 +1,207 @@
+"""The run's own folder: what lies in it under which name, and which of its checkpoints to go on from."""
+
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slotscops.config import Config, config_from_mapping, load_config, to_mapping, write_config
+from slotscops.core import console
+from slotscops.core.claims import differences
+from slotscops.core.errors import UserError
+from slotscops.core.files import json_numbers, write_bytes, write_json
+from slotscops.features.cache import FeatureCache
+from slotscops.shard.index import Dataset
+from slotscops.train.run.checkpoint import State, list_checkpoints, verify_checkpoint
+
+# Settings that may change between two starts of one run without making it another run.
+_FREE_TO_CHANGE = (
+    "run_dir",
+    "data.shards",
+    "data.num_workers",
+    "data.max_damaged_share",
+    "encoder.weights",
+    "teacher.weights",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @staticmethod
+    def of(config: Config) -> "RunFolder":
+        return RunFolder(Path(config.run_dir))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "pictures"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def damaged(self) -> Path:
+        """Every damaged sample found so far, by key: what is wrong, and the step that found it."""
+        return self.path / "damaged.json"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def status(self) -> Path:
+        """How the run stands: running, interrupted, finished or failed; at which step, why."""
+        return self.path / "status.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """The last evaluation's step and, by class, pixel counts of slots by true parts."""
+        return self.path / "evaluation.json"
+
+    @property
+    def machine(self) -> Path:
+        """What the run was last started on."""
+        return self.path / "machine.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def wandb_id(self) -> Path:
+        """By which Weights & Biases knows the run."""
+        return self.path / "wandb_id"
+
+    def open(self, config: Config, step: int) -> None:
+        """Makes the folder, writes the resolved settings, and drops logged steps beyond the one resumed from."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.pictures.mkdir(exist_ok=True)
+            write_config(config, self.config)
+            if self.metrics.exists():
+                kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
+                write_bytes(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another folder with run_dir=DIR"
+            ) from None
+
+    def note(self, state: str, step: int, reason: str = "") -> None:
+        """Writes down how the run stands: running, interrupted, finished or failed."""
+        write_json(self.status, {"state": state, "step": step, "reason": reason})
+
+    def close(self, config: Config, step: int, signal_number: int) -> None:
+        """Writes down and says how far a run came that did not fail."""
+        if step == config.train.total_steps:
+            self.note("finished", step)
+            console.say(
+                f"{self.path}: trained {step} steps; score it with: python -m slotscops.evaluate "
+                f"--checkpoint {self.path} --shards {config.data.shards}"
+            )
+            return
+        reason = signal.Signals(signal_number).name if signal_number else "train.stop_after_steps"
+        self.note("interrupted", step, reason)
+        console.say(f"{self.path}: stopped at step {step} ({reason}); start again to go on")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends one logged step."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(json_numbers(row)) + "\n")
+
+    def find_checkpoint(self, resume: str) -> Path | None:
+        """The checkpoint to go on from, or None to start afresh.
+
+        Args:
+            resume: `auto` takes the newest that verifies, `none` starts afresh, anything else is a checkpoint's path.
+
+        Raises:
+            UserError: `none` over a run that has checkpoints; no checkpoint of the run verifies.
+        """
+        present = list_checkpoints(self.checkpoints)
+        if resume not in ("auto", "none"):
+            return resolve_checkpoint(Path(resume))
+        if not present:
+            return None
+        if resume == "none":
+            raise UserError(
+                f"{self.path}: holds the checkpoints of a run; go on with --resume auto or choose another run_dir"
+            )
+        return _newest_whole(present)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint's folder from that of a run or a checkpoint; of a run, its newest checkpoint that verifies.
+
+    Raises:
+        UserError: nothing there, or nothing whole.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such run or checkpoint; give runs/NAME or runs/NAME/checkpoints/step-N")
+    if (path / "manifest.json").is_file():
+        verify_checkpoint(path)
+        return path
+    present = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not present:
+        raise UserError(f"{path}: holds no checkpoint; give runs/NAME or runs/NAME/checkpoints/step-N")
+    return _newest_whole(present)
+
+
+def run_of_checkpoint(checkpoint: Path) -> Path:
+    """runs/NAME of runs/NAME/checkpoints/step-N."""
+    return checkpoint.resolve().parent.parent
+
+
+def read_config(checkpoint: Path) -> Config:
+    """The settings a checkpoint's model was built with, from `config.yaml` of its run or beside its tensors."""
+    for folder in (checkpoint, run_of_checkpoint(checkpoint)):
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml")
+    raise UserError(f"{checkpoint}: no config.yaml beside it or in its run folder; copy it there")
+
+
+def check_same_run(saved: State, config: Config, dataset: Dataset, cache: FeatureCache, path: Path) -> None:
+    """Refuses to go on with settings or data that make another model or another order of samples."""
+    earlier = to_mapping(config_from_mapping(saved.config, str(path)))
+    for name in differences(earlier, to_mapping(config)):
+        if name in _FREE_TO_CHANGE or (name.startswith("train.") and name != "train.optimizer"):
+            continue
+        raise UserError(f"{path}: was trained with another {name}; restore it or start a new run with run_dir=DIR")
+    digests = {"shards": (saved.shard_digest, dataset.digest), "features": (saved.feature_digest, cache.digest)}
+    for name, (before, now) in digests.items():
+        if before != now:
+            raise UserError(
+                f"{path}: was trained on other {name} ({before[:12]}, now {now[:12]}); "
+                f"point data.shards to the {name} it began with or start a new run with run_dir=DIR"
+            )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The logged steps. A last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _newest_whole(checkpoints: list[Path]) -> Path:
+    reasons = []
+    for path in reversed(checkpoints):
+        try:
+            verify_checkpoint(path)
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            console.warn(f"passed over a checkpoint: {reason}")
+        return path
+    raise UserError(f"{reasons[0]} (no other checkpoint of the run is whole)")

@@ -1,0 +1,114 @@
+"""A run's own page: `runs/NAME/report.html`, made of what the run folder holds, so that it can be made again.
+
+    python -m slotscops.report RUN
+
+Opens from disk without a network. The pictures stay files of their own in the run folder's `pictures/`.
+"""
+
+import argparse
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from slotscops.config import Config, load_config, to_mapping
+from slotscops.core import console
+from slotscops.core.errors import UserError
+from slotscops.core.files import write_bytes
+from slotscops.core.pictures import voc_palette
+from slotscops.train.run.folder import RunFolder, read_metrics
+
+_MAX_POINTS = 2000  # of a curve: more than any screen shows, and a page that opens at once
+_PLACE = '"RUN"'  # of the content in the page
+# Panel -> prefixes of what it plots; the first panel that wants a value gets it.
+_PANELS = {
+    "Loss": ("loss",),
+    "Scores": ("val_",),
+    "Share of cells of each slot": ("slot_share_",),
+    "Signs of collapse": ("map_entropy", "basis_cosine", "background_share"),
+    "Slots and basis rows out of use": ("dead_slots", "zero_basis_rows", "damaged_samples"),
+    "Norm of the gradient": ("grad_norm",),
+    "Learning rates": ("lr_",),
+    "Images per second": ("images_per_second",),
+    "Share of time waiting for data": ("data_wait",),
+    "Peak memory, bytes": ("peak_memory_bytes",),
+}
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Writes the page from the folder's settings, logged steps, pictures, status and last evaluation.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not folder.config.is_file():
+        raise UserError(f"{folder.path}: holds no run (no config.yaml); give runs/NAME")
+    rows = read_metrics(folder.metrics) if folder.metrics.exists() else []
+    content = {
+        "name": folder.path.resolve().name,
+        "status": _read_json(folder.status),
+        "evaluation": _read_json(folder.evaluation),
+        "machine": _read_json(folder.machine),
+        "settings": _flat(to_mapping(load_config(folder.config))),
+        "defaults": _flat(to_mapping(Config())),
+        "last": {name: value for name, value in (rows[-1] if rows else {}).items() if name != "batch_digest"},
+        "panels": _panels(rows),
+        "pictures": _pictures(folder.pictures),
+        "palette": voc_palette(256).tolist(),
+    }
+    page = (resources.files("slotscops.train.run") / "page.html").read_text(encoding="utf-8")
+    # ASCII, and no tag within it can end the script.
+    text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    write_bytes(folder.report, page.replace(_PLACE, text).encode())
+    return folder.report
+
+
+def _panels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Curves by panel: each value that is a number in some row, against the step."""
+    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if _is_number(value)))
+    panels = []
+    for title, prefixes in _PANELS.items():
+        curves = []
+        for name in [name for name in names if name.startswith(prefixes)]:
+            points = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
+            curves.append({"name": name, "points": _thin(points)})
+        if curves:
+            panels.append({"title": title, "curves": curves})
+    return panels
+
+
+def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Evenly fewer points where there are too many; the last stays."""
+    every = -(-len(points) // _MAX_POINTS)
+    return points[:-1][::every] + points[-1:]
+
+
+def _pictures(folder: Path) -> list[tuple[int, str]]:
+    """Step and address of each picture, in order."""
+    steps = [path.stem.removeprefix("step-") for path in folder.glob("step-*.png")]
+    return [(step, f"pictures/step-{step}.png") for step in sorted(int(step) for step in steps if step.isdigit())]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):  # not written yet
+        return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m slotscops.report", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN")
+    console.say(str(write_report(RunFolder(parser.parse_args(arguments).run))))
+    return 0

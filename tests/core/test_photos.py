@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from small_runs import photo
+
+from slotscops.core.errors import UserError
+from slotscops.core.photos import find_photos, read_photo, to_rgb, unique_names
+from slotscops.core.pixels import PADDING
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"])
+def test_an_image_of_any_mode_becomes_rgb_of_its_size(mode: str) -> None:
+    grey = photo((7, 5), "L")
+    image = grey.convert("I").convert("I;16") if mode == "I;16" else photo((7, 5)).convert("RGB")
+    if mode in ("I", "F"):
+        image = grey.convert(mode)
+    elif mode == "LAB":
+        image = Image.new("LAB", (7, 5), (128, 128, 128))
+    elif mode not in ("I;16", "RGB"):
+        image = image.convert(mode)
+    result = to_rgb(image)
+    assert (result.mode, result.size) == ("RGB", (7, 5))
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert np.asarray(read_photo(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_what_is_transparent_gets_the_colour_of_padding() -> None:
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (1, 2, 3, 255))
+    result = to_rgb(image)
+    assert result.getpixel((0, 0)) == PADDING
+    assert result.getpixel((1, 0)) == (1, 2, 3)
+
+
+@given(st.lists(st.sampled_from(["a.jpg", "A.jpg", "x/a.png", "a-2.jpg", "b.jpg", "y/a-2.gif"]), max_size=8))
+def test_every_photo_has_a_name_of_its_own_on_any_file_system(photos: list[str]) -> None:
+    names = unique_names(map(Path, photos))
+    assert len({name.casefold() for name in names}) == len(photos)
+
+
+def test_a_photo_named_twice_is_taken_once_and_results_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "gallery" / "photos").mkdir(parents=True)
+    for name in ("b.jpg", "a.PNG", "b.parts.png", "b.overlay.jpg", "gallery/photos/b.jpg", "notes.txt"):
+        photo((4, 4)).save(tmp_path / name, "PNG")
+    found = find_photos([tmp_path / "b.jpg", tmp_path], out=tmp_path)
+    assert found == [tmp_path / "b.jpg", tmp_path / "a.PNG"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_photo_cut_short_is_refused_by_name(tmp_path: Path, share: float) -> None:
+    photo((200, 200)).save(tmp_path / "whole.jpg")
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(UserError, match=r"cut\.jpg: is no readable image"):
+        read_photo(tmp_path / "cut.jpg")

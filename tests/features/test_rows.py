@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from slotscops.core.errors import RunError, UserError
+from slotscops.features.rows import FeatureShard, encode
+
+any_float16 = hnp.arrays(
+    np.uint16,
+    st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4)),
+    elements=st.one_of(st.just(0), st.integers(0, 2**16 - 1)),
+).map(lambda bits: bits.view(np.float16))
+
+
+def stored(folder: Path, features: np.ndarray) -> FeatureShard:
+    path = folder / "train-000000.safetensors"
+    path.write_bytes(encode(features))
+    return FeatureShard(path)
+
+
+@settings(deadline=None, max_examples=200)
+@given(features=any_float16)
+def test_any_features_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, features: np.ndarray) -> None:
+    shard = stored(tmp_path_factory.mktemp("features"), features)
+    assert len(shard) == len(features)
+    assert shard.shape == features.shape[1:]
+    for row, expected in enumerate(features):
+        assert (shard[row].numpy().view(np.uint16) == expected.view(np.uint16)).all()
+
+
+def sparse_maps(shape: tuple[int, ...], share: float, seed: int = 0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    values = generator.normal(size=shape).astype(np.float16)
+    return np.where(generator.random(shape) < share, values, np.float16(0)).astype(np.float16)
+
+
+def test_mostly_zero_features_are_stored_sparse_and_full_ones_dense(tmp_path: Path) -> None:
+    assert stored(tmp_path, sparse_maps((3, 512, 8, 8), 0.05)).encoding == "sparse"
+    assert (tmp_path / "train-000000.safetensors").stat().st_size < 3 * 512 * 64 * 2 / 5
+    assert stored(tmp_path, sparse_maps((3, 512, 8, 8), 1.0)).encoding == "dense"
+
+
+def test_maps_of_more_than_65536_values_keep_their_places(tmp_path: Path) -> None:
+    features = sparse_maps((3, 1024, 16, 16), 0.05)
+    shard = stored(tmp_path, features)
+    assert shard.encoding == "sparse"
+    assert (shard.read_rows([2, 0]).numpy() == features[[2, 0]]).all()
+
+
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_rows_land_in_the_places_asked_for(tmp_path: Path, share: float) -> None:
+    features = sparse_maps((5, 4, 3, 3), share)
+    batch = np.zeros((4, 36), np.float16)
+    shard = stored(tmp_path, features)
+    shard.read_row_into(0, batch[3])
+    shard.read_row_into(4, batch[1])
+    assert (batch[3] == features[0].reshape(-1)).all()
+    assert (batch[1] == features[4].reshape(-1)).all()
+    assert not batch[[0, 2]].any()
+
+
+def test_a_row_beyond_the_end_is_an_index_error_and_negative_rows_count_back(tmp_path: Path) -> None:
+    shard = stored(tmp_path, sparse_maps((2, 4, 3, 3), 0.1))
+    assert (shard[-1] == shard[1]).all()
+    with pytest.raises(IndexError):
+        shard[2]
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_a_damaged_file_is_a_one_line_error_or_readable(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    content = bytearray(encode(sparse_maps((2, 16, 4, 4), 0.1)))
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path = tmp_path_factory.mktemp("damaged") / "x.safetensors"
+    path.write_bytes(content)
+    try:
+        FeatureShard(path).read_rows(range(len(FeatureShard(path))))
+    except (UserError, RunError) as error:
+        message = str(error)
+    else:
+        message = ""
+    assert "\n" not in message

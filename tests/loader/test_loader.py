@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slotscops.core.errors import RunError
+from slotscops.core.records import Batch, decode_image
+from slotscops.features.cache import open_cache
+from slotscops.loader.batches import evaluation_batches, training_batches
+from slotscops.loader.plan import TrainingPlan, batch_digest, samples_at
+from slotscops.loader.split import Split
+from slotscops.shard.index import open_dataset
+
+
+def open_split(shards: Path, name: str = "train", labels: bool = True) -> Split:
+    dataset = open_dataset(shards)
+    return Split(dataset, name, open_cache(dataset, "relu5_4", 64), with_labels=labels)
+
+
+def plan_of(split: Split, rank: int = 0, ranks: int = 1, accumulation: int = 1, steps: int = 5) -> TrainingPlan:
+    return TrainingPlan(len(split), 7, 8, rank, ranks, accumulation, 16, 16 + steps * 8)
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    assert first.keys == second.keys
+    for name in ("images", "features", "parts", "parts_small", "object_masks", "class_ids"):
+        mine, other = getattr(first, name), getattr(second, name)
+        assert (mine is None and other is None) or torch.equal(mine, other), name
+
+
+def test_a_batch_holds_exactly_what_the_tar_and_the_cache_hold(toy_shards: Path) -> None:
+    split = open_split(toy_shards)
+    order = np.random.default_rng(0).permutation(len(split))
+    batch = split.read(order)
+    assert batch.parts is not None
+    assert batch.parts_small is not None
+    assert batch.object_masks is not None
+    assert batch.features is not None
+    rows = [(entry, row) for entry in split.dataset.splits["train"] for row in range(entry.num_samples)]
+    for place, sample in enumerate(order):
+        entry, row = rows[sample]
+        reader = split._readers[split.dataset.splits["train"].index(entry)]
+        assert batch.keys[place] == split.key(int(sample)) == reader.index.key(row)
+        description = reader.read_description(row)
+        assert split.dataset.class_names[int(batch.class_ids[place])] == description["class"]
+        pixels = decode_image(reader.read_member(row, "jpg"))
+        assert (batch.images[place].permute(1, 2, 0).numpy() == pixels).all()
+        assert (batch.parts[place].numpy() == reader.read_parts(row)).all()
+        assert (batch.parts_small[place].numpy() == reader.read_parts(row, smallest_on_top=True)).all()
+        assert (batch.object_masks[place].numpy() == reader.read_object_mask(row)).all()
+        assert split.cache is not None
+        assert torch.equal(batch.features[place], split.cache.open_shard(entry)[row])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_training_batches_follow_the_plan_with_any_number_of_workers(toy_shards: Path, num_workers: int) -> None:
+    split = open_split(toy_shards, labels=False)
+    batches = list(training_batches(split, plan_of(split), num_workers, pin_memory=False))
+    samples = samples_at(np.arange(16, 56), len(split), seed=7).reshape(5, 8)
+    assert [batch.keys for batch in batches] == [[split.key(int(s)) for s in row] for row in samples]
+    for batch, row in zip(batches, samples, strict=True):
+        assert_same(batch, split.read(row))
+        assert batch.parts is None
+
+
+def test_the_microbatches_of_all_ranks_make_up_the_global_batch(toy_shards: Path) -> None:
+    split = open_split(toy_shards, labels=False)
+    per_rank = [
+        list(training_batches(split, plan_of(split, rank, 2, accumulation=2, steps=1), 0, pin_memory=False))
+        for rank in range(2)
+    ]
+    keys = [key for batches in per_rank for batch in batches for key in batch.keys]
+    whole = next(iter(training_batches(split, plan_of(split), 0, pin_memory=False)))
+    assert keys == whole.keys
+    assert batch_digest(keys) == batch_digest(split.key(sample) for sample in plan_of(split).global_batch(16))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 50])
+@pytest.mark.parametrize("limit", [None, 3])
+def test_evaluation_sees_every_sample_once_over_all_processes(
+    toy_shards: Path, num_ranks: int, limit: int | None
+) -> None:
+    split = open_split(toy_shards, "val")
+    keys = [
+        key
+        for rank in range(num_ranks)
+        for batch in evaluation_batches(split, 2, rank, num_ranks, limit)
+        for key in batch.keys
+    ]
+    assert keys == [split.key(sample) for sample in range(len(split))][:limit]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_payload_is_found_by_its_crc_and_named(toy_shards: Path, tmp_path: Path, num_workers: int) -> None:
+    import shutil
+
+    shards = Path(shutil.copytree(toy_shards, tmp_path / "shards"))
+    dataset = open_dataset(shards)
+    entry = dataset.splits["train"][0]
+    index = dataset.read_index(entry)
+    content = bytearray(dataset.tar_path(entry).read_bytes())
+    content[int(index.offsets[2, 0]) + 20] ^= 1
+    dataset.tar_path(entry).write_bytes(content)
+    split = open_split(shards)
+    with pytest.raises(RunError, match=rf"{index.key(2)}\.jpg is damaged"):
+        list(training_batches(split, plan_of(split), num_workers, pin_memory=False))

@@ -1,0 +1,161 @@
+"""Damages real files at random and reads them: each must end in a result or a one-line error.
+
+    python tests/fuzz.py --inputs 100000 --seed 0 [--workers 2] [--real DIR]
+
+Input i goes to reader i modulo their number and depends on (seed, i) only: `--first I --inputs 1` repeats one. Readers
+run in processes of their own, so that a crash is seen and counted; one that takes longer than 20 s on an input hangs.
+Exit code 1 if anything but a result or an error of ours came out, or if a result differs from the undamaged one.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from fuzz_readers import READERS, Corpus, SilentChange
+
+from slotscops.core.errors import RunError, UserError
+
+HANGS_AFTER_S = 20
+INPUTS_OF_A_PROCESS = 5_000
+MEMORY_BYTES = 3_000_000_000  # an input may take so much beyond what the process has at its start
+
+
+def main() -> int:
+    options = parse()
+    if options.child is not None:
+        work(options)
+        return 0
+    outcomes: Counter[str] = Counter()
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = options.corpus or make_corpus(Path(folder) / "shards")
+        last = options.first + options.inputs
+        starts = range(options.first, last, INPUTS_OF_A_PROCESS)
+        chunk = partial(run_chunk, options, corpus, Path(folder), outcomes, failures)
+        with ThreadPoolExecutor(options.workers) as pool:
+            list(pool.map(chunk, starts, [min(start + INPUTS_OF_A_PROCESS, last) for start in starts]))
+    for failure in failures[:50]:
+        print(failure)
+    for (reader, outcome), count in sorted((name.split(": "), count) for name, count in outcomes.items()):
+        print(f"{reader:10} {outcome:14} {count:8,}")
+    print(f"{sum(outcomes.values()):,} inputs, seed {options.seed}: {len(failures)} failures")
+    return 1 if failures or sum(outcomes.values()) != options.inputs else 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--inputs", type=int, default=1_000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--corpus", type=Path, help="toy shards with features and photos/ (default: drawn now)")
+    parser.add_argument("--real", type=Path, help="folder of real .mat files to damage beside the toy's")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # file to write the present input's number to
+    return parser.parse_args()
+
+
+def make_corpus(out: Path) -> Path:
+    from slotscops.shard import __main__ as shard
+
+    small = ["--toy", "--toy-train", "6", "--toy-val", "2", "--size", "32", "--samples-per-shard", "4"]
+    shard.main([*small, "--out", str(out), "--teacher-weights", "random:0", "--workers", "1"])
+    return out
+
+
+def run_chunk(
+    options: argparse.Namespace, corpus: Path, folder: Path, outcomes: Counter[str], failures: list[str],
+    first: int, last: int,
+) -> None:  # fmt: skip
+    """Inputs `first` to `last` in processes of their own; a new one goes on behind an input that ended the old."""
+    progress = folder / f"{first}.progress"
+    while first < last:
+        progress.write_text(str(first))
+        command = [sys.executable, __file__, "--child", str(progress), "--corpus", str(corpus)]
+        command += ["--seed", str(options.seed), "--first", str(first), "--inputs", str(last - first)]
+        command += ["--real", str(options.real)] if options.real else []
+        with (folder / f"{first}.out").open("w+") as out, subprocess.Popen(command, stdout=out) as process:
+            hangs = not wait(process, progress)
+            out.seek(0)
+            for line in out.read().splitlines():
+                told = json.loads(line)
+                outcomes.update(told.get("outcomes", {}))
+                failures += told.get("failures", [])
+        if process.returncode == 0 and not hangs:
+            return
+        if not hangs and process.returncode > 0:
+            raise SystemExit(f"the harness itself failed, exit code {process.returncode}")
+        number = int(progress.read_text())
+        reader = list(READERS)[number % len(READERS)]
+        what = "hang" if hangs else "crash"
+        outcomes[f"{reader}: {what}"] += 1
+        failures.append(f"input {number}, {reader}: {what}, exit code {process.returncode}")
+        first = number + 1
+
+
+def wait(process: subprocess.Popen[bytes], progress: Path) -> bool:
+    """Waits for the process; ends it and returns False if it stays at one input for too long."""
+    seen, since = "", time.monotonic()
+    while True:
+        try:
+            process.wait(timeout=1)
+            return True
+        except subprocess.TimeoutExpired:
+            now = progress.read_text()
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > 3 * HANGS_AFTER_S:  # libraries are imported before the first input
+                process.kill()
+                process.wait()
+                return False
+
+
+def work(options: argparse.Namespace) -> None:
+    """In the child: reads the inputs one after the other, and tells of each hundred what came out."""
+    readers = list(READERS)
+    with tempfile.TemporaryDirectory() as scratch, os.fdopen(os.open(options.child, os.O_WRONLY), "w") as progress:
+        corpus = Corpus(options.corpus, Path(scratch), options.real)
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES, resource.RLIM_INFINITY))
+        outcomes: Counter[str] = Counter()
+        failures: list[str] = []
+        for number in range(options.first, options.first + options.inputs):
+            os.pwrite(progress.fileno(), str(number).encode(), 0)
+            reader = readers[number % len(readers)]
+            start = time.monotonic()
+            outcome, failure = read_one(corpus, reader, np.random.default_rng([options.seed, number]))
+            if time.monotonic() - start > HANGS_AFTER_S:
+                outcome, failure = "hang", "took too long"
+            outcomes[f"{reader}: {outcome}"] += 1
+            failures += [f"input {number}, {reader}: {failure}"] if failure else []
+            # What is told stays told, if a later input ends this process.
+            print(json.dumps({"outcomes": outcomes, "failures": failures}), flush=True)
+            outcomes.clear()
+            failures.clear()
+
+
+def read_one(corpus: Corpus, reader: str, generator: np.random.Generator) -> tuple[str, str]:
+    """What came out, and what is wrong with it."""
+    try:
+        READERS[reader](corpus, generator)
+    except (UserError, RunError) as error:
+        message = str(error)
+        return ("refused", "") if message.isprintable() and message else ("several lines", repr(message))
+    except SilentChange as error:
+        return "silent change", str(error)
+    except BaseException as error:
+        return "other error", f"{type(error).__name__}: {error}"
+    return "read", ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT, TWO_PROCESSES, metrics, train
+
+from slotscops.config import Config, config_from_mapping, load_config
+from slotscops.core.errors import UserError
+from slotscops.losses.objective import check_objective, compute_terms, weighted_sum
+from slotscops.train.build import build_model
+from slotscops.train.loop import Trainer
+from slotscops.train.processes import start_accelerator
+
+FEATURES = {"encoder": {"name": "features"}}
+ALL_BUT_WARPS = {
+    "concentration": 0.1,
+    "orthonormality": 0.1,
+    "entropy": 0.1,
+    "part_contrast": 0.1,
+    "visual_consistency": 0.1,
+}
+RESNET = {"encoder": {"name": "resnet18", "weights": "random:0"}}
+CHOICES = [
+    {"losses": ALL_BUT_WARPS},
+    {"losses": {"target_mask": "object"}},
+    {"losses": {"equivariance": 1.0, "landmark_equivariance": 1.0}} | RESNET,
+    {"teacher": {"transform": "sqrt"}, "basis": {"init": "kmeans"}},
+    {"basis": {"init": "uneven_kmeans"}, "slots": {"token_hidden": 32}},
+    {"teacher": {"transform": "channel_standardised"}},
+    {"teacher": {"transform": "l2"}, "basis": {"kind": "free"}},
+    {"slots": {"init": "image_conditioned"}, "decoder": {"maps": "attention"}},
+    {"slots": {"gradient": "last_iteration"}},
+    {"slots": {"per_class": "own"}, "losses": {"equivariance": 1.0, "orthonormality": 0.1}} | RESNET,
+    {"slots": {"gradient": "bilevel"}, "decoder": {"maps": "attention"}},
+    {"decoder": {"maps": "head_only"}},
+    {"decoder": {"kind": "mlp_broadcast", "grid": None}},
+    {"decoder": {"kind": "conv"}},
+    {"decoder": {"mixing": True}},
+]  # fmt: skip
+
+
+def small_config(shards: Path, run_dir: Path, choice: dict[str, object]) -> Config:
+    base: dict[str, object] = {
+        "run_dir": str(run_dir),
+        "data": {"shards": str(shards), "size": 64, "num_workers": 0},
+        "train": {"batch_size": 4, "total_steps": 2, "eval_every_steps": 0, "mixed_precision": "no"},
+    }
+    return config_from_mapping(FEATURES | base | choice, "test")
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_two_steps_run_and_every_parameter_that_trains_moves(toy_shards: Path, tmp_path: Path, choice: dict) -> None:  # type: ignore[type-arg]
+    config = small_config(toy_shards, tmp_path, choice)
+    trainer = Trainer(config, start_accelerator(config))
+    batches = trainer.open_batches(2)
+    for _ in range(2):
+        loss, _ = trainer.take_step(batches)
+        assert torch.isfinite(loss)
+    wanted = {name for name in vars(config.losses) if isinstance(getattr(config.losses, name), float)}
+    wanted = {name for name in wanted - {"contrast_temperature"} if getattr(config.losses, name)}
+    wanted |= {"classification"} if config.slots.per_class == "own" else set()
+    assert set(trainer._terms) == wanted
+    if config.losses.semantic:
+        trainer.network.zero_grad()
+        batch = next(trainer.open_batches(1))
+        _, terms = compute_terms(trainer.network, trainer.network.target, batch, config, step=0)
+        weighted_sum(terms, config.losses, step=0).backward()
+        # DDP waits for every parameter, so none may be left out of the graph.
+        assert not [name for name, p in trainer.network.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_builds(path: Path) -> None:
+    config = load_config(path, ["encoder.weights=random:0"] if "resnet" in load_config(path).encoder.name else [])
+    check_objective(config, num_processes=1, microbatches=1)
+    assert build_model(config, feature_channels=8, pretrained=False).num_slots == config.slots.num_parts + 1
+
+
+def test_equivariance_of_cached_features_is_refused_by_name() -> None:
+    config = config_from_mapping(FEATURES | {"losses": {"equivariance": 1.0}}, "test")
+    with pytest.raises(UserError, match=r"losses\.equivariance warps photos, but encoder\.name is features"):
+        check_objective(config, num_processes=1, microbatches=1)
+
+
+def test_entropy_grows_to_its_weight_and_the_other_terms_have_theirs_at_once() -> None:
+    losses = config_from_mapping({"losses": {"entropy": 0.5, "entropy_ramp_steps": 10}}, "test").losses
+    terms = {"semantic": torch.tensor(1.0), "entropy": torch.tensor(4.0), "classification": torch.tensor(0.25)}
+    totals = [weighted_sum(terms, losses, step).item() for step in (0, 5, 10, 11)]
+    assert totals == [1.25, 2.25, 3.25, 3.25]
+
+
+def test_pairs_that_a_process_would_split_are_refused() -> None:
+    config = config_from_mapping({"losses": {"part_contrast": 1.0}, "train": {"batch_size": 6}}, "test")
+    check_objective(config, num_processes=1, microbatches=1)
+    with pytest.raises(UserError, match="each process takes 3 at a time"):
+        check_objective(config, num_processes=2, microbatches=1)
+
+
+def test_two_processes_under_bf16_log_every_term_and_agree_with_one(toy_shards: Path, tmp_path: Path) -> None:
+    settings = [f"losses.{name}={weight}" for name, weight in ALL_BUT_WARPS.items()]
+    settings += ["train.total_steps=1", "teacher.transform=sqrt", "train.mixed_precision=bf16"]
+    done = train(TWO_PROCESSES, toy_shards, tmp_path / "two", *settings)
+    assert done.returncode == 0, done.stderr
+    one = train(["python"], toy_shards, tmp_path / "one", *settings)
+    assert one.returncode == 0, one.stderr
+    first, second = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
+    for name in ("semantic", *ALL_BUT_WARPS):
+        assert second[f"loss_{name}"] == pytest.approx(first[f"loss_{name}"], rel=1e-4)

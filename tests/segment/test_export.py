@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from small_runs import photo, save_feature_run, save_resnet_run
+
+from slotscops.core.errors import UserError
+from slotscops.segment import export
+from slotscops.segment.segmenter import load
+
+
+@pytest.mark.parametrize("kind", ["features", "resnet"])
+def test_what_is_exported_answers_as_the_model_does_for_any_number_of_photos(tmp_path: Path, kind: str) -> None:
+    special = ["decoder.refinement=pamr", "slots.init=image_conditioned", "slots.token_hidden=32"]
+    run = save_feature_run(tmp_path / "run", *special) if kind == "features" else save_resnet_run(tmp_path / "run")
+    weights = ["--teacher-weights", "random:0"] if kind == "features" else []
+    photo((90, 60)).save(tmp_path / "photo.jpg")
+    out = tmp_path / "model.onnx"
+    assert export.main(["--checkpoint", str(run), "--out", str(out), *weights, str(tmp_path / "photo.jpg")]) == 0
+    session = onnxruntime.InferenceSession(str(out))
+    model = load(run, teacher_weights="random:0") if kind == "features" else load(run)
+    for count in (1, 3):
+        images = np.random.default_rng(count).integers(0, 256, (count, 3, 64, 64), dtype=np.uint8)
+        maps, labels = session.run(["maps", "labels"], {"images": images})
+        assert maps.shape == (count, 6, 64, 64)
+        assert labels.shape == (count, 64, 64)
+        expected = export.WholeModel(model)(torch.from_numpy(images))[0].detach().numpy()
+        np.testing.assert_allclose(maps, expected, atol=export.TOLERANCE)
+        output = model.forward(torch.from_numpy(images))
+        of_model = model.network.segment_maps(output, torch.from_numpy(images)).numpy()
+        np.testing.assert_allclose(maps, of_model, atol=export.TOLERANCE)
+
+
+def test_slots_that_are_drawn_at_random_are_refused(tmp_path: Path) -> None:
+    run = save_feature_run(tmp_path / "run", "slots.init=shared_gaussian")
+    with pytest.raises(UserError, match="which draws random numbers"):
+        export.main(["--checkpoint", str(run), "--out", str(tmp_path / "m.onnx"), "--teacher-weights", "random:0"])
+    assert not (tmp_path / "m.onnx").exists()

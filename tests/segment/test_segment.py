@@ -1,0 +1,155 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import python
+from PIL import Image
+from safetensors.numpy import load_file
+from small_runs import photo, save_feature_run, save_resnet_run
+
+import slotscops
+from slotscops.core.errors import RunError, UserError
+from slotscops.evaluate.__main__ import main as evaluate_main
+from slotscops.segment import __main__ as segment
+from slotscops.segment.segmenter import Parts
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_resnet_run(tmp_path_factory.mktemp("runs") / "resnet")
+
+
+def test_three_lines_of_python_give_parts_at_the_photos_own_size(run: Path, tmp_path: Path) -> None:
+    photo((90, 50)).save(tmp_path / "horse.jpg")
+    model = slotscops.load(run)
+    parts = model.segment(tmp_path / "horse.jpg")
+    parts.overlay().save(tmp_path / "parts.png")
+    assert parts.maps.shape == (6, 50, 90)
+    np.testing.assert_allclose(parts.maps.sum(axis=0), 1, rtol=1e-5)
+    assert parts.labels.shape == (50, 90)
+    assert (parts.labels == parts.maps.argmax(axis=0)).all()
+    with Image.open(tmp_path / "parts.png") as picture:
+        assert picture.size == (90, 50)
+
+
+def test_a_photo_of_the_training_size_is_segmented_as_evaluation_does(run: Path) -> None:
+    import torch
+
+    model = slotscops.load(run)
+    image = photo((64, 64))
+    crop = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        expected = model.network(crop).maps((64, 64))[0]
+    np.testing.assert_allclose(model.segment(image).maps, expected.numpy(), atol=1e-5)
+
+
+def test_what_is_padded_does_not_show_and_a_wide_photo_keeps_its_place(run: Path) -> None:
+    model = slotscops.load(run)
+    wide = photo((64, 32))
+    square = Image.new("RGB", (64, 64), (124, 116, 104))
+    square.paste(wide, (0, 16))
+    np.testing.assert_allclose(model.segment(wide).maps, model.segment(square).maps[:, 16:48], atol=1e-5)
+
+
+def test_the_command_writes_pictures_for_all_and_lists_what_it_could_not_read(run: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    (photos / "deeper").mkdir(parents=True)
+    for name, mode in (("grey.jpg", "L"), ("cmyk.jpg", "CMYK"), ("alpha.png", "RGBA"), ("deeper/grey.jpg", "L")):
+        photo((40, 30), mode).save(photos / name)
+    (photos / "broken.jpg").write_text("no photo")
+    out = tmp_path / "out"
+    done = python("-m", "slotscops.segment", "--checkpoint", run, "--out", out, "--soft", photos)
+    assert done.returncode == 0, done.stderr
+    names = {"alpha", "cmyk", "grey", "grey-2"}
+    kinds = (".parts.png", ".overlay.jpg", ".maps.safetensors")
+    written = {name + kind for name in names for kind in kinds}
+    assert {path.name for path in out.iterdir()} == written | {"index.html", "gallery"}
+    assert "broken.jpg: is no readable image" in done.stderr
+    with Image.open(out / "cmyk.parts.png") as labels:
+        assert labels.mode == "P"
+        assert (np.asarray(labels) == load_file(out / "cmyk.maps.safetensors")["maps"].argmax(axis=0)).all()
+
+
+def test_a_batch_gives_what_each_photo_gives_alone(run: Path) -> None:
+    model = slotscops.load(run)
+    photos = [photo(size) for size in ((64, 64), (90, 50), (3, 200), (1, 1))]
+    for image, parts in zip(photos, model.segment_batch(photos), strict=True):
+        np.testing.assert_allclose(parts.maps, model.segment(image).maps, atol=1e-5)
+        assert parts.photo.shape == (image.height, image.width, 3)
+
+
+def test_labels_of_a_large_photo_are_found_strip_by_strip(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = slotscops.load(run).segment(photo((83, 131)))
+    whole = parts.maps
+    monkeypatch.setattr("slotscops.segment.segmenter._STRIP_PIXELS", 1000)
+    strips = Parts(parts.photo, parts.logits)
+    np.testing.assert_allclose(strips.maps, whole, atol=1e-6)
+    assert (strips.labels == strips.maps.argmax(axis=0)).all()
+
+
+def test_photos_that_cannot_be_read_decide_the_exit_code_as_documented(run: Path, tmp_path: Path) -> None:
+    good, bad, out = tmp_path / "good.jpg", tmp_path / "bad.jpg", str(tmp_path / "out")
+    photo((40, 30)).save(good)
+    bad.write_text("no photo")
+    common = ["--checkpoint", str(run), "--out", out]
+    assert segment.main([*common, str(good), str(bad)]) == 0
+    assert segment.main([*common, "--strict", str(good)]) == 0
+    assert segment.main([*common, "--strict", str(good), str(bad)]) == 1
+    with pytest.raises(RunError, match="no photo could be read"):
+        segment.main([*common, str(bad)])
+
+
+def test_results_in_a_folder_of_photos_are_not_taken_for_photos(run: Path, tmp_path: Path) -> None:
+    photo((40, 30)).save(tmp_path / "horse.jpg")
+    for _ in range(2):
+        assert segment.main(["--checkpoint", str(run), "--out", str(tmp_path), str(tmp_path)]) == 0
+    assert {path.name for path in (tmp_path / "gallery" / "photos").iterdir()} == {"horse.jpg"}
+
+
+@pytest.mark.parametrize("names", ["head,legs", "a,b,c,d,"])
+def test_there_is_a_name_for_each_part_or_an_error(run: Path, tmp_path: Path, names: str) -> None:
+    photo((40, 30)).save(tmp_path / "horse.jpg")
+    with pytest.raises(UserError, match="the model has 5 parts"):
+        segment.main(["--checkpoint", str(run), "--out", str(tmp_path), "--part-names", names, str(tmp_path)])
+
+
+def test_a_photo_turned_by_exif_comes_out_upright(run: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo((60, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    assert slotscops.load(run).segment(tmp_path / "turned.jpg").photo.shape == (60, 30, 3)
+
+
+def test_a_model_on_cached_features_runs_its_teacher(tmp_path: Path) -> None:
+    run = save_feature_run(tmp_path / "run")
+    assert slotscops.load(run).segment(photo((70, 64))).maps.shape == (6, 64, 70)
+    with pytest.raises(UserError, match="came random:1"):
+        slotscops.load(run, teacher_weights="random:1")
+
+
+@pytest.mark.parametrize("mistake", ["nowhere.jpg", "empty"])
+def test_photos_that_are_not_there_are_one_line(run: Path, tmp_path: Path, mistake: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=mistake):
+        segment.main(["--checkpoint", str(run), "--out", str(tmp_path / "out"), str(tmp_path / mistake)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_with_one_flipped_byte_is_refused_with_code_2(run: Path, toy_shards: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(run, tmp_path / "run"))
+    path = damaged / "checkpoints" / "step-1" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    done = python("-m", "slotscops.evaluate", "--checkpoint", damaged, "--shards", toy_shards)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "model.safetensors: is damaged" in done.stderr
+
+
+def test_the_checkpoint_alone_beside_its_settings_is_enough(run: Path, toy_shards: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(run / "checkpoints" / "step-1", alone)
+    shutil.copy(run / "config.yaml", alone)
+    assert evaluate_main(["--checkpoint", str(alone), "--shards", str(toy_shards)]) == 0

@@ -1,0 +1,160 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from slotscops.core.errors import UserError
+from slotscops.train.run import checkpoint
+from slotscops.train.run.checkpoint import State, list_checkpoints, load_checkpoint, save_checkpoint
+from slotscops.train.run.folder import RunFolder, resolve_checkpoint
+
+FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json")
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def train_a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.ones(5, 3)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def names(model: nn.Module) -> dict[torch.Tensor, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def saved(folder: Path, step: int = 1, keep: int = 3) -> Path:
+    model = small_model()
+    optimizer = AdamW(model.parameters())
+    train_a_step(model, optimizer)
+    return save_checkpoint(
+        folder / "checkpoints",
+        {
+            "model": model.state_dict(),
+            "optimizer": checkpoint.optimizer_tensors(optimizer, names(model)),
+            "rng": checkpoint.rng_tensors(0),
+        },
+        State(step, step * 4, {"seed": 0}, "shards", "features", "random:0", ""),
+        keep,
+    )
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_restored_optimizer_takes_the_very_same_next_step(tmp_path: Path, kind: type) -> None:
+    options = {"lr": 0.1, "momentum": 0.9} if kind is SGD else {"lr": 0.1}
+    model = small_model()
+    optimizer = kind(model.parameters(), **options)
+    train_a_step(model, optimizer)
+    path = save_checkpoint(
+        tmp_path,
+        {"model": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer, names(model)), "rng": {}},
+        State(1, 4, {}, "", "", "random:0", ""),
+        keep=1,
+    )
+    train_a_step(model, optimizer)
+
+    other = small_model()
+    resumed = kind(other.parameters(), **options)
+    content = load_checkpoint(path)
+    checkpoint.restore_model(other, content.model, path)
+    checkpoint.restore_optimizer(resumed, names(other), content.optimizer)
+    train_a_step(other, resumed)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    states = checkpoint.rng_tensors(rank=1)
+    expected = torch.rand(3)
+    assert not checkpoint.restore_rng(states, rank=0)
+    assert checkpoint.restore_rng(states, rank=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_byte_anywhere_is_found(tmp_path: Path, name: str) -> None:
+    path = saved(tmp_path)
+    content = bytearray((path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged|missing") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    path = saved(tmp_path)
+    (path / name).unlink()
+    with pytest.raises(UserError, match=name):
+        load_checkpoint(path)
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    for step in (2, 10, 9, 100):
+        saved(tmp_path, step, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-10", "step-100"]
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, 1)
+    (saved(tmp_path, 2) / "model.safetensors").write_bytes(b"cut")
+    found = RunFolder(tmp_path).find_checkpoint("auto")
+    assert found is not None
+    assert found.name == "step-1"
+    assert "step-2" in capsys.readouterr().err
+
+
+def test_a_run_without_any_whole_checkpoint_is_never_started_over_silently(tmp_path: Path) -> None:
+    (saved(tmp_path, 1) / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="damaged"):
+        RunFolder(tmp_path).find_checkpoint("auto")
+
+
+def test_starting_afresh_over_a_run_is_refused(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path).find_checkpoint("none") is None
+    saved(tmp_path)
+    with pytest.raises(UserError, match="--resume auto"):
+        RunFolder(tmp_path).find_checkpoint("none")
+
+
+def test_a_run_and_a_checkpoint_both_lead_to_the_checkpoint(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    assert resolve_checkpoint(tmp_path) == path
+    assert resolve_checkpoint(path) == path
+    with pytest.raises(UserError, match="no such run"):
+        resolve_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no checkpoint"):
+        resolve_checkpoint(tmp_path / "empty")
+
+
+def test_what_a_crash_left_half_written_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    shutil.copytree(path, path.parent / ".step-7.partial")
+    assert list_checkpoints(path.parent) == [path]
+
+
+def test_tensors_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
+    content = load_checkpoint(saved(tmp_path))
+    with pytest.raises(UserError, match=r"0\.weight has shape \(4, 3\), needed \(9, 3\)"):
+        checkpoint.restore_model(nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2)), content.model, tmp_path)
+    with pytest.raises(UserError, match=r"1\.bias"):
+        checkpoint.restore_model(nn.Sequential(nn.Linear(3, 4)), content.model, tmp_path)
+
+
+def test_state_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    state = json.loads((path / "state.json").read_text()) | {"format": 99}
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["state.json"] = checkpoint._describe(path / "state.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="format 99"):
+        load_checkpoint(path)

@@ -1,0 +1,51 @@
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slotscops.config import load_config
+from slotscops.core.records import Batch
+from slotscops.loader.batches import move_ahead
+from slotscops.train.loop import Trainer
+from slotscops.train.processes import start_accelerator
+
+
+class Readings(TorchDispatchMode):
+    """Counts the numbers that Python reads out of tensors: on a GPU each would wait for all work queued so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*arguments, **(named or {}))
+
+
+def test_a_step_reads_nothing_back_from_the_device_until_it_is_logged(toy_shards: Path, tmp_path: Path) -> None:
+    settings = [
+        f"data.shards={toy_shards}", f"run_dir={tmp_path}", "data.size=64", "data.num_workers=0", "train.batch_size=4",
+        "encoder.name=resnet18", "encoder.weights=random:0",
+    ]  # fmt: skip
+    config = load_config(None, settings)
+    trainer = Trainer(config, start_accelerator(config))
+    trainer.open_run()
+    batches = trainer.open_batches(2)
+    trainer.take_step(batches)  # whatever is done once
+    batch = next(batches)  # reading files is the host's own work
+    with Readings() as readings:
+        loss, grad_norm = trainer.take_step(iter([batch]))
+        assert readings.count == 0
+        trainer.log(loss, grad_norm)
+        assert readings.count > 0
+
+
+def test_batches_moved_ahead_are_all_there_and_in_order() -> None:
+    made = [
+        Batch(torch.full((2, 3, 4, 4), number), None, None, None, torch.tensor([0, 0]), [str(number)] * 2)
+        for number in range(5)
+    ]
+    moved = list(move_ahead(iter(made), torch.device("cpu")))
+    assert [batch.keys for batch in moved] == [batch.keys for batch in made]
+    assert all(torch.equal(one.images, other.images) for one, other in zip(moved, made, strict=True))

@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+import torch
+from commands import PYTHON, TWO_PROCESSES, assert_same_tensors, metrics, train
+from safetensors.torch import load_file
+from torch import nn
+
+from slotscops.train.reduction import FixedOrderReducer
+
+FOUR_PROCESSES = [*TWO_PROCESSES[: TWO_PROCESSES.index("2")], "4", *TWO_PROCESSES[TWO_PROCESSES.index("2") + 1 :]]
+DETERMINISTIC = ("train.reduction=deterministic", "train.microbatches=4")
+RESNET = ("encoder.name=resnet18", "encoder.weights=random:0", "train.total_steps=3")
+
+
+def test_the_mean_is_that_of_the_gradients_added_one_after_the_other() -> None:
+    network = nn.Linear(3, 2)
+    reducer = FixedOrderReducer(list(network.parameters()))
+    gradients = [torch.randn(2, 3) * 10.0**power for power in (0, 6, -6, 3)]
+    for gradient in gradients:
+        network.weight.grad = gradient.clone()
+        reducer.collect()
+        assert network.weight.grad is None
+    reducer.reduce()
+    assert network.weight.grad is not None
+    assert torch.equal(network.weight.grad, (((gradients[0] + gradients[1]) + gradients[2]) + gradients[3]) / 4)
+    assert network.bias.grad is not None
+    assert torch.equal(network.bias.grad, torch.zeros(2))
+
+
+def test_one_two_and_four_processes_train_the_very_same_parameters(toy_shards: Path, tmp_path: Path) -> None:
+    launchers = {"one": PYTHON, "two": TWO_PROCESSES, "four": FOUR_PROCESSES}
+    for name, launcher in launchers.items():
+        done = train(launcher, toy_shards, tmp_path / name, *DETERMINISTIC, *RESNET)
+        assert done.returncode == 0, done.stderr
+    models = [load_file(tmp_path / name / "checkpoints" / "step-3" / "model.safetensors") for name in launchers]
+    for key, tensor in models[0].items():
+        assert torch.equal(tensor, models[1][key]), key
+        assert torch.equal(tensor, models[2][key]), key
+
+
+def test_a_run_goes_on_from_one_to_two_to_four_to_one_process_with_the_same_samples(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    few = (*DETERMINISTIC, "train.total_steps=8")
+    assert train(PYTHON, toy_shards, tmp_path / "whole", *few).returncode == 0
+    for launcher in (PYTHON, TWO_PROCESSES, FOUR_PROCESSES, PYTHON):
+        done = train(launcher, toy_shards, tmp_path / "parts", *few, "train.stop_after_steps=2")
+        assert done.returncode == 0, done.stderr
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert [row["batch_digest"] for row in whole] == [row["batch_digest"] for row in parts]
+    ends = (tmp_path / name / "checkpoints" / "step-8" for name in ("whole", "parts"))
+    assert_same_tensors(*ends, of=("model", "optimizer"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("losses.concentration=0.3", "losses.orthonormality=0.2", "losses.entropy=0.4", "losses.part_contrast=0.5",
+         "losses.visual_consistency=0.7", "losses.target_mask=object"),
+        ("encoder.name=resnet18", "encoder.weights=random:0", "losses.equivariance=1.0",
+         "losses.landmark_equivariance=1.0"),
+    ],
+    ids=["semantic and terms of the maps", "semantic and terms of the warp"],
+)  # fmt: skip
+def test_the_gradient_of_two_processes_is_that_of_one_with_the_whole_batch(
+    toy_shards: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    # Plain steps of size 1 along the gradient: what differs in the parameters differed in the gradient.
+    one_step = ("train.optimizer=sgd", "train.momentum=0.0", "train.weight_decay=0.0", "train.clip_norm=0",
+                "train.learning_rate=1.0", "train.encoder_learning_rate=1.0", "train.stop_after_steps=1")  # fmt: skip
+    for name, launcher in (("one", PYTHON), ("two", TWO_PROCESSES)):
+        assert train(launcher, toy_shards, tmp_path / name, *one_step, *settings).returncode == 0
+    one, two = (load_file(tmp_path / name / "checkpoints" / "step-1" / "model.safetensors") for name in ("one", "two"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        (("train.microbatches=3",), "train.microbatches is 3"),
+        (("train.accumulation_steps=2",), "set train.accumulation_steps=1"),
+    ],
+)
+def test_microbatches_that_do_not_fit_are_refused(
+    toy_shards: Path, tmp_path: Path, settings: tuple[str, ...], needed: str
+) -> None:
+    done = train(PYTHON, toy_shards, tmp_path / "run", DETERMINISTIC[0], *settings)
+    assert done.returncode == 2
+    assert needed in done.stderr
+    assert not (tmp_path / "run").exists()
