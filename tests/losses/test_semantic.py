@@ -12,8 +12,8 @@ from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slotscops.losses import semantic as losses
 from slotscops.losses.semantic import semantic_consistency
+from slotscops.model import maps
 from slotscops.model.maps import interpolation_matrix, part_maps
 
 GRIDS = [1, 2, 3, 7, 8, 14, 16]
@@ -269,7 +269,7 @@ def test_interpolation_matrix_by_hand() -> None:
 
 
 def test_a_matrix_first_made_in_inference_mode_serves_training() -> None:
-    losses._interpolation_matrix.cache_clear()
+    maps._interpolation_matrix.cache_clear()
     case = make_case()
     with torch.inference_mode():
         part_maps(case.logits, case.size)
@@ -282,7 +282,7 @@ def test_a_matrix_first_made_in_inference_mode_serves_training() -> None:
 def test_the_cache_of_matrices_is_bounded() -> None:
     for size in range(1, 200):
         interpolation_matrix(2, size, True)
-    info = losses._interpolation_matrix.cache_info()
+    info = maps._interpolation_matrix.cache_info()
     assert info.maxsize is not None
     assert info.currsize <= info.maxsize < 200
 
