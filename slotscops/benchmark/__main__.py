@@ -1,14 +1,4 @@
-"""Speed and memory on this machine.
-
-    python -m slotscops.benchmark loss                     exact loss against the same loss with its tensors built
-    python -m slotscops.benchmark loader [--shards S]      shards and cache against webdataset and JPEG decoding
-    python -m slotscops.benchmark step [--shards S]        a training step against the encoder alone and the recipe
-    python -m slotscops.benchmark scaling [--shards S]     images a second with 1, 2, ... processes
-    python -m slotscops.benchmark sharding --root DIR      photos and annotations to shards, as many as PASCAL-Part has
-    python -m slotscops.benchmark report FILE...           puts what --json kept into the README's table
-
-All figures are medians of contestants that take turns in one process. `--json FILE` keeps them.
-"""
+"""Speed and memory on this machine, by `python -m slotscops.benchmark WHAT`."""
 
 import argparse
 import tempfile
@@ -22,6 +12,7 @@ import torch
 from slotscops.benchmark import loader, loss, report, scaling, sharding, step
 from slotscops.config import load_config
 from slotscops.core import console
+from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError
 from slotscops.core.files import write_json
 from slotscops.core.machine import machine
@@ -30,6 +21,16 @@ from slotscops.features.cache import open_cache
 from slotscops.shard import __main__ as shard
 from slotscops.shard.index import open_dataset
 from slotscops.train.processes import start_accelerator
+
+_MORE = """\
+loss                    the exact loss against the same loss with all tensors materialised
+loader [--shards S]     shards and cache against webdataset and JPEG decoding
+step [--shards S]       a training step against the encoder alone and the baseline with VGG in the loop
+scaling [--shards S]    images per second with 1, 2, ... processes
+sharding --root DIR     from photos and annotations to shards, as many objects as PASCAL-Part has
+report FILE...          writes figures kept with --json into the README's table
+
+All figures are medians of contestants that take turns in one process. --json FILE keeps them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,22 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    description, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m slotscops.benchmark",
-        description=description,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark", "Measure speed and memory on this machine.", "loss --quick", _MORE)
     parser.add_argument("what", choices=("loss", "loader", "step", "scaling", "sharding", "report"))
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--rounds", type=int, default=7, help="counted turns of each contestant (default: 7)")
-    parser.add_argument("--processes", default="1,2", help="scaling: numbers of processes (default: 1,2)")
-    parser.add_argument("--root", type=Path, help="sharding: a PASCAL-Part tree, copied as often as needed")
-    parser.add_argument("--images", type=int, default=sharding.PASCAL_PART, help="sharding (default: %(default)s)")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="report: where the table goes")
-    parser.add_argument("--quick", action="store_true", help="loss: only batch 8 at 128 px")
-    parser.add_argument("--shards", type=Path, help="with features of relu5_4 (default: toy shards, made for this)")
+    parser.add_argument("--rounds", type=int, default=7, help="measured turns of each contestant (default: 7)")
+    parser.add_argument("--processes", default="1,2", help="scaling: how many processes (default: 1,2)")
+    parser.add_argument("--root", type=Path, help="sharding: a PASCAL-Part tree, repeated to reach --images")
+    parser.add_argument(
+        "--images", type=int, default=sharding.PASCAL_PART, help="sharding: number of photos (default: %(default)s)"
+    )
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="report: the file with the table")
+    parser.add_argument("--quick", action="store_true", help="loss: measure only batch 8 at 128 px")
+    parser.add_argument(
+        "--shards", type=Path, help="shards with relu5_4 features (default: toy shards made for this measurement)"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="NAME=VALUE", help="step: settings, such as train.batch_size=16"
     )
@@ -99,7 +98,7 @@ def _make_toy_shards(out: Path) -> Path:
 
 
 def _step_settings(shards: Path) -> list[str]:
-    """A ResNet-50 without pretrained weights, which cost as much time as any others."""
+    """A ResNet-50 with random weights; its speed does not depend on them."""
     size = open_dataset(shards).size
     return [f"data.shards={shards}", f"data.size={size}", "encoder.weights=random:0", "train.batch_size=8"]
 

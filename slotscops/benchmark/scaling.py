@@ -1,7 +1,7 @@
 """Images a second with 1, 2, ... processes: the global batch fixed, the batch of each process fixed; and what it costs
 to sum gradients in a fixed order.
 
-Each measurement is a real run of `launch/train.py` under torchrun, and reads its `metrics.jsonl`.
+Each measurement is a real run of `slotscops.train` under torchrun, and reads its `metrics.jsonl`.
 """
 
 import json
@@ -23,7 +23,6 @@ _WARMUP_STEPS = 3
 _FIXED, _FIXED_EACH = "global batch fixed", "batch of each process fixed"
 _DETERMINISTIC = "global batch fixed, deterministic reduction"
 _KINDS = (_FIXED, _FIXED_EACH, _DETERMINISTIC)
-_LAUNCH = Path(__file__).parents[2] / "launch" / "train.py"
 
 
 def compare(settings: list[str], batch_size: int, num_processes: list[int], folder: Path) -> dict[str, Any]:
@@ -58,7 +57,11 @@ def _run(settings: list[str], batch_size: int, num_processes: int, run_dir: Path
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(
-        [*command, str(_LAUNCH), *settings, *run, *quiet], env=environment, capture_output=True, text=True, check=False
+        [*command, "-m", "slotscops.train", *settings, *run, *quiet],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines()

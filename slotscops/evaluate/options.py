@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import get_args
 
 from slotscops.config import suggest
+from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError
 from slotscops.evaluate import baselines
 from slotscops.model.network import Refinement
 from slotscops.shard.remote import shards_argument
 
 _BASELINES = (*baselines.NAMES, "supervised")
+_EXAMPLE = "--checkpoint runs/toy --baseline position,kmeans"
 _KNOWN = ", ".join(_BASELINES)
 
 
@@ -21,7 +23,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         UserError: an unknown baseline, nothing to score, or no data to score it on.
     """
-    parser = argparse.ArgumentParser(prog="python -m slotscops.evaluate", description="Score runs and baselines.")
+    parser = command_parser("evaluate", "Score runs and baselines against the true parts.", _EXAMPLE)
     parser.add_argument(
         "--checkpoint", type=Path, nargs="+", default=[], metavar="RUN",
         help="runs' folders or single checkpoints; of those that differ in their seed alone, mean and deviation",

@@ -1,13 +1,14 @@
-"""Computes the teacher's features of every crop once, or checks them.
+"""Computes the teacher's features of every crop once, or verifies them.
 
     python -m slotscops.features --shards SHARDS [--teacher vgg19] [--layer relu5_4] [--size 128] [--mirrored]
 
-Works alone or under a launcher. A start over finished files does nothing twice.
+Runs as one process or under a launcher. Started again, it computes only what is missing.
 """
 
 import argparse
 
 from slotscops.core import console
+from slotscops.core.command_line import command_parser
 from slotscops.core.errors import RunError
 from slotscops.features.cache import FeatureCache, open_cache, verify, warn_if_random
 from slotscops.features.manifest import REMOVE_AND_REBUILD
@@ -18,13 +19,17 @@ from slotscops.shard.remote import check_local, shards_argument
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m slotscops.features", description="Build or verify a feature cache."
+    parser = command_parser(
+        "features",
+        "Compute the teacher's features of every crop once, or verify them.",
+        "--shards shards/toy --teacher-weights random:0",
     )
-    parser.add_argument("--shards", type=shards_argument, required=True)
-    parser.add_argument("--size", type=int, help="side of the crops for it, pixels (default: that of the shards)")
+    parser.add_argument("--shards", type=shards_argument, required=True, help="folder written by slotscops shard")
+    parser.add_argument(
+        "--size", type=int, help="side to which crops are resized for the teacher, pixels (default: that of the shards)"
+    )
     add_teacher_options(parser)
-    parser.add_argument("--verify", action="store_true", help="check every hash instead of building")
+    parser.add_argument("--verify", action="store_true", help="check every hash instead of computing")
     options = parser.parse_args(arguments)
     dataset = open_dataset(check_local(options.shards))
     size = options.size or dataset.size
@@ -41,17 +46,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def add_teacher_options(parser: argparse.ArgumentParser) -> None:
-    """What every command that builds features takes."""
-    parser.add_argument("--teacher", default="vgg19", metavar="NETWORK", help="of torchvision (default: %(default)s)")
-    parser.add_argument("--layer", default="relu5_4", help="of it; join several with + (default: %(default)s)")
+    """Adds the options of every command that computes features."""
     parser.add_argument(
-        "--teacher-weights", default="imagenet", help="imagenet, a .safetensors or .pth file, random:SEED"
+        "--teacher", default="vgg19", metavar="NETWORK", help="a torchvision network (default: %(default)s)"
     )
-    parser.add_argument("--mirrored", action="store_true", help="features of the mirrored crops too, for data.mirror")
+    parser.add_argument(
+        "--layer", default="relu5_4", help="layer of the teacher; join several with + (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--teacher-weights",
+        default="imagenet",
+        help="imagenet, a .safetensors or .pth file, or random:SEED (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mirrored", action="store_true", help="compute features of the mirrored crops too, for data.mirror"
+    )
 
 
 def report(cache: FeatureCache) -> None:
-    """Says what the cache holds and what it was made with."""
+    """Prints what the cache holds and what it was made with."""
     for one in [cache] if cache.mirrored is None else [cache, cache.mirrored]:
         files, manifest = one.manifest["files"], one.manifest
         console.say(
@@ -60,8 +73,8 @@ def report(cache: FeatureCache) -> None:
         )
     if any(row["negative"] for row in cache.manifest["files"].values()):
         console.warn(
-            f"{cache.folder}: has negative numbers, which a part basis without any can never rebuild; "
-            "take a layer behind a ReLU"
+            f"{cache.folder}: has negative values, which a non-negative part basis cannot rebuild; "
+            "choose a layer after a ReLU"
         )
     warn_if_random(cache)
 

@@ -9,7 +9,6 @@ Exit code: 0 if at least one photo was segmented (those that could not be read a
 1 if none could, or with `--strict` if any could not; 2 for a mistake in the command.
 """
 
-import argparse
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from PIL import Image
 from safetensors.numpy import save
 
 from slotscops.core import console
+from slotscops.core.command_line import command_parser
 from slotscops.core.errors import RunError, UserError
 from slotscops.core.files import write_bytes
 from slotscops.core.photos import PHOTO_SUFFIXES, find_photos, read_photo, unique_names
@@ -96,11 +96,12 @@ def _read_part_names(text: str | None, num_parts: int) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m slotscops.segment",
-        description="Find the parts in photos.",
-        epilog="Exit code 0: parts found, photos that could not be read are listed; 1: none could be read, or with "
-        "--strict any could not; 2: a mistake in the command.",
+    parser = command_parser(
+        "segment",
+        "Find the parts in photos and make a page that shows them.",
+        "--checkpoint runs/toy --out parts photos/",
+        "Exit code 0: at least one photo was segmented; those that could not be read are listed.\n"
+        "Exit code 1: no photo could be read, or with --strict any could not. Exit code 2: a user's mistake.",
     )
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
     parser.add_argument("--out", type=Path, required=True)

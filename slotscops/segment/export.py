@@ -11,7 +11,6 @@ background; `labels` (B, size, size) uint8, the slot with the largest share. Res
 What was written is read back and run on the photos beside the model itself; if they differ, there is no file.
 """
 
-import argparse
 import io
 import logging
 import warnings
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slotscops.core import console
+from slotscops.core.command_line import command_parser
 from slotscops.core.errors import RunError, UserError, first_line
 from slotscops.core.files import write_bytes
 from slotscops.core.photos import find_photos, read_photo
@@ -186,8 +186,10 @@ def export(model: Segmenter, out: Path, crops: NDArray[np.uint8]) -> tuple[float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m slotscops.export", description="Write a trained model as ONNX or as PyTorch's exported program."
+    parser = command_parser(
+        "export",
+        "Write a trained model as ONNX or as PyTorch's exported program.",
+        "--checkpoint runs/toy --out toy.onnx photos/",
     )
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
     parser.add_argument("--out", type=Path, required=True, help="FILE.onnx or FILE.pt2")

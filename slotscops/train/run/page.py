@@ -5,7 +5,6 @@
 Opens from disk without a network. The pictures stay files of their own in the run folder's `pictures/`.
 """
 
-import argparse
 import json
 from importlib import resources
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from slotscops.config import Config, load_config, to_mapping
 from slotscops.core import console
+from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError
 from slotscops.core.files import write_bytes
 from slotscops.core.pictures import voc_palette
@@ -108,7 +108,7 @@ def _read_json(path: Path) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m slotscops.report", description=__doc__.split("\n")[0])
+    parser = command_parser("report", "Write the HTML page of a run again.", "runs/toy")
     parser.add_argument("run", type=Path, metavar="RUN")
     console.say(str(write_report(RunFolder(parser.parse_args(arguments).run))))
     return 0

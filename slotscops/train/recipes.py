@@ -1,0 +1,37 @@
+"""The recipes that come with the package: the YAML files of `configs/`, known by their names without `.yaml`."""
+
+from pathlib import Path
+
+from slotscops.core.errors import UserError
+
+DEFAULT = "toy"
+
+
+def recipe_names() -> list[str]:
+    """Names of all shipped recipes, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def find_config(name_or_path: str) -> Path:
+    """The YAML file behind `--config`, which takes a path or the name of a recipe.
+
+    Raises:
+        UserError: no such file, and no recipe of that name.
+    """
+    path = Path(name_or_path)
+    names = recipe_names()
+    if name_or_path in names:
+        return _folder() / f"{name_or_path}.yaml"
+    # What is clearly meant as a path is left to the reader of settings, which says why it cannot be read.
+    if path.is_file() or path.suffix or path.name != name_or_path:
+        return path
+    raise UserError(
+        f"--config {name_or_path}: no such file and no recipe of that name; the recipes are {', '.join(names)}"
+    )
+
+
+def _folder() -> Path:
+    """`slotscops/configs` of an installed wheel, or `configs` of the checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
