@@ -3,18 +3,22 @@
 Shapes: H x W pixels.
 """
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from slotscops.core.errors import UserError
+from slotscops.core.errors import UserError, first_line
 from slotscops.core.pixels import PADDING
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 _RESULT_ENDINGS = (".parts.png", ".overlay.jpg")
 _MAX_PIXELS = 100_000_000  # a photo of more is refused before it is decoded
+_MAX_SIDE = 100_000  # its padded square is resized in strips, which takes time by the square's area
+ORIENTATION = 0x0112  # Exif's entry that says how to turn a photo
 
 
 def find_photos(paths: Iterable[Path], out: Path | None = None) -> list[Path]:
@@ -43,35 +47,56 @@ def _is_result(path: Path, out: Path) -> bool:
 
 
 def read_photo(path: Path) -> Image.Image:
-    """The photo, turned as its EXIF says, in RGB.
+    """The photo in 8-bit RGB, turned as its Exif entry says. Sharding and segmentation both read photos here.
 
     Raises:
-        UserError: no such file, not an image, or more than 100 million pixels.
+        UserError: no such file, not an image, more than 100 million pixels or 100,000 pixels a side. Whatever Pillow
+            raises on a damaged file, the message holds Pillow's own sentence.
+    """
+    return to_rgb(read_image(path)[0])
+
+
+def read_image(path: Path) -> tuple[Image.Image, int]:
+    """The image in its own mode, turned upright, and the Exif orientation by which it was turned (1: not at all).
+
+    Raises:
+        UserError: as `read_photo`.
     """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise UserError(f"{path}: {image.width} x {image.height} pixels, at most {_MAX_PIXELS} are read")
-            return to_rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            if image.width * image.height > _MAX_PIXELS or max(image.size) > _MAX_SIDE:
+                limit = f"at most {_MAX_PIXELS} and {_MAX_SIDE} a side are read"
+                raise UserError(f"{path}: {image.width} x {image.height} pixels, {limit}")
+            orientation = image.getexif().get(ORIENTATION, 1)
+            return ImageOps.exif_transpose(image), orientation
     except FileNotFoundError:
         raise UserError(f"{path}: no such photo") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: is no readable image ({type(error).__name__})") from None
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises anything on damaged files
+        raise UserError(f"{path}: is no readable image ({first_line(error)[:200]})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an image of any mode: 16 bits are scaled, what is transparent gets the colour of padding."""
+    """8-bit RGB of an image of any mode; what is transparent gets the colour of padding.
+
+    Pixels of 16 bits are divided by 257. Of floating-point pixels, white is 1, 255 or 65535, the smallest that no
+    pixel exceeds, or else the brightest pixel.
+    """
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion clips these at 255
         pixels = np.asarray(image).astype(np.float64)
-        brightest = 65535 if image.mode != "F" else float(np.nanmax(pixels, initial=0)) or 1
-        scaled = np.nan_to_num(pixels * (255 / brightest)).clip(0, 255).round()
+        white = 65535.0 if image.mode != "F" else _white_of(pixels)
+        scaled = np.nan_to_num(pixels * (255 / white)).clip(0, 255).round()
         return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (*PADDING, 255))
         return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def _white_of(pixels: NDArray[np.float64]) -> float:
+    brightest = float(pixels.max(initial=0, where=np.isfinite(pixels)))
+    return next((white for white in (1.0, 255.0, 65535.0) if brightest <= white), brightest)
 
 
 def unique_names(photos: Iterable[Path]) -> list[str]:

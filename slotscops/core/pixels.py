@@ -21,7 +21,8 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and
 
 _MARGIN = 0.05  # of the box's longer side, on every side of the crop
 SIDE_PER_BOX = 1 + 2 * _MARGIN  # a crop's side over its box's longer side, up to a pixel of the photo
-# Beyond the photo's edge: zero once normalised. Segmentation pads whole photos with the same colour.
+_STRIP_PIXELS = 4_000_000  # of a crop's square are resized at a time
+# Beyond the photo's edge: zero once normalised.
 PADDING = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
 
@@ -40,6 +41,13 @@ def square_crop(box: Box) -> Box:
     return x, y, x + side, y + side
 
 
+def whole_square(size: tuple[int, int]) -> Box:
+    """The square that holds a whole photo of (width, height) in its middle; it reaches beyond its shorter sides."""
+    side = max(size)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return left, top, left + side, top + side
+
+
 def crop_photo(photo: Image.Image, crop: Box, size: int) -> NDArray[np.uint8]:
     """(S, S, 3) RGB, antialiased; ImageNet's mean colour where the crop reaches beyond the photo."""
     return _crop(photo, crop, size, PADDING, Image.Resampling.BICUBIC)
@@ -51,10 +59,21 @@ def crop_labels(labels: Image.Image, crop: Box, size: int) -> NDArray[np.uint8]:
 
 
 def _crop(image: Image.Image, crop: Box, size: int, fill: Any, filter_: Image.Resampling) -> NDArray[np.uint8]:
-    side = crop[2] - crop[0]
-    canvas = Image.new(image.mode, (side, side), fill)
-    canvas.paste(image, (-crop[0], -crop[1]))
-    return np.array(canvas.resize((size, size), filter_))
+    """Pads to the square, then resizes: the same values as from one canvas of side x side pixels.
+
+    Pillow resizes across first and down second. Here the two passes are separate, so that only a strip of the canvas
+    exists at a time. A long thin photo then needs no huge square.
+    """
+    left, top, right, bottom = crop
+    side = right - left
+    narrow = Image.new(image.mode, (size, side), fill)  # what is above and below the photo keeps its colour
+    num_rows = max(1, _STRIP_PIXELS // side)
+    for first in range(max(top, 0), min(bottom, image.height), num_rows):
+        last = min(first + num_rows, bottom, image.height)
+        strip = Image.new(image.mode, (side, last - first), fill)
+        strip.paste(image.crop((0, first, image.width, last)), (-left, 0))
+        narrow.paste(strip.resize((size, last - first), filter_), (0, first - top))
+    return np.array(narrow.resize((size, size), filter_))
 
 
 def normalise_images(images: Tensor) -> Tensor:

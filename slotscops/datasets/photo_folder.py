@@ -6,7 +6,6 @@ shown, turned by its Exif entry: label maps have that size.
 """
 
 import hashlib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,19 +13,17 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from slotscops.core.errors import UserError, first_line
-from slotscops.core.pixels import PADDING, Box, box_of, crop_labels, crop_photo, square_crop
+from slotscops.core.photos import read_photo
+from slotscops.core.pixels import Box, box_of, crop_labels, crop_photo, square_crop, whole_square
 from slotscops.core.records import Record
 from slotscops.datasets.pascal_part.annotation import Candidate, ImageScan, LeftOut
 from slotscops.datasets.pascal_part.tree import SPLITS
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 _NAMES = "parts.txt"  # one part name a line, in the order of the labels
-_MAX_PIXELS = 100_000_000  # a photo or label map of more would not fit beside others in memory
-_MAX_SIDE = 16_384  # its padded square must fit as well
-_FINE_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # 16 bits a pixel
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class PhotoFolder:
 
     def _read(self, image: str) -> tuple[Image.Image, NDArray[np.uint8] | None]:
         """The photo in RGB and its (H, W) labels, None without a label map. Raises UserError."""
-        photo = read_any_photo(self.root / image)
+        photo = read_photo(self.root / image)
         path = self._label_path(image)
         if path is None:
             return photo, None
@@ -150,7 +147,7 @@ class PhotoFolder:
 
     def _record(self, candidate: Candidate, photo: Image.Image, labels: NDArray[np.uint8] | None, size: int) -> Record:
         if labels is None:
-            crop = _whole_square(photo.size)
+            crop = whole_square(photo.size)
             labels, mask = np.zeros(photo.size[::-1], np.uint8), np.ones(photo.size[::-1], np.uint8)
         else:
             crop, mask = square_crop(candidate.box), (labels > 0).astype(np.uint8)
@@ -194,47 +191,12 @@ def _key_of(image: str) -> str:
     return Path(image).stem.replace(".", "_")
 
 
-def _whole_square(size: tuple[int, int]) -> Box:
-    side = max(size)
-    x, y = (size[0] - side) // 2, (size[1] - side) // 2
-    return x, y, x + side, y + side
-
-
 # ---- pixels ------------------------------------------------------------------------------------------------------
-
-
-def _open(path: Path) -> Image.Image:
-    with warnings.catch_warnings(action="ignore"):
-        image = Image.open(path)
-    if image.width * image.height > _MAX_PIXELS or max(image.size) > _MAX_SIDE:
-        image.close()
-        raise UserError(f"{path}: {image.width} x {image.height} pixels, at most {_MAX_SIDE} a side are read")
-    return image
-
-
-def read_any_photo(path: Path) -> Image.Image:
-    """The photo in RGB as it is shown, whatever its mode; ImageNet's mean colour where it is transparent.
-
-    Raises:
-        UserError: it is no readable image, or too large.
-    """
-    try:
-        with _open(path) as opened, warnings.catch_warnings(action="ignore"):
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in _FINE_GREY:
-                image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (*PADDING, 255)), image.convert("RGBA"))
-            return image.convert("RGB")
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises anything on damaged files
-        raise UserError(f"{path}: photo is damaged or missing ({first_line(error)[:120]})") from None
 
 
 def _read_labels(path: Path) -> NDArray[np.uint8]:
     try:
-        with _open(path) as image:
+        with Image.open(path) as image:
             if image.mode not in ("L", "P"):
                 raise UserError(f"{path}: labels of mode {image.mode}, needed a grey or palette PNG of 8 bits")
             return np.array(image)

@@ -1,7 +1,7 @@
 """A trained model that takes photos: `slotscops.load(...)`, `model.segment(photo)`, `parts.overlay()`.
 
-The network was trained on square crops around one object, so a photo is seen as one such crop: resized, padded to a
-square, and the maps are brought back to the photo's own size.
+The network was trained on square crops around one object. A photo is therefore padded to a square and resized, as
+sharding does it (`core/pixels.py`), and the maps are brought back to the photo's own size.
 
 Shapes: B photos; S slots, h x w cells of the network's logits, H x W pixels of the photo.
 """
@@ -22,7 +22,7 @@ from slotscops.core import console
 from slotscops.core.errors import UserError
 from slotscops.core.photos import read_photo, to_rgb
 from slotscops.core.pictures import overlay
-from slotscops.core.pixels import PADDING
+from slotscops.core.pixels import crop_photo, whole_square
 from slotscops.features.teacher import Teacher, compute_features
 from slotscops.model.maps import interpolation_matrix
 from slotscops.model.network import ModelOutput
@@ -58,8 +58,8 @@ class Parts:
     def _strips(self) -> Iterator[NDArray[np.float32]]:
         """(S, rows, W) soft maps from top to bottom."""
         height, width = self.photo.shape[:2]
-        side = max(height, width)
-        top, left = (side - height) // 2, (side - width) // 2
+        square = whole_square((width, height))
+        side, top, left = max(height, width), -square[1], -square[0]
         down = interpolation_matrix(self.logits.shape[1], side, align_corners=True)[top : top + height]
         across = interpolation_matrix(self.logits.shape[2], side, align_corners=True)[left : left + width]
         widened = torch.from_numpy(self.logits) @ across.T  # (S, h, W)
@@ -138,14 +138,9 @@ class Segmenter(HubModel):
         return self.network.segment_maps(output, crops).clamp_min(_EPSILON).log()
 
     def crop(self, image: Image.Image) -> Tensor:
-        """(3, size, size) uint8, what the network sees of an RGB photo."""
-        # Resized before it is padded: a long thin photo must not become a huge square.
-        scale = self.size / max(image.size)
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        square = Image.new("RGB", (self.size, self.size), PADDING)
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        square.paste(resized, ((self.size - width) // 2, (self.size - height) // 2))
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+        """(3, size, size) uint8, what the network sees of an RGB photo: the same as `shard --images` crops."""
+        pixels = crop_photo(image, whole_square(image.size), self.size)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def load(run_or_checkpoint: str | Path, teacher_weights: str | None = None) -> Segmenter:

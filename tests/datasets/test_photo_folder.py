@@ -7,8 +7,8 @@ from commands import ONE_PROCESS, python, train
 from PIL import Image
 
 from slotscops.core.errors import UserError
+from slotscops.core.photos import read_photo
 from slotscops.core.pixels import PADDING
-from slotscops.datasets.photo_folder import read_any_photo
 from slotscops.shard import __main__ as shard
 from slotscops.shard.index import open_dataset
 from slotscops.shard.reader import ShardReader
@@ -36,16 +36,16 @@ def test_every_mode_becomes_rgb_as_shown(tmp_path: Path) -> None:
         path = tmp_path / f"{mode.replace(';', '')}.{'tif' if mode == 'CMYK' else 'png'}"
         grey = np.full((4, 6), 0x8000, np.uint16)
         (Image.fromarray(grey) if mode == "I;16" else Image.new("RGB", (6, 4), (128,) * 3).convert(mode)).save(path)
-        photo = read_any_photo(path)
+        photo = read_photo(path)
         assert (photo.mode, photo.size) == ("RGB", (6, 4))
         # Black and white, or of few colours: Pillow's own conversion leaves the grey.
         assert mode in ("1", "P") or abs(photo.getpixel((2, 2))[0] - 128) <= 1  # type: ignore[index, operator]
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_any_photo(tmp_path / "clear.png").getpixel((0, 0)) == PADDING
+    assert read_photo(tmp_path / "clear.png").getpixel((0, 0)) == PADDING
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_any_photo(tmp_path / "turned.jpg").size == (4, 6)
+    assert read_photo(tmp_path / "turned.jpg").size == (4, 6)
 
 
 def test_photos_with_label_maps_are_cropped_to_their_labels_and_damage_is_listed(tmp_path: Path) -> None:
