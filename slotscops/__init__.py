@@ -7,7 +7,7 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late, so that `python -m slotscops.shard` and the loader's workers need not import the networks.
+    # Imported on first use, so that `slotscops shard` and the loader workers start without the networks.
     if name == "load":
         from slotscops.segment.segmenter import load
 
