@@ -51,7 +51,8 @@ def test_a_photo_named_twice_is_taken_once_and_results_not_at_all(tmp_path: Path
     for name in ("b.jpg", "a.PNG", "b.parts.png", "b.overlay.jpg", "gallery/photos/b.jpg", "notes.txt"):
         photo((4, 4)).save(tmp_path / name, "PNG")
     found = find_photos([tmp_path / "b.jpg", tmp_path], out=tmp_path)
-    assert found == [tmp_path / "b.jpg", tmp_path / "a.PNG"]
+    assert found.photos == [tmp_path / "b.jpg", tmp_path / "a.PNG"]
+    assert [item.path.name for item in found.passed_over] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
