@@ -16,7 +16,8 @@ def replace_when_complete(path: Path) -> Iterator[BinaryIO]:
 
     The temporary name starts with a dot and ends in `.partial`; it is removed when the body raises.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    # Cut, so that the temporary name fits wherever the final one does: 40 characters are at most 160 bytes.
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent)
     partial = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -3,25 +3,54 @@
 Shapes: H x W pixels.
 """
 
+import functools
+import importlib
+import os
+import stat
+import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.pixels import PADDING
 
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
-_RESULT_ENDINGS = (".parts.png", ".overlay.jpg")
+PHOTO_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif"}
+)
+_HEIF_SUFFIXES = {".heic", ".heif"}
+# What operating systems leave in folders. In lower case; `._*`, which a Mac leaves beside each file, comes on top.
+_LITTER = {
+    ".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", ".appledouble", ".spotlight-v100", ".trashes",
+    ".fseventsd", ".directory", "@eadir", "$recycle.bin", "system volume information", "lost+found",
+}  # fmt: skip
+_MAX_NAME_BYTES = 255  # of a file's name on common file systems
+_RESULT_ENDINGS = (".parts.png", ".overlay.jpg", ".maps.safetensors")
 _MAX_PIXELS = 100_000_000  # a photo of more is refused before it is decoded
 _MAX_SIDE = 100_000  # its padded square is resized in strips, which takes time by the square's area
-ORIENTATION = 0x0112  # Exif's entry that says how to turn a photo
+_ORIENTATION = 0x0112  # Exif's entry that says how to turn a photo
 
 
-def find_photos(paths: Iterable[Path], out: Path | None = None) -> list[Path]:
+class PassedOver(NamedTuple):
+    """A file or folder that the search for photos did not take."""
+
+    path: Path
+    kind: str  # the reason in general, to count by
+    reason: str  # the reason in particular
+    is_fault: bool  # False for what nobody would expect to be taken, such as litter of an operating system
+
+
+class FoundPhotos(NamedTuple):
+    photos: list[Path]
+    passed_over: list[PassedOver]
+
+
+def find_photos(paths: Iterable[Path], out: Path | None = None) -> FoundPhotos:
     """The photos themselves and those anywhere below the folders, sorted within each folder, each once.
 
     Args:
@@ -31,19 +60,131 @@ def find_photos(paths: Iterable[Path], out: Path | None = None) -> list[Path]:
         UserError: no such photo or folder.
     """
     photos: dict[Path, None] = {}
+    passed_over: list[PassedOver] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file())
-            photos |= dict.fromkeys(p for p in found if out is None or not _is_result(p.resolve(), out.resolve()))
+            found = walk_folder(path, lambda inside: out is not None and _is_result(inside.resolve(), out.resolve()))
+            photos |= dict.fromkeys(found.photos)
+            passed_over += found.passed_over
         elif path.exists():
             photos[path] = None
         else:
             raise UserError(f"{path}: no such photo or folder")
-    return list(photos)
+    return FoundPhotos(list(photos), passed_over)
 
 
 def _is_result(path: Path, out: Path) -> bool:
-    return path.is_relative_to(out / "gallery") or (path.parent == out and path.name.endswith(_RESULT_ENDINGS))
+    is_page = path in (out / "gallery", out / "index.html")
+    return is_page or (path.parent == out and path.name.endswith(_RESULT_ENDINGS))
+
+
+def walk_folder(root: Path, is_ours: Callable[[Path], bool] = lambda path: False) -> FoundPhotos:
+    """All photos below a folder, and all that was passed over, both sorted by path.
+
+    Links are followed, each file and folder is taken once, under its own name rather than a link's where it has both.
+
+    Args:
+        is_ours: files and folders that are neither taken nor passed over, such as earlier results.
+    """
+    found = FoundPhotos([], [])
+    folders = [root]
+    links: list[Path] = []  # to folders, entered when all real ones have been
+    linked_photos: list[Path] = []
+    seen = {_identity(parent) for parent in root.resolve().parents}  # a link to one of these would leave the folder
+    taken = set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        if _identity(folder) in seen:
+            found.passed_over.append(_fault(folder, "link to a folder seen already", "leads to a folder seen already"))
+            continue
+        seen.add(_identity(folder))
+        try:
+            paths = [folder / name for name in os.listdir(folder)]  # noqa: PTH208, keeps the folder's name as given
+        except OSError as error:
+            found.passed_over.append(_fault(folder, "folder that cannot be read", error.strerror or str(error)))
+            continue
+        for path in sorted(path for path in paths if not is_ours(path) and not _is_shards(path)):
+            reason = why_passed_over(path)
+            if reason is not None:
+                found.passed_over.append(reason)
+            elif path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif path.is_symlink():
+                linked_photos.append(path)
+            else:
+                taken.add(_identity(path))
+                found.photos.append(path)
+    for path in linked_photos:
+        if _identity(path) in taken:
+            found.passed_over.append(_fault(path, "link to a photo taken already", "leads to a photo taken already"))
+        else:
+            taken.add(_identity(path))
+            found.photos.append(path)
+    return FoundPhotos(sorted(found.photos), sorted(found.passed_over))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is_shards(path: Path) -> bool:
+    return (path / "index" / "plan.json").is_file()
+
+
+def _fault(path: Path, kind: str, reason: str) -> PassedOver:
+    return PassedOver(path, kind, reason, is_fault=True)
+
+
+def why_passed_over(path: Path) -> PassedOver | None:
+    """Why a file or folder found in a folder is no photo and is not entered; None where it is taken or entered."""
+    name = path.name.lower()
+    if name.startswith("._") or name in _LITTER:
+        return PassedOver(path, "litter of an operating system", "is litter of an operating system", is_fault=False)
+    if name.startswith("."):
+        return PassedOver(path, "hidden", "is hidden: its name starts with a dot", is_fault=False)
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        kind = "link that leads nowhere" if path.is_symlink() else "file that cannot be read"
+        return _fault(path, kind, f"{kind} ({error.strerror})")
+    if stat.S_ISDIR(mode):
+        return None
+    if not stat.S_ISREG(mode):
+        return _fault(path, "not a regular file", "is not a regular file")
+    suffix = path.suffix.lower()
+    if suffix not in PHOTO_SUFFIXES:
+        return _fault(path, "no photo by its ending", f"its ending '{path.suffix}' is not one of a photo")
+    if suffix in _HEIF_SUFFIXES and not _reads_heif():
+        return _fault(path, "HEIC without pillow-heif", _NEEDS_HEIF)
+    if suffix == ".avif" and not _reads_avif():
+        return _fault(path, "AVIF that this Pillow cannot read", "this Pillow cannot read AVIF: install Pillow 11.3")
+    return None
+
+
+_NEEDS_HEIF = "HEIC is read by pillow-heif: pip install pillow-heif"
+
+
+@functools.cache
+def _reads_heif() -> bool:
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _reads_avif() -> bool:
+    with warnings.catch_warnings(action="ignore"):  # an old Pillow does not know the word
+        return bool(features.check("avif"))
+
+
+def _is_heif(path: Path) -> bool:
+    """By its first bytes: telephones' photos are often renamed to .jpg."""
+    with path.open("rb") as file:
+        header = file.read(12)
+    return header[4:8] == b"ftyp" and header[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"heim", b"heis")
 
 
 def read_photo(path: Path) -> Image.Image:
@@ -63,18 +204,25 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
         UserError: as `read_photo`.
     """
     try:
+        if _is_heif(path) and not _reads_heif():
+            raise UserError(f"{path}: {_NEEDS_HEIF}")
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.width * image.height > _MAX_PIXELS or max(image.size) > _MAX_SIDE:
                 limit = f"at most {_MAX_PIXELS} and {_MAX_SIDE} a side are read"
                 raise UserError(f"{path}: {image.width} x {image.height} pixels, {limit}")
-            orientation = image.getexif().get(ORIENTATION, 1)
-            return ImageOps.exif_transpose(image), orientation
+            return ImageOps.exif_transpose(image), orientation_of(image) or 1
     except FileNotFoundError:
         raise UserError(f"{path}: no such photo") from None
     except UserError:
         raise
     except Exception as error:  # Pillow raises anything on damaged files
         raise UserError(f"{path}: is no readable image ({first_line(error)[:200]})") from None
+
+
+def orientation_of(image: Image.Image) -> int | None:
+    """Exif's orientation, 1 to 8; None where there is none or another value."""
+    value = image.getexif().get(_ORIENTATION)
+    return value if value in range(1, 9) else None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -99,16 +247,24 @@ def _white_of(pixels: NDArray[np.float64]) -> float:
     return next((white for white in (1.0, 255.0, 65535.0) if brightest <= white), brightest)
 
 
-def unique_names(photos: Iterable[Path]) -> list[str]:
-    """File names without suffix; two photos of one name, even if only on a Mac, get a number."""
+def unique_names(photos: Iterable[Path], longest_ending: str = "") -> list[str]:
+    """File names without suffix; two photos of one name, even if only on a Mac, get a number.
+
+    A name is cut where it would be too long for a file system with `longest_ending` behind it.
+    """
+    max_bytes = _MAX_NAME_BYTES - len(longest_ending.encode())
     taken: set[str] = set()
     names = []
     for photo in photos:
         stem = photo.stem.encode("utf-8", "replace").decode()  # a name that is no UTF-8 cannot stand in a page
-        name, number = stem, 1
-        while name.casefold() in taken:
+        name, number = _cut(stem, max_bytes), 1
+        while unicodedata.normalize("NFC", name).casefold() in taken:
             number += 1
-            name = f"{stem}-{number}"
-        taken.add(name.casefold())
+            name = f"{_cut(stem, max_bytes - len(f'-{number}'))}-{number}"
+        taken.add(unicodedata.normalize("NFC", name).casefold())
         names.append(name)
     return names
+
+
+def _cut(name: str, max_bytes: int) -> str:
+    return name.encode()[:max_bytes].decode(errors="ignore")

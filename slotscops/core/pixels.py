@@ -21,6 +21,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and
 
 _MARGIN = 0.05  # of the box's longer side, on every side of the crop
 SIDE_PER_BOX = 1 + 2 * _MARGIN  # a crop's side over its box's longer side, up to a pixel of the photo
+_LARGE_SIDE = 4096  # pixels of the photo; the padding of a larger square is not resized
 _STRIP_PIXELS = 4_000_000  # of a crop's square are resized at a time
 # Beyond the photo's edge: zero once normalised.
 PADDING = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
@@ -68,12 +69,29 @@ def _crop(image: Image.Image, crop: Box, size: int, fill: Any, filter_: Image.Re
     side = right - left
     narrow = Image.new(image.mode, (size, side), fill)  # what is above and below the photo keeps its colour
     num_rows = max(1, _STRIP_PIXELS // side)
+    columns = _columns_of_photo(image.width, crop, size)
+    box_left, box_right = (column * side / size for column in columns)
     for first in range(max(top, 0), min(bottom, image.height), num_rows):
         last = min(first + num_rows, bottom, image.height)
         strip = Image.new(image.mode, (side, last - first), fill)
         strip.paste(image.crop((0, first, image.width, last)), (-left, 0))
-        narrow.paste(strip.resize((size, last - first), filter_), (0, first - top))
+        box = (box_left, 0, box_right, last - first)
+        narrow.paste(strip.resize((columns[1] - columns[0], last - first), filter_, box), (columns[0], first - top))
     return np.array(narrow.resize((size, size), filter_))
+
+
+def _columns_of_photo(width: int, crop: Box, size: int) -> tuple[int, int]:
+    """The resized columns that the photo reaches, bicubic's support of two pixels included. Others are padding.
+
+    All columns of a crop of ordinary size: resizing a few more is cheap, and its values are Pillow's to the last bit.
+    """
+    left, _, right, _ = crop
+    side = right - left
+    if side <= _LARGE_SIDE:
+        return 0, size
+    margin = 3 + 3 * size // side
+    first = min(max(0, -left * size // side - margin), size - 1)
+    return first, max(first + 1, min(size, (width - left) * size // side + 1 + margin))
 
 
 def normalise_images(images: Tensor) -> Tensor:

@@ -1,75 +1,138 @@
 """A folder of photos, with or without label maps of their parts, as a source of objects: one object a photo.
 
 Without label maps the whole photo is the object, padded to a square as `segment` pads it, so that nothing is cut off.
-With them the object is what has a label, cropped as PASCAL-Part's objects are. H x W are a photo's pixels as it is
-shown, turned by its Exif entry: label maps have that size.
+With them the object is what has a label, cropped as PASCAL-Part's objects are. What label maps may look like stands in
+shards/README.md, "What is accepted". H x W are a photo's pixels as it is shown, turned by its Exif entry.
 """
 
+import functools
 import hashlib
+import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from slotscops.core.errors import UserError, first_line
-from slotscops.core.photos import read_photo
+from slotscops.core.photos import PHOTO_SUFFIXES, orientation_of, read_image, to_rgb, walk_folder
 from slotscops.core.pixels import Box, box_of, crop_labels, crop_photo, square_crop, whole_square
 from slotscops.core.records import Record
 from slotscops.datasets.pascal_part.annotation import Candidate, ImageScan, LeftOut
 from slotscops.datasets.pascal_part.tree import SPLITS
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 _NAMES = "parts.txt"  # one part name a line, in the order of the labels
+# First lines of parts.txt that name label 0, as labelme and others write them.
+_NAMES_OF_ZERO = {"background", "_background_", "__background__", "__ignore__", "bg", "none", "void", "unlabeled"}
+_IGNORE = 255  # as in PASCAL VOC's masks: neither part nor background
+_MOST_LABELS = 48  # in one map; an antialiased mask or a photo has more
+_WHOLE_FOLDER = "."  # stands in the list of images for all that the search for photos passed over
+_SPLIT_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+_BIT_DEPTH, _COLOUR_TYPE = 24, 25  # bytes of a PNG's header
+_GREY, _PALETTE = 0, 3
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by Exif's orientation, as Pillow's exif_transpose
+
+
+class _Labels(NamedTuple):
+    parts: NDArray[np.uint8]  # (H, W) part label, 0 = no part
+    object_mask: NDArray[np.bool_]  # (H, W) without what is to be ignored
 
 
 @dataclass(frozen=True)
-class _ByHash:
-    """Splits by the names alone, so that adding photos moves none."""
+class _Splits:
+    """By the folder where there are split folders, else by the names alone, so that adding photos moves none."""
 
     val_share: float
     class_name: str
-    has_folders: bool
+    split_of_folder: Mapping[str, str]
 
     def of_image(self, image: str) -> dict[str, str]:
-        if self.has_folders:
-            return {self.class_name: image.split("/")[0]}
+        if self.split_of_folder:
+            return {self.class_name: self.split_of_folder.get(image.split("/")[0], "train")}
         number = int.from_bytes(hashlib.sha256(_key_of(image).encode()).digest()[:8], "big")
         return {self.class_name: "val" if number < self.val_share * 2**64 else "train"}
 
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """All photos below `root`; where it holds both `train/` and `val/`, only these, and they are the splits."""
+    """All photos below `root`. Where it holds folders of both splits, such as `train/` and `val/`, only theirs."""
 
     root: Path
     parts: Path | None  # folder of label PNGs of the photos' names, 0 = none
     val_share: float
     class_name: str
 
-    @property
-    def _has_split_folders(self) -> bool:
-        return all((self.root / split).is_dir() for split in SPLITS)
-
     def list_images(self) -> list[str]:
-        """Paths below `root`. Raises UserError for no folder, no photo, or two photos of one name."""
+        """Paths of photos below `root`, then the folder itself, for all that was passed over.
+
+        Raises:
+            UserError: no folder, no photo, or two photos of one name.
+        """
         for folder in (self.root, self.parts):
             if folder is not None and not folder.is_dir():
                 raise UserError(f"{folder}: no such folder")
-        photos = _find_photos(self.root, self._has_split_folders)
-        if not photos:
-            raise UserError(f"{self.root}: holds no photo ({', '.join(sorted(_SUFFIXES))})")
-        return photos
+        images, passed_over = self._walk()
+        if not images:
+            why = f"; passed over {len(passed_over)}, such as {passed_over[0].reason}" if passed_over else ""
+            raise UserError(f"{self.root}: holds no photo ({', '.join(sorted(PHOTO_SUFFIXES))}){why}")
+        by_key: dict[str, str] = {}
+        for image in images:
+            other = by_key.setdefault(_key_of(image), image)
+            if other != image:
+                came = f"{self.root / other} and {self.root / image}"
+                raise UserError(f"{_printable(came)}: two photos of one name; rename one")
+        return [*images, _WHOLE_FOLDER]
 
-    def splits(self, class_names: list[str]) -> _ByHash:
-        return _ByHash(self.val_share, self.class_name, self._has_split_folders)
+    def splits(self, class_names: list[str]) -> _Splits:
+        return _Splits(self.val_share, self.class_name, self._split_folders())
+
+    def _split_folders(self) -> dict[str, str]:
+        """Folder name -> split, such as Train -> train; empty unless there are folders of both splits."""
+        names = [path.name for path in self.root.iterdir() if path.name.lower() in _SPLIT_OF_FOLDER and path.is_dir()]
+        found = {name: _SPLIT_OF_FOLDER[name.lower()] for name in sorted(names)}
+        return found if set(found.values()) == set(SPLITS) else {}
+
+    def _walk(self) -> tuple[list[str], list[LeftOut]]:
+        """Paths of photos below `root`, and what was passed over."""
+        parts = self.parts.resolve() if self.parts and not self.parts.samefile(self.root) else None
+        photos, passed_over = walk_folder(self.root, lambda path: parts is not None and path.resolve() == parts)
+        split_folders = self._split_folders()
+        images, left_out = [], []
+        for path in photos:
+            image = path.relative_to(self.root).as_posix()
+            if split_folders and image.split("/")[0] not in split_folders:
+                folders = ", ".join(split_folders)
+                left_out.append(_passed_over(image, "in no split folder", f"lies in none of {folders}", damaged=False))
+            elif _printable(image) != image:
+                reason = "its name is not UTF-8; rename it"
+                left_out.append(_passed_over(image, "name that is not UTF-8", reason, damaged=True))
+            else:
+                images.append(image)
+        for item in passed_over:
+            name = item.path.relative_to(self.root).as_posix()
+            is_outside = bool(split_folders) and name.split("/")[0] not in split_folders
+            left_out.append(_passed_over(name, item.kind, item.reason, item.is_fault and not is_outside))
+        return images, left_out
 
     def scan(
         self, image: str, split_of_class: dict[str, str], class_names: list[str], min_box_share: Mapping[str, float]
     ) -> ImageScan:
+        if image == _WHOLE_FOLDER:
+            return ImageScan([], self._walk()[1])
         split = split_of_class[self.class_name]
         try:
             photo, labels = self._read(image)
@@ -77,19 +140,24 @@ class PhotoFolder:
             return ImageScan([], [self._left_out(image, split, "damaged file", str(error), damaged=True)])
         if labels is None and self.parts is not None:
             return ImageScan(
-                [], [self._left_out(image, split, "no label map", f"no {Path(image).stem}.png in {self.parts}")]
+                [],
+                [
+                    self._left_out(
+                        image, split, "no label map", f"no {_printable(Path(image).stem)}.png in {self.parts}"
+                    )
+                ],
             )
         width, height = photo.size
         box: Box = (0, 0, width, height)
         if labels is not None:
-            if not labels.any():
+            if not labels.object_mask.any():
                 return ImageScan([], [self._left_out(image, split, "no parts annotated", "its label map is empty")])
-            box = box_of(labels > 0)
+            box = box_of(labels.object_mask)
         share = (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
         if share <= min_box_share[split]:
             reason = f"its box covers {100 * share:.3g} % of the image"
             return ImageScan([], [self._left_out(image, split, "box too small", reason)])
-        highest = 0 if labels is None else int(labels.max())
+        highest = 0 if labels is None else int(labels.parts.max())
         return ImageScan([Candidate(image, 0, self.class_name, split, box, highest)], [])
 
     def read(self, image: str, candidates: list[Candidate], size: int) -> tuple[list[Record], list[LeftOut]]:
@@ -110,11 +178,17 @@ class PhotoFolder:
         if path is None or not path.is_file():
             return []
         try:
-            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
-        if len(set(names)) != len(names) or len(names) > 255:
-            raise UserError(f"{path}: needs at most 255 names, each once, one a line")
+        names = [" ".join(line.split()) for line in lines if line.strip()]  # no-break spaces become plain ones
+        if names and names[0].lower() in _NAMES_OF_ZERO:
+            names = names[1:]
+        unprintable = [name for name in names if not name.isprintable()]
+        if unprintable:
+            raise UserError(f"{path}: {unprintable[0]!r} cannot be shown; write names in printable characters")
+        if len(set(names)) != len(names) or len(names) >= _IGNORE:
+            raise UserError(f"{path}: needs fewer than {_IGNORE} names, each once, one a line")
         return names
 
     def _names_up_to(self, highest: int) -> list[str]:
@@ -123,42 +197,42 @@ class PhotoFolder:
     def _left_out(self, image: str, split: str, kind: str, reason: str, damaged: bool = False) -> LeftOut:
         return LeftOut(image, 0, self.class_name, split, kind, reason, damaged)
 
-    def _read(self, image: str) -> tuple[Image.Image, NDArray[np.uint8] | None]:
-        """The photo in RGB and its (H, W) labels, None without a label map. Raises UserError."""
-        photo = read_photo(self.root / image)
+    def _read(self, image: str) -> tuple[Image.Image, _Labels | None]:
+        """The photo in RGB and its labels, None without a label map. Raises UserError."""
+        upright, orientation = read_image(self.root / image)
+        photo = to_rgb(upright)
         path = self._label_path(image)
         if path is None:
             return photo, None
-        labels = _read_labels(path)
+        labels = _read_labels(path, photo.size, orientation)
         if labels.shape[::-1] != photo.size:
             came = f"labels of {labels.shape[1]} x {labels.shape[0]}, photo of {photo.width} x {photo.height} as shown"
             raise UserError(f"{path}: {came}, needed one size")
-        if self._listed_names and labels.max() > len(self._listed_names):
-            raise UserError(f"{path}: holds label {labels.max()}, but {_NAMES} names {len(self._listed_names)} parts")
-        return photo, labels
+        return photo, _check_labels(path, labels, self._listed_names)
 
     def _label_path(self, image: str) -> Path | None:
         """The label map in the photo's own sub-folder of `parts`, or in `parts` itself."""
         if self.parts is None:
             return None
-        below = self.parts / image
-        places = (below.with_name(f"{below.stem}.png"), self.parts / f"{below.stem}.png")
-        return next((path for path in places if path.is_file()), None)
+        name = f"{Path(image).stem}.png"
+        folders = (self.parts / Path(image).parent, self.parts)
+        return next((found for folder in folders if (found := _find_file(folder, name))), None)
 
-    def _record(self, candidate: Candidate, photo: Image.Image, labels: NDArray[np.uint8] | None, size: int) -> Record:
+    def _record(self, candidate: Candidate, photo: Image.Image, labels: _Labels | None, size: int) -> Record:
         if labels is None:
             crop = whole_square(photo.size)
-            labels, mask = np.zeros(photo.size[::-1], np.uint8), np.ones(photo.size[::-1], np.uint8)
+            labels = _Labels(np.zeros(photo.size[::-1], np.uint8), np.ones(photo.size[::-1], np.bool_))
         else:
-            crop, mask = square_crop(candidate.box), (labels > 0).astype(np.uint8)
-        names = self._listed_names or self._names_up_to(int(labels.max()))
-        parts = crop_labels(Image.fromarray(labels), crop, size)
+            crop = square_crop(candidate.box)
+        names = self._listed_names or self._names_up_to(int(labels.parts.max()))
+        parts = crop_labels(Image.fromarray(labels.parts), crop, size)
+        mask = Image.fromarray(labels.object_mask.astype(np.uint8))
         return Record(
             key=f"{_key_of(candidate.image)}_0",
             image=crop_photo(photo, crop, size),
             parts=parts,
             parts_small=parts,  # nothing overlaps in a label map
-            object_mask=crop_labels(Image.fromarray(mask), crop, size) > 0,
+            object_mask=crop_labels(mask, crop, size) > 0,
             description={
                 "image": candidate.image,
                 "object": 0,
@@ -166,41 +240,118 @@ class PhotoFolder:
                 "box": list(candidate.box),
                 "crop": list(crop),
                 "source_size": list(photo.size),
-                "part_names": [names[label - 1] for label in np.unique(labels).tolist() if label],
+                "part_names": [names[label - 1] for label in np.unique(labels.parts).tolist() if label],
             },
         )
 
 
-def _find_photos(root: Path, only_splits: bool) -> list[str]:
-    found: dict[str, str] = {}
-    for folder in [root / split for split in SPLITS] if only_splits else [root]:
-        for path in sorted(folder.rglob("*")):
-            image = path.relative_to(root).as_posix()
-            hidden = any(part.startswith(".") for part in image.split("/"))
-            if hidden or path.suffix.lower() not in _SUFFIXES or not path.is_file():
-                continue
-            if not image.isprintable():
-                raise UserError(f"{str(path)!r}: its name cannot be a key; rename it")
-            if found.setdefault(_key_of(image), image) != image:
-                raise UserError(f"{root / found[_key_of(image)]} and {path}: two photos of one name; rename one")
-    return sorted(found.values())
+def _passed_over(name: str, kind: str, reason: str, damaged: bool) -> LeftOut:
+    return LeftOut(_printable(name), None, None, None, kind, reason, damaged)
+
+
+def _printable(name: str) -> str:
+    """The name with bytes that are not UTF-8 as \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _key_of(image: str) -> str:
-    """The photo's name without dots, which would end a WebDataset key."""
-    return Path(image).stem.replace(".", "_")
+    """The photo's name as a key of the shards, the same on every file system.
+
+    Composed (Unicode's NFC), without dots, which would end a WebDataset key, and with unprintable characters as
+    %NN of their UTF-8 bytes. The description of each sample holds the name itself.
+    """
+    name = unicodedata.normalize("NFC", Path(image).stem).replace(".", "_")
+    return "".join(c if c.isprintable() else quote(c, safe="", errors="surrogateescape") for c in name)
 
 
-# ---- pixels ------------------------------------------------------------------------------------------------------
-
-
-def _read_labels(path: Path) -> NDArray[np.uint8]:
+def _find_file(folder: Path, name: str) -> Path | None:
+    """The file of that name, however its ending is written and its accents are composed."""
+    path = folder / name
     try:
+        if path.is_file():
+            return path
+        return _files_by_name(folder, folder.stat().st_mtime_ns).get(_comparable(name))
+    except OSError:  # no such folder, or a name too long for the file system
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def _files_by_name(folder: Path, changed_ns: int) -> dict[str, Path]:
+    """Each file by its comparable name; read anew when the folder has changed."""
+    return {_comparable(path.name): path for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _comparable(name: str) -> str:
+    stem, dot, suffix = unicodedata.normalize("NFC", name).rpartition(".")
+    return f"{stem}{dot}{suffix.lower()}"
+
+
+# ---- label maps --------------------------------------------------------------------------------------------------
+
+
+def _read_labels(path: Path, shown_size: tuple[int, int], orientation: int) -> NDArray[np.uint8]:
+    """(H, W) of the values in the file at their own bit depth, turned as the photo is shown.
+
+    Args:
+        shown_size: width and height of the photo as it is shown.
+        orientation: Exif's, by which the photo was turned.
+
+    Raises:
+        UserError: it is damaged, no PNG, or has colours or 16 bits.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(33)
         with Image.open(path) as image:
-            if image.mode not in ("L", "P"):
-                raise UserError(f"{path}: labels of mode {image.mode}, needed a grey or palette PNG of 8 bits")
-            return np.array(image)
+            if image.format != "PNG":
+                raise UserError(f"{path}: is a {image.format} by its content, needed a PNG, which keeps labels exactly")
+            depth, colour_type = header[_BIT_DEPTH], header[_COLOUR_TYPE]
+            if colour_type not in (_GREY, _PALETTE) or depth > 8:
+                came = f"a PNG of mode {image.mode}"
+                raise UserError(f"{path}: {came}, needed a grey or palette PNG of at most 8 bits")
+            own_orientation = orientation_of(image)
+            labels = np.array(image).astype(np.uint8)
+        if colour_type == _GREY and depth in (2, 4):
+            labels //= 255 // (2**depth - 1)  # Pillow spreads greys of few bits over 0 to 255
     except UserError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # Pillow raises anything on damaged files
         raise UserError(f"{path}: label map is damaged ({first_line(error)[:120]})") from None
+    return _turn(labels, shown_size, orientation, own_orientation)
+
+
+def _turn(
+    labels: NDArray[np.uint8], shown_size: tuple[int, int], orientation: int, own_orientation: int | None
+) -> NDArray[np.uint8]:
+    """Labels follow their own Exif entry, or else the photo's, unless only as they are they fit the photo as shown."""
+    turn = _TURNS.get(own_orientation or orientation)
+    if turn is None:
+        return labels
+    turned = np.asarray(Image.fromarray(labels).transpose(turn))
+    is_upright_already = labels.shape[::-1] == shown_size != turned.shape[::-1]
+    return labels if own_orientation is None and is_upright_already else turned
+
+
+def _check_labels(path: Path, labels: NDArray[np.uint8], names: list[str]) -> _Labels:
+    """Sorts out 255, and refuses values that are no part labels.
+
+    255 beside other labels is a rim to be ignored: it is no part and not on the object. Alone it is the object's mask.
+
+    Raises:
+        UserError: more labels than one photo has parts, a label without a name, or, where parts have no names, gaps.
+    """
+    values = [value for value in np.unique(labels).tolist() if value]
+    small = [value for value in values if value != _IGNORE]
+    if values == [_IGNORE]:
+        return _Labels(np.zeros_like(labels), labels == _IGNORE)
+    seen = ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")
+    if len(small) > _MOST_LABELS:
+        need = f"at most {_MOST_LABELS} can be parts; is it an antialiased mask or a photo?"
+        raise UserError(f"{path}: holds {len(values)} labels ({seen}), {need}")
+    if small and names and small[-1] > len(names):
+        raise UserError(f"{path}: holds label {small[-1]} (seen: {seen}), but {_NAMES} names {len(names)} parts")
+    if not names and small != list(range(1, len(small) + 1)):
+        need = f"needed 1, 2, 3 and so on without gaps; where a part may be hidden, name all parts in {_NAMES}"
+        raise UserError(f"{path}: holds labels {seen}, {need}")
+    parts = np.where(labels == _IGNORE, np.uint8(0), labels)
+    return _Labels(parts, parts > 0)

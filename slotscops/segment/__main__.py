@@ -5,11 +5,14 @@
 For each photo: `NAME.parts.png` (indexed, pixel value = part label, VOC colours), `NAME.overlay.jpg`, and with
 `--soft` `NAME.maps.safetensors` (`maps`: (S, H, W) float32). `DIR/index.html` shows them all, straight from disk.
 
-Exit code: 0 if at least one photo was segmented (those that could not be read are listed, on stderr and in the page),
-1 if none could, or with `--strict` if any could not; 2 for a mistake in the command.
+Exit code: 0 if at least one photo was segmented; 1 if none could be, or with `--strict` if any file was passed over; 2
+for a mistake in the command. Files that were passed over are listed with the reason, on stderr and in the page. Litter
+of operating systems and hidden files are only counted.
 """
 
+import errno
 import io
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,22 +22,23 @@ from safetensors.numpy import save
 
 from slotscops.core import console
 from slotscops.core.command_line import command_parser
-from slotscops.core.errors import RunError, UserError
+from slotscops.core.errors import RunError, UserError, first_line
 from slotscops.core.files import write_bytes
-from slotscops.core.photos import PHOTO_SUFFIXES, find_photos, read_photo, unique_names
+from slotscops.core.photos import PHOTO_SUFFIXES, PassedOver, find_photos, read_photo, unique_names
 from slotscops.core.pictures import label_image, picture_bytes
 from slotscops.core.pool import usable_cores
 from slotscops.segment.gallery import Entry, Gallery, Skipped, write_pictures
 from slotscops.segment.segmenter import Parts, Segmenter, load
 
 _BATCH_PIXELS = 50_000_000  # a batch of huge photos is cut short here, so that it fits into memory
+_ERRORS_OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
 
 
 def _batches(
     named: Iterable[tuple[Path, str]], size: int, skipped: list[Skipped]
-) -> Iterator[list[tuple[Image.Image, str]]]:
+) -> Iterator[list[tuple[Path, Image.Image, str]]]:
     """Photos that could be read, `size` at a time; the others go to `skipped` with the reason."""
-    batch: list[tuple[Image.Image, str]] = []
+    batch: list[tuple[Path, Image.Image, str]] = []
     num_pixels = 0
     for path, name in named:
         try:
@@ -42,7 +46,7 @@ def _batches(
         except UserError as error:
             skipped.append(Skipped(str(path), str(error)))
             continue
-        batch.append((image, name))
+        batch.append((path, image, name))
         num_pixels += image.width * image.height
         if len(batch) == size or num_pixels >= _BATCH_PIXELS:
             yield batch
@@ -73,16 +77,22 @@ def segment_all(
 ) -> list[Skipped]:
     """Segments the photos, writes their files and adds them to the gallery; returns those passed over."""
     skipped: list[Skipped] = []
-    named = console.track(zip(photos, unique_names(photos), strict=True), len(photos), "photos")
+    names = unique_names(photos, ".maps.safetensors" if soft else ".overlay.jpg")
+    named = console.track(zip(photos, names, strict=True), len(photos), "photos")
     with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow packs pictures without holding the interpreter
         for batch in _batches(named, batch_size, skipped):
-            found = model.segment_batch([image for image, _ in batch], class_name)
+            found = model.segment_batch([image for _, image, _ in batch], class_name)
             jobs = [
                 pool.submit(_write, out, name, parts, model.network.num_slots, soft)
-                for (_, name), parts in zip(batch, found, strict=True)
+                for (_, _, name), parts in zip(batch, found, strict=True)
             ]
-            for job in jobs:
-                gallery.add(job.result())
+            for (path, _, _), job in zip(batch, jobs, strict=True):
+                try:
+                    gallery.add(job.result())
+                except Exception as error:  # Pillow raises anything; photos too large for JPEG, for example
+                    if isinstance(error, OSError) and error.errno not in (None, *_ERRORS_OF_ONE_NAME):
+                        raise  # a full disk is no fault of the photo
+                    skipped.append(Skipped(str(path), f"{path}: cannot be written ({first_line(error)[:200]})"))
     return skipped
 
 
@@ -95,13 +105,23 @@ def _read_part_names(text: str | None, num_parts: int) -> list[str]:
     return names
 
 
+def _tell_passed_over(passed_over: Sequence[PassedOver]) -> list[Skipped]:
+    """A line for each reason with its count and an example. Returns those that the page lists, which are faults."""
+    counts = Counter(item.kind for item in passed_over)
+    for kind, count in sorted(counts.items()):
+        first = next(item for item in passed_over if item.kind == kind)
+        tell = console.warn if first.is_fault else console.say
+        tell(f"passed over: {count} x {kind}, such as {str(first.path)!r}: {first.reason}")
+    return [Skipped(str(item.path), f"{item.path}: {item.reason}") for item in passed_over if item.is_fault]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "segment",
         "Find the parts in photos and make a page that shows them.",
         "--checkpoint runs/toy --out parts photos/",
         "Exit code 0: at least one photo was segmented; those that could not be read are listed.\n"
-        "Exit code 1: no photo could be read, or with --strict any could not. Exit code 2: a user's mistake.",
+        "Exit code 1: no photo could be read, or with --strict any file was passed over. Exit code 2: a user's mistake.",
     )
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
     parser.add_argument("--out", type=Path, required=True)
@@ -112,13 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--class", dest="class_name", metavar="NAME",
         help="what all photos show, for a model whose classes have parts of their own (default: guessed from each)",
     )  # fmt: skip
-    parser.add_argument("--strict", action="store_true", help="exit code 1 if any photo could not be read")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if any file was passed over")
     parser.add_argument("--teacher-weights", help="the teacher's, for a model trained on cached features")
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO_OR_FOLDER")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: give 1 or more")
-    photos = find_photos(options.photos, options.out)
+    photos, passed_over = find_photos(options.photos, options.out)
+    not_taken = _tell_passed_over(passed_over)
     if not photos:
         raise UserError(
             f"no photos in {', '.join(map(str, options.photos))}; needed {', '.join(sorted(PHOTO_SUFFIXES))}"
@@ -131,9 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.warn(f"passed over: {photo.reason}")
     if len(skipped) == len(photos):
         raise RunError("no photo could be read")
-    page = gallery.finish(skipped)
-    console.say(f"{page}: parts of {len(photos) - len(skipped)} photos, {len(skipped)} passed over")
-    return 1 if options.strict and skipped else 0
+    not_taken += skipped
+    page = gallery.finish(not_taken)
+    console.say(f"{page}: parts of {len(photos) - len(skipped)} photos, {len(not_taken)} passed over")
+    return 1 if options.strict and not_taken else 0
 
 
 if __name__ == "__main__":

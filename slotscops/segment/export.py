@@ -150,7 +150,7 @@ def _crops_for_check(model: Segmenter, paths: Sequence[Path]) -> tuple[NDArray[n
     if not paths:
         noise = np.random.default_rng(0).integers(0, 256, (4, 3, model.size, model.size), dtype=np.uint8)
         return noise, "4 images of noise (give photos to check on them)"
-    photos = find_photos(paths)[:_LARGEST_CHECK]
+    photos = find_photos(paths).photos[:_LARGEST_CHECK]
     if not photos:
         raise UserError(f"no photos in {', '.join(map(str, paths))}")
     return np.stack([model.crop(read_photo(photo)).numpy() for photo in photos]), f"{len(photos)} photos"

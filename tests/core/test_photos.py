@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,8 @@ def test_a_photo_named_twice_is_taken_once_and_results_not_at_all(tmp_path: Path
     for name in ("b.jpg", "a.PNG", "b.parts.png", "b.overlay.jpg", "gallery/photos/b.jpg", "notes.txt"):
         photo((4, 4)).save(tmp_path / name, "PNG")
     found = find_photos([tmp_path / "b.jpg", tmp_path], out=tmp_path)
-    assert found == [tmp_path / "b.jpg", tmp_path / "a.PNG"]
+    assert found.photos == [tmp_path / "b.jpg", tmp_path / "a.PNG"]
+    assert [item.path.name for item in found.passed_over] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -61,3 +63,35 @@ def test_a_photo_cut_short_is_refused_by_name(tmp_path: Path, share: float) -> N
     (tmp_path / "cut.jpg").write_bytes(content[: int(len(content) * share)])
     with pytest.raises(UserError, match=r"cut\.jpg: is no readable image"):
         read_photo(tmp_path / "cut.jpg")
+
+
+def test_a_heic_photo_under_another_ending_says_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slotscops.core.photos._reads_heif", lambda: False)
+    (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    with pytest.raises(UserError, match=r"phone\.jpg: HEIC is read by pillow-heif"):
+        read_photo(tmp_path / "phone.jpg")
+
+
+def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    photo((4, 4)).save(tmp_path / "a.png")
+    listdir = os.listdir
+
+    def refuse(folder: Path) -> list[str]:  # the tests may run as root, who may read everything
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    found = find_photos([tmp_path])
+    assert found.photos == [tmp_path / "a.png"]
+    assert [(item.kind, item.reason) for item in found.passed_over] == [
+        ("folder that cannot be read", "Permission denied")
+    ]
+
+
+@pytest.mark.parametrize("ending", ["", ".maps.safetensors"])
+def test_long_names_are_cut_to_fit_and_stay_different(ending: str) -> None:
+    names = unique_names([Path("a/" + "é" * 127 + ".jpg"), Path("b/" + "é" * 127 + ".jpg")], ending)
+    assert len(set(names)) == 2
+    assert max(len((name + ending).encode()) for name in names) <= 255

@@ -8,7 +8,7 @@ from small_runs import photo
 from slotscops.core.pixels import PADDING, Box, crop_labels, crop_photo, whole_square
 
 
-@pytest.mark.parametrize("strip_pixels", [1, 700, 4_000_000])
+@pytest.mark.parametrize(("strip_pixels", "large_side"), [(1, 4096), (700, 4096), (4_000_000, 4096), (700, 1)])
 @pytest.mark.parametrize(
     ("size", "crop"),
     [
@@ -22,9 +22,10 @@ from slotscops.core.pixels import PADDING, Box, crop_labels, crop_photo, whole_s
     ],
 )
 def test_a_crop_resized_in_strips_has_the_values_of_one_padded_canvas(
-    size: tuple[int, int], crop: Box, strip_pixels: int, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int], crop: Box, strip_pixels: int, large_side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("slotscops.core.pixels._STRIP_PIXELS", strip_pixels)
+    monkeypatch.setattr("slotscops.core.pixels._LARGE_SIDE", large_side)
     image, side = photo(size), crop[2] - crop[0]
     canvas = Image.new("RGB", (side, side), PADDING)
     canvas.paste(image, (-crop[0], -crop[1]))

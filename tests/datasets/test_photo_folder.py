@@ -1,14 +1,22 @@
+import io
 import json
+import os
+import struct
+import unicodedata
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from commands import ONE_PROCESS, python, train
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from slotscops.core.errors import UserError
 from slotscops.core.photos import read_photo
 from slotscops.core.pixels import PADDING
+from slotscops.core.records import MEMBERS, Record, from_members
 from slotscops.shard import __main__ as shard
 from slotscops.shard.index import open_dataset
 from slotscops.shard.reader import ShardReader
@@ -62,6 +70,217 @@ def test_photos_with_label_maps_are_cropped_to_their_labels_and_damage_is_listed
     (left_out,) = json.loads((tmp_path / "out" / "index" / "left_out.json").read_text())
     assert left_out["image"] == "broken.jpg"
     assert left_out["damaged"]
+
+
+def left_out(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((out / "index" / "left_out.json").read_text())
+    return found
+
+
+def records(out: Path) -> dict[str, Record]:
+    """Every sample of all shards by its image."""
+    dataset = open_dataset(out)
+    readers = [ShardReader(dataset, entry) for entries in dataset.splits.values() for entry in entries]
+    found = {}
+    for reader in readers:
+        for row in range(len(reader.index)):
+            members = {name: reader.read_member(row, name) for name in MEMBERS}
+            record = from_members(reader.index.key(row), members)
+            found[record.description["image"]] = record
+    return found
+
+
+# ---- label maps --------------------------------------------------------------------------------------------------
+
+
+def small_png(values: NDArray[np.uint8], depth: int) -> bytes:
+    """A grey PNG of 1, 2 or 4 bits a pixel, which Pillow does not write."""
+    bits = np.unpackbits(values[..., None], axis=2)[..., 8 - depth :].reshape(len(values), -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(bits, axis=1))
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], depth, 0, 0, 0, 0)
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return content
+
+
+def shard_one(folder: Path, label: bytes, names: str | None = None, exif: Image.Exif | None = None) -> Path:
+    """One photo of 60 x 40 pixels with one label map, as shards."""
+    (folder / "photos").mkdir(exist_ok=True)
+    (folder / "parts").mkdir(exist_ok=True)
+    Image.new("RGB", (60, 40), (90, 120, 30)).save(folder / "photos" / "a.png", exif=exif or Image.Exif())
+    (folder / "parts" / "a.png").write_bytes(label)
+    if names is not None:
+        (folder / "parts" / "parts.txt").write_text(names, encoding="utf-8")
+    write(folder / "photos", folder / "out", "--parts", str(folder / "parts"))
+    return folder / "out"
+
+
+def png(values: NDArray[np.uint8], kind: str = "PNG", exif: int | None = None) -> bytes:
+    stream = io.BytesIO()
+    entries = Image.Exif()
+    if exif is not None:
+        entries[0x0112] = exif
+    Image.fromarray(values).save(stream, kind, exif=entries)
+    return stream.getvalue()
+
+
+def boxes(*labels: int) -> NDArray[np.uint8]:
+    """A map of 60 x 40 pixels with one column for each label, 4 pixels wide."""
+    values = np.zeros((40, 60), np.uint8)
+    for number, label in enumerate(labels):
+        values[10:30, 8 + 4 * number : 12 + 4 * number] = label
+    return values
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_greys_of_few_bits_are_the_labels_that_were_written(tmp_path: Path, depth: int) -> None:
+    labels = tuple(range(1, min(2**depth, 4)))
+    out = shard_one(tmp_path, small_png(boxes(*labels), depth))
+    assert open_dataset(out).part_names == {"object": [f"part_{label}" for label in labels]}
+    assert set(np.unique(records(out)["a.png"].parts)) == {0, *labels}
+
+
+def test_a_rim_of_255_is_neither_part_nor_object(tmp_path: Path) -> None:
+    record = records(shard_one(tmp_path, png(boxes(1, 2, 255))))["a.png"]
+    assert set(np.unique(record.parts)) == {0, 1, 2}
+    assert record.description["box"] == [8, 10, 16, 30]
+    assert (record.object_mask == (record.parts > 0)).all()
+
+
+def test_255_alone_is_the_mask_of_an_object_without_parts(tmp_path: Path) -> None:
+    out = shard_one(tmp_path, png(boxes(255)))
+    record = records(out)["a.png"]
+    assert open_dataset(out).part_names == {"object": []}
+    assert not record.parts.any()
+    assert record.object_mask.any()
+    assert record.description["box"] == [8, 10, 12, 30]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (png(boxes(1, 2), "JPEG"), "is a JPEG by its content"),
+        (png(boxes(1, 4)), r"labels 1, 4, needed 1, 2, 3"),
+        (png(boxes(85, 170, 255)), r"labels 85, 170, 255, needed"),
+        (png(np.tile(np.arange(60, dtype=np.uint8), (40, 1))), r"59 labels \(1, 2, 3, 4, 5, 6, 7, 8 and 51 more\)"),
+        (png(np.zeros((40, 60, 3), np.uint8)), "a PNG of mode RGB"),
+        (png(boxes(1).T), "labels of 40 x 60"),
+    ],
+)
+def test_values_that_are_no_part_labels_are_refused_with_what_was_seen(
+    tmp_path: Path, label: bytes, message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"parts/a\.png.*{message}"):
+        shard_one(tmp_path, label)
+
+
+def test_a_part_that_one_photo_hides_needs_a_list_of_names_which_may_begin_with_0(tmp_path: Path) -> None:
+    out = shard_one(tmp_path, png(boxes(1, 3)), "\ufeffbackground\nhead\nbody\u00a0side\ntail\n")
+    assert open_dataset(out).part_names == {"object": ["head", "body side", "tail"]}
+    assert records(out)["a.png"].description["part_names"] == ["head", "tail"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("own", [False, True])
+def test_a_label_map_of_the_stored_pixels_is_turned_with_its_photo(tmp_path: Path, orientation: int, own: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = boxes(1, 1, 2)
+    record = records(shard_one(tmp_path, png(stored, exif=orientation if own else None), exif=exif))["a.png"]
+    marked = Image.fromarray(stored)
+    marked.getexif()[0x0112] = orientation
+    shown = np.asarray(ImageOps.exif_transpose(marked))
+    rows, columns = np.nonzero(shown)
+    assert record.description["box"] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+def test_a_label_map_drawn_over_the_photo_as_shown_stays_as_it_is(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    record = records(shard_one(tmp_path, png(np.ascontiguousarray(boxes(1).T)), exif=exif))["a.png"]
+    assert record.description["box"] == [10, 8, 30, 12]
+
+
+# ---- names and the walk ------------------------------------------------------------------------------------------
+
+
+def test_names_that_no_key_can_hold_get_one_and_photos_meet_their_labels(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "parts").mkdir()
+    decomposed, composed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFD", "NFC"))
+    screenshot = "Screenshot at 9.41\u202fAM"
+    for photo, label in ((f"{decomposed}.JPG", f"{composed}.PNG"), (f"{screenshot}.PNG", f"{screenshot}.png")):
+        Image.new("RGB", (60, 40)).save(tmp_path / "photos" / photo)
+        (tmp_path / "parts" / label).write_bytes(png(boxes(1, 2)))
+    assert write(tmp_path / "photos", tmp_path / "out", "--parts", str(tmp_path / "parts"), "--strict") == 0
+    keys = {name: record.key for name, record in records(tmp_path / "out").items()}
+    assert keys == {
+        f"{decomposed}.JPG": f"{composed}_0",
+        f"{screenshot}.PNG": "Screenshot at 9_41%E2%80%AFAM_0",
+    }
+
+
+def test_a_name_that_is_not_utf_8_is_left_out_and_listed(tmp_path: Path) -> None:
+    draw(tmp_path / "photos", 0)
+    (tmp_path / "photos" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+    assert write(tmp_path / "photos", tmp_path / "out", "--strict") == 1
+    (item,) = left_out(tmp_path / "out")
+    assert (item["image"], item["kind"]) == (r"caf\xe9.jpg", "name that is not UTF-8")
+
+
+def test_all_that_is_no_photo_is_counted_and_links_are_followed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slotscops.core.photos._reads_heif", lambda: False)
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    draw(photos / "real", 0)
+    draw(elsewhere, 1)
+    Image.new("RGB", (60, 40)).save(photos / "moving.gif")
+    Image.new("RGB", (60, 40)).save(photos / "old.JFIF", "JPEG")
+    Image.new("RGB", (60, 40)).save(photos / "new.avif")
+    (photos / "linked").symlink_to(elsewhere)
+    (photos / "again").symlink_to(photos / "real")
+    (photos / "up").symlink_to(tmp_path)
+    (photos / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (photos / "copy.jpg").symlink_to(photos / "real" / "photo.0.jpg")
+    for name in ("notes.txt", "phone.HEIC", "._a.jpg", "Thumbs.db", ".DS_Store", ".hidden.jpg"):
+        (photos / name).write_bytes(b"x")
+    (photos / "__MACOSX").mkdir()
+    (photos / "__MACOSX" / "a.jpg").write_bytes(b"x")
+    assert write(photos, tmp_path / "out", "--strict") == 1
+    taken = {"linked/photo.1.png", "moving.gif", "new.avif", "old.JFIF", "real/photo.0.jpg"}
+    assert records(tmp_path / "out").keys() == taken
+    found = {item["image"]: (item["kind"], item["damaged"]) for item in left_out(tmp_path / "out")}
+    litter = ("litter of an operating system", False)
+    seen = ("link to a folder seen already", True)
+    assert found == {
+        "again": seen, "up": seen,
+        "gone.jpg": ("link that leads nowhere", True),
+        "copy.jpg": ("link to a photo taken already", True),
+        "notes.txt": ("no photo by its ending", True),
+        "phone.HEIC": ("HEIC without pillow-heif", True),
+        ".hidden.jpg": ("hidden", False),
+        "._a.jpg": litter, "Thumbs.db": litter, ".DS_Store": litter, "__MACOSX": litter,
+    }  # fmt: skip
+
+
+def test_litter_alone_is_no_reason_to_fail_and_does_not_change_the_plan(tmp_path: Path) -> None:
+    draw(tmp_path / "photos", 0)
+    assert write(tmp_path / "photos", tmp_path / "out", "--strict") == 0
+    (tmp_path / "photos" / ".DS_Store").write_bytes(b"x")
+    assert write(tmp_path / "photos", tmp_path / "out", "--strict") == 0
+
+
+@pytest.mark.parametrize("folders", [("train", "validation"), ("Train", "Val"), ("training", "VALID")])
+def test_folders_named_after_splits_are_the_splits(tmp_path: Path, folders: tuple[str, str]) -> None:
+    for number in range(3):
+        draw(tmp_path / "photos" / folders[number == 2], number)
+    draw(tmp_path / "photos" / "test", 3)
+    assert write(tmp_path / "photos", tmp_path / "out", "--strict") == 0
+    assert [open_dataset(tmp_path / "out").num_samples(split) for split in ("train", "val")] == [2, 1]
+    (item,) = left_out(tmp_path / "out")
+    assert (item["image"], item["kind"]) == ("test/photo.3.jpg", "in no split folder")
 
 
 def test_two_photos_of_one_name_are_refused_by_name(tmp_path: Path) -> None:

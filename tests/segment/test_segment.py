@@ -1,5 +1,8 @@
+import errno
 import shutil
+import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,3 +156,79 @@ def test_the_checkpoint_alone_beside_its_settings_is_enough(run: Path, toy_shard
     shutil.copytree(run / "checkpoints" / "step-1", alone)
     shutil.copy(run / "config.yaml", alone)
     assert evaluate_main(["--checkpoint", str(alone), "--shards", str(toy_shards)]) == 0
+
+
+def test_whatever_one_photo_does_it_is_listed_and_the_others_go_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    photo((40, 30)).save(folder / "good.jpg")
+    # StripOffsets (273) as RATIONAL is a TypeError in Pillow, a DDS of an unknown format a NotImplementedError.
+    entries = [(256, 3, 1, 4), (257, 3, 1, 4), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 5, 1, 8),
+               (277, 3, 1, 1), (278, 3, 1, 4), (279, 4, 1, 16)]  # fmt: skip
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    (folder / "rational.tif").write_bytes(b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + packed + bytes(20))
+    header = struct.pack(
+        "<7I44x2I4s5I4I4x", 124, 0x1007, 4, 4, 16, 0, 0, 32, 4, b"ABCD", 0, 0, 0, 0, 0, 0x1000, 0, 0, 0
+    )
+    (folder / "unknown.png").write_bytes(b"DDS " + header + bytes(64))
+    photo((40, 30)).save(folder / "large.jpg")
+    write_one = segment._write
+
+    def refuse_large(out: Path, name: str, *rest: Any) -> Any:
+        if name == "large":
+            raise OSError("encoder error -2 when writing image file")  # what Pillow says of more than 65,500 pixels
+        return write_one(out, name, *rest)
+
+    monkeypatch.setattr(segment, "_write", refuse_large)
+    common = ["--checkpoint", str(run), "--out", str(out), str(folder)]
+    assert segment.main(common) == 0
+    assert segment.main(["--strict", *common]) == 1
+    told = capsys.readouterr().err
+    page = (out / "gallery" / "index.js").read_text()
+    assert (out / "good.parts.png").is_file()
+    for name in ("rational.tif", "unknown.png", "large.jpg"):
+        assert f"{name}: " in told
+        assert f"{name}: " in page
+    assert "encoder error -2" in page
+
+
+def test_a_full_disk_ends_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    photo((40, 30)).save(tmp_path / "horse.jpg")
+    monkeypatch.setattr(segment, "_write", fail)
+    with pytest.raises(OSError, match="No space left"):
+        segment.main(["--checkpoint", str(run), "--out", str(tmp_path / "out"), str(tmp_path / "horse.jpg")])
+
+
+@pytest.mark.parametrize("name", ["a" * 240, "é" * 124])
+def test_a_name_as_long_as_a_file_system_takes_is_segmented(run: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "photos").mkdir()
+    photo((40, 30)).save(tmp_path / "photos" / f"{name}.jpg")
+    out = tmp_path / "out"
+    assert segment.main(["--checkpoint", str(run), "--out", str(out), "--soft", str(tmp_path / "photos")]) == 0
+    (written,) = out.glob("*.maps.safetensors")
+    assert name.startswith(written.name.removesuffix(".maps.safetensors"))
+
+
+def test_what_a_folder_holds_beside_photos_is_counted_by_reason(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    (folder / "__MACOSX").mkdir(parents=True)
+    photo((40, 30)).save(folder / "horse.jpg")
+    for name in ("._horse.jpg", "Thumbs.db", "__MACOSX/horse.jpg"):
+        (folder / name).write_bytes(b"x")
+    common = ["--checkpoint", str(run), "--out", str(tmp_path / "out"), "--strict", str(folder)]
+    assert segment.main(common) == 0
+    assert "3 x litter of an operating system" in capsys.readouterr().out.replace("\n", " ")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (folder / "loop").symlink_to(folder)
+    assert segment.main(common) == 1
+    told = capsys.readouterr().err
+    assert "1 x link that leads nowhere" in told
+    assert "1 x link to a folder seen already" in told
+    assert "gone.jpg" in (tmp_path / "out" / "gallery" / "index.js").read_text()
