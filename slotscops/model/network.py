@@ -5,22 +5,20 @@ D slot dimension; G x G decoder grid; C teacher channels; H x W pixels; N_c clas
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slotscops.config import DecoderKind, MapsFrom, Refinement, SlotGradient, SlotInit, Transform
 from slotscops.core.errors import UserError
-from slotscops.model.decoder import DecoderKind, DilatedHead, SlotDecoder
+from slotscops.model.decoder import DilatedHead, SlotDecoder
 from slotscops.model.encoder import Encoder
 from slotscops.model.maps import part_maps
 from slotscops.model.refinement import refine_maps
-from slotscops.model.slots import SlotAttention, SlotGradient, SlotInit, SoftPositionEncoding, rows_of_classes
-from slotscops.model.target import TargetTransform, Transform
-
-MapsFrom = Literal["head", "attention", "head_only"]
-Refinement = Literal["none", "pamr"]
+from slotscops.model.slots import SlotAttention, SoftPositionEncoding, rows_of_classes
+from slotscops.model.target import TargetTransform
 
 _EPSILON = 1e-8  # keeps the log of an attention that rounds to 0 finite
 

@@ -3,14 +3,11 @@
 Shapes: B images, S slots, N = h * w positions, C channels, D slot dimension, G classes of objects.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SlotInit = Literal["learned", "shared_gaussian", "image_conditioned"]
-SlotGradient = Literal["full", "last_iteration", "bilevel"]
+from slotscops.config import SlotGradient, SlotInit
 
 
 def rows_of_classes(rows: Tensor, class_ids: Tensor) -> Tensor:
