@@ -17,7 +17,8 @@ from slotscops.model.decoder import DilatedHead, SlotDecoder
 from slotscops.model.encoder import Encoder
 from slotscops.model.maps import part_maps
 from slotscops.model.refinement import refine_maps
-from slotscops.model.slots import SlotAttention, SoftPositionEncoding, rows_of_classes
+from slotscops.model.slots import SlotAttention, SoftPositionEncoding
+from slotscops.model.starts import rows_of_classes
 from slotscops.model.target import TargetTransform
 
 _EPSILON = 1e-8  # keeps the log of an attention that rounds to 0 finite

@@ -1,4 +1,4 @@
-"""Settings become networks and optimizers; the only place where `Config` and the model meet."""
+"""Settings become a network and its optimizer, and a checkpoint becomes a trained network again."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ from slotscops.config import Config
 from slotscops.core.errors import UserError
 from slotscops.model.encoder import FeatureEncoder, ResNetEncoder
 from slotscops.model.network import SlotScops
+from slotscops.model.saved_names import saved_parameter_names
 from slotscops.train.run.checkpoint import State, load_checkpoint, restore_model
 from slotscops.train.run.folder import read_config, resolve_checkpoint
 from slotscops.train.run.published import is_published, read_published
@@ -81,7 +82,8 @@ def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
 
 
 def parameter_names(model: nn.Module) -> Mapping[Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
+    """For each parameter, its name in checkpoints."""
+    return saved_parameter_names(model)
 
 
 class Trained(NamedTuple):
