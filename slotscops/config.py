@@ -1,4 +1,4 @@
-"""Every setting on one page, its default, its unit and its range; YAML and `a.b=c` overrides become a `Config`."""
+"""All settings with their defaults, units and ranges. YAML files and `a.b=c` overrides become a `Config`."""
 
 import dataclasses
 import difflib
@@ -14,135 +14,165 @@ from pydantic.dataclasses import dataclass
 from slotscops.core.errors import UserError
 from slotscops.core.files import write_bytes
 
-# Strict: the text '2e-4', which YAML does not read as a number, must not become one unnoticed.
+# Pydantic would otherwise turn the text '2e-4', which YAML does not read as a number, into a number unnoticed.
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-# YAML reads a bare `no` as false.
-Precision = Annotated[Literal["no", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+# Each choice stands here once; every other module imports it from here.
+BaselineTransform = Literal["none", "sqrt", "l2", "sqrt_l2"]  # transforms that need no measurement of the whole cache
+Transform = Literal[BaselineTransform, "channel_standardised"]
+EncoderName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "features"]
+SlotInit = Literal["learned", "shared_gaussian", "image_conditioned"]
+SlotOwnership = Literal["shared", "own"]
+SlotGradient = Literal["full", "last_iteration", "bilevel"]
+MapsFrom = Literal["head", "attention", "head_only"]
+DecoderKind = Literal["scops", "mlp_broadcast", "conv"]
+Refinement = Literal["none", "pamr"]
+BasisKind = Literal["relu", "free"]
+BasisInit = Literal["random", "kmeans", "uneven_kmeans"]
+TargetMask = Literal["none", "object"]
+OptimizerName = Literal["adamw", "sgd"]
+ScheduleName = Literal["poly", "cosine", "constant"]
+Reduction = Literal["ddp", "deterministic"]
+# YAML reads an unquoted `no` as false.
+Precision = Annotated[Literal["no", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Data:
-    shards: str = "shards/toy"  # folder written by python -m slotscops.shard
-    size: Annotated[int, Field(ge=32)] = 128  # side of the square crops, pixels
-    # The one augmentation. The cached features must follow what is done to a photo, so another one needs, as this does,
-    # features of its own (python -m slotscops.features --mirrored) and a refusal in startup where they are not there.
-    mirror: bool = False  # in training, turn each sample left to right with probability 1/2
-    num_workers: Count = 1  # loader processes per training process; 0 reads in the training process
-    max_damaged_share: Annotated[float, Field(ge=0, le=1)] = 0.001  # of the split; more damaged samples end the run
+    shards: str = "shards/toy"  # The folder that python -m slotscops.shard wrote.
+    size: Annotated[int, Field(ge=32)] = 128  # The side of the square crops, in pixels.
+    # Mirroring is the only augmentation. Cached features must match what is done to the photo, so every augmentation
+    # needs features of its own (python -m slotscops.features --mirrored), and training refuses to start without them.
+    mirror: bool = False  # Training turns each sample left to right with probability 1/2.
+    num_workers: Count = 1  # Loader processes for each training process. 0 reads in the training process itself.
+    # The largest share of a split's samples that may be damaged. Training ends when more of them are.
+    max_damaged_share: Annotated[float, Field(ge=0, le=1)] = 0.001
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Teacher:
-    network: str = "vgg19"  # any of torchvision's classification networks
-    layer: str = "relu5_4"  # of it, whose features are the target; "relu5_2+relu5_4" joins channels
-    size: Positive | None = None  # side the crops had when it saw them, pixels; null: data.size
-    weights: str | None = None  # refuse a cache made with other weights than these; null: take the cache as it is
-    transform: Literal["none", "sqrt", "channel_standardised", "l2", "sqrt_l2"] = "none"  # of the target
+class TeacherSettings:
+    network: str = "vgg19"  # Any of torchvision's classification networks.
+    layer: str = "relu5_4"  # The layer whose features are the target. "relu5_2+relu5_4" joins the channels of both.
+    size: Positive | None = None  # The side of the crops that the teacher saw, in pixels. null takes data.size.
+    weights: str | None = None  # A cache made with other weights than these is refused. null accepts any cache.
+    transform: Transform = "none"  # What is done to the features before the parts rebuild them.
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Encoder:
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "features"] = "resnet50"  # features: no backbone
-    weights: str = "imagenet"  # imagenet (torchvision's own), a .safetensors or .pth file, or random:SEED
-    frozen_stages: Annotated[int, Field(ge=0, le=4)] = 0  # stages of the ResNet that do not train; 1 includes the stem
+class EncoderSettings:
+    name: EncoderName = "resnet50"  # "features" reads the cached features and has no backbone.
+    weights: str = "imagenet"  # imagenet (torchvision's own), a .safetensors or .pth file, or random:SEED.
+    frozen_stages: Annotated[int, Field(ge=0, le=4)] = 0  # The first stages that do not train. 1 includes the stem.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Slots:
-    num_parts: Annotated[int, Field(ge=1, le=254)] = 5  # K; one slot more is the background
-    dim: Positive = 64
-    token_hidden: Count = 0  # width of a hidden layer before the slots; 0: a linear map alone
+    num_parts: Annotated[int, Field(ge=1, le=254)] = 5  # K. There is one slot more, for the background.
+    dim: Positive = 64  # The width of a slot.
+    token_hidden: Count = 0  # The width of a hidden layer between encoder and slots. 0 leaves one linear map.
     iterations: Positive = 3
-    # shared_gaussian stays at chance; for the record. image_conditioned: learned, plus a linear map of the mean token
-    init: Literal["learned", "shared_gaussian", "image_conditioned"] = "learned"
-    # own: each class of objects has its own starts and basis rows; which class, is guessed from the photo if not given
-    per_class: Literal["shared", "own"] = "shared"
-    # last_iteration (Chang et al. 2022): the starts do not train; bilevel (Jia et al. 2023): they do, straight through
-    gradient: Literal["full", "last_iteration", "bilevel"] = "full"
+    # "image_conditioned" adds a linear map of the mean token to the learned starts. "shared_gaussian" is the paper's.
+    # It stays at chance and is kept for comparison.
+    init: SlotInit = "learned"
+    # "own" gives each class of objects its own starts and basis rows. The class is guessed from the photo if not given.
+    per_class: SlotOwnership = "shared"
+    # "last_iteration" (Chang et al. 2022) does not train the starts. "bilevel" (Jia et al. 2023) trains them with a
+    # straight-through gradient.
+    gradient: SlotGradient = "full"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Decoder:
-    # where part maps come from: a decoder, the slots' last attention, or SCOPS' head on the encoder without any slots
-    maps: Literal["head", "attention", "head_only"] = "head"
-    kind: Literal["scops", "mlp_broadcast", "conv"] = "scops"  # of the decoder, for maps: head
-    mixing: bool = False  # scops: 1x1 convolution and ReLU before the head, which alone cannot place a slot
-    grid: Positive | None = 8  # side of the grid on which each slot is broadcast; null: the encoder's own
-    # of maps that are scored and drawn, never while training; pamr: borders move to where the photo's colours change
-    refinement: Literal["none", "pamr"] = "none"
+    # Where part maps come from: "head" is a decoder on the slots, "attention" the slots' last attention, "head_only"
+    # SCOPS' head on the encoder without any slots.
+    maps: MapsFrom = "head"
+    kind: DecoderKind = "scops"  # The kind of decoder, for maps: head.
+    # With kind scops, a 1x1 convolution and a ReLU before the head. The head alone is linear and cannot place a slot.
+    mixing: bool = False
+    grid: Positive | None = 8  # The side of the grid on which each slot is broadcast. null takes the encoder's grid.
+    # "pamr" moves the borders of maps that are scored or drawn to where the photo's colours change. It never trains.
+    refinement: Refinement = "none"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Basis:
-    kind: Literal["relu", "free"] = "relu"  # relu: no negative numbers, as the teacher's features
-    # |N(0,1)|, or K clusters of a sample of the cached features: those of the lowest inertia, or of nearly that and of
-    # sizes as unlike as can be
-    init: Literal["random", "kmeans", "uneven_kmeans"] = "random"
+    kind: BasisKind = "relu"  # "relu" allows no negative numbers, as in the teacher's features.
+    # "random" is |N(0,1)|. "kmeans" takes K clusters of a sample of the cached features, those of the lowest inertia.
+    # "uneven_kmeans" takes, among clusters of nearly the lowest inertia, those whose sizes differ most.
+    init: BasisInit = "random"
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Losses:
-    # Weights; 0 is off and costs nothing.
-    semantic: Rate = 1.0  # semantic consistency
-    concentration: Rate = 0.0  # each part close to its own centre
-    orthonormality: Rate = 0.0  # rows of the basis unlike each other
-    entropy: Rate = 0.0  # every pixel sure of its slot
-    equivariance: Rate = 0.0  # maps follow a warp of the photo; doubles the encoder's work
-    landmark_equivariance: Rate = 0.0  # parts' centres do
-    part_contrast: Rate = 0.0  # a part's features: alike in two photos, unlike other parts'
-    visual_consistency: Rate = 0.0  # one colour within a part
-    # What is no loss weight but belongs to them.
-    entropy_ramp_steps: Count = 0  # over which its weight grows from 0: sure of itself too early, a slot dies
+class LossWeights:
+    """The weight of each term, by the term's name. A term with weight 0 is not computed."""
+
+    semantic: Rate = 1.0  # The parts rebuild the teacher's features.
+    concentration: Rate = 0.0  # Each part stays close to its own centre.
+    orthonormality: Rate = 0.0  # The rows of the basis differ from each other.
+    entropy: Rate = 0.0  # Every pixel belongs to one slot.
+    equivariance: Rate = 0.0  # The maps follow a warp of the photo. This doubles the encoder's work.
+    landmark_equivariance: Rate = 0.0  # The centres of the parts follow a warp of the photo, at the same cost.
+    part_contrast: Rate = 0.0  # A part's features are alike in two photos and unlike those of other parts.
+    visual_consistency: Rate = 0.0  # A part has one colour.
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Losses(LossWeights):
+    entropy_ramp_steps: Count = (
+        0  # Steps over which the entropy weight grows from 0. If it acts too early, it kills slots.
+    )
     contrast_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-    target_mask: Literal["none", "object"] = "none"  # object: outside the true object the target is zero
+    target_mask: TargetMask = "none"  # "object" sets the target to zero outside the true object.
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Warp:
-    """Of the second photo of the equivariance terms; SCOPS' published setting but for the jitter."""
+class WarpSettings:
+    """How the second photo of the equivariance terms is warped. The defaults are SCOPS' published ones, plus jitter."""
 
-    points: Annotated[int, Field(ge=2)] = 5  # thin-plate spline: so many control points a side
-    bend: Rate = 0.01  # deviation of the control points' shifts, half-image units
-    rotation: Rate = 60.0  # degrees, at most
-    translation: Rate = 0.1  # half-image units, at most
+    points: Annotated[int, Field(ge=2)] = 5  # Control points on each side of the thin-plate spline.
+    bend: Rate = 0.01  # The standard deviation of the control points' shifts, in half-image units.
+    rotation: Rate = 60.0  # The largest rotation, in degrees.
+    translation: Rate = 0.1  # The largest shift, in half-image units.
     min_scale: Annotated[float, Field(gt=0)] = 0.7
     max_scale: Annotated[float, Field(gt=0)] = 2.0
-    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.3  # of brightness, contrast and saturation, at most
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.3  # The largest change of brightness, contrast and saturation.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Train:
     total_steps: Positive = 20_000
-    stop_after_steps: Positive | None = None  # end early, as if interrupted after that many steps of this start
-    batch_size: Positive = 64  # global: over all processes and accumulation steps
-    accumulation_steps: Positive = 1  # each process splits its share of the batch into so many microbatches
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is SCOPS'
-    learning_rate: Rate = 4.0e-4  # of slots, decoder and projection
-    encoder_learning_rate: Rate | None = None  # null: a tenth of learning_rate
-    basis_learning_rate: Rate | None = None  # null: learning_rate
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # sgd only
-    weight_decay: Rate = 5.0e-4  # never on the basis
-    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    stop_after_steps: Positive | None = None  # Stop after so many steps of this start, as if interrupted.
+    batch_size: Positive = 64  # The global batch, over all processes and accumulation steps.
+    accumulation_steps: Positive = 1  # Each process splits its share of the batch into so many microbatches.
+    optimizer: OptimizerName = "adamw"  # "sgd" is what SCOPS used.
+    learning_rate: Rate = 4.0e-4  # The rate of slots, decoder and projection.
+    encoder_learning_rate: Rate | None = None  # null takes a tenth of learning_rate.
+    basis_learning_rate: Rate | None = None  # null takes learning_rate.
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # Used by sgd only.
+    weight_decay: Rate = 5.0e-4  # The basis is never decayed.
+    schedule: ScheduleName = "poly"
     warmup_steps: Count = 0
-    clip_norm: Rate = 5.0  # largest allowed norm of the whole gradient; 0: no clipping
-    mixed_precision: Precision | None = None  # null: what accelerate launch says
+    clip_norm: Rate = 5.0  # The largest norm of the whole gradient. 0 does not clip.
+    mixed_precision: Precision | None = None  # null takes what accelerate launch says.
     channels_last: bool = True
     compile: bool = False
-    num_processes: Positive | None = None  # refuse to start on any other number; null: any
-    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0  # a process that waits longer for another one ends the run
-    reduction: Literal["ddp", "deterministic"] = "ddp"  # deterministic: same bits on any number of processes
-    microbatches: Positive = 4  # of a global batch under deterministic; processes must divide it
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of averaged weights, which are then scored; 0: none
+    num_processes: Positive | None = None  # Training refuses any other number of processes. null accepts any.
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0  # The run ends if a process waits longer for another one.
+    reduction: Reduction = "ddp"  # "deterministic" gives the same bits on any number of processes.
+    # The number of parts into which "deterministic" cuts a global batch. The number of processes must divide it.
+    microbatches: Positive = 4
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # The decay of averaged weights, which are scored. 0: none.
     log_every_steps: Positive = 20
     save_every_steps: Positive = 500
-    keep_checkpoints: Positive = 3  # the newest so many stay, and the best
-    best_score: str | None = "nmi"  # of the val split, evaluated while training, decides which is best; null: none
-    eval_every_steps: Count = 1000  # 0: never
-    eval_images: Positive = 512  # the first so many of the val split, for scores while training
+    keep_checkpoints: Positive = 3  # So many of the newest checkpoints are kept, and the best one.
+    # The score on the val split, evaluated while training, that decides which checkpoint is best. null keeps no best.
+    best_score: str | None = "nmi"
+    eval_every_steps: Count = 1000  # 0 never evaluates while training.
+    eval_images: Positive = 512  # Evaluations while training score so many images, the first of the val split.
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -150,13 +180,13 @@ class Config:
     run_dir: str = "runs/default"
     seed: Count = 0
     data: Data = Data()
-    teacher: Teacher = Teacher()
-    encoder: Encoder = Encoder()
+    teacher: TeacherSettings = TeacherSettings()
+    encoder: EncoderSettings = EncoderSettings()
     slots: Slots = Slots()
     decoder: Decoder = Decoder()
     basis: Basis = Basis()
     losses: Losses = Losses()
-    warp: Warp = Warp()
+    warp: WarpSettings = WarpSettings()
     train: Train = Train()
 
     @property

@@ -6,6 +6,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import slotscops
 from slotscops.config import Config, config_from_mapping, load_config, setting_names, to_mapping, to_yaml
 from slotscops.core.claims import differences
 from slotscops.core.errors import UserError
@@ -106,3 +107,9 @@ def test_every_shipped_config_can_be_read_and_opens_with_its_command(path: Path)
     assert "accelerate launch launch/train.py --config configs/" + path.name in opening
     assert "Score" in opening
     assert yaml.safe_load(path.read_text())
+
+
+def test_each_choice_of_words_is_written_in_config_alone() -> None:
+    package = Path(slotscops.__file__).parent
+    elsewhere = [path for path in package.rglob("*.py") if "Literal[" in path.read_text()]
+    assert elsewhere == [package / "config.py"]

@@ -12,12 +12,12 @@ Shapes: B images, C channels on an h x w grid, H x W pixels, G clusters.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slotscops.config import BaselineTransform
 from slotscops.core.records import Batch
 from slotscops.loader.split import Split
 from slotscops.metrics.protocols import Prediction, Predictor
@@ -26,14 +26,18 @@ from slotscops.model.refinement import refine_maps
 from slotscops.model.target import TargetTransform
 
 NAMES = ("position", "kmeans", "dff")
-Transform = Literal["none", "sqrt", "l2", "sqrt_l2"]
 _POSITION_GRID = 16
 _NNLS_STEPS = 50  # measured on real faces: beyond 30 fewer than one cell in 2,000 changes its largest factor
 _EPSILON = 1e-9
 
 
 def fit(
-    name: str, train: Split, num_clusters: int, seed: int = 0, transform: Transform = "none", refine: bool = False
+    name: str,
+    train: Split,
+    num_clusters: int,
+    seed: int = 0,
+    transform: BaselineTransform = "none",
+    refine: bool = False,
 ) -> Predictor:
     """Clusters the training split's vectors.
 
@@ -109,7 +113,7 @@ def _one_hot(scores: Tensor) -> Tensor:
     return functional.one_hot(winner, scores.shape[1]).movedim(-1, 1).float()
 
 
-def transformed_features(batch: Batch, transform: Transform) -> Tensor:
+def transformed_features(batch: Batch, transform: BaselineTransform) -> Tensor:
     """(B, C, h, w) float32"""
     features = cached_features(batch)
     transformed: Tensor = TargetTransform(transform, features.shape[1])(features)

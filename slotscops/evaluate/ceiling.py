@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from slotscops.config import BaselineTransform
 from slotscops.core.records import Batch
-from slotscops.evaluate.baselines import Transform, transformed_features
+from slotscops.evaluate.baselines import transformed_features
 from slotscops.loader.split import Split
 from slotscops.metrics.protocols import Prediction, Predictor
 from slotscops.model.clusters import sample_vectors
@@ -26,7 +27,7 @@ _HIDDEN = 256
 _NUM_PASSES = 15  # over at most 50,000 cells
 
 
-def fit(train: Split, seed: int = 0, transform: Transform = "none", refine: bool = False) -> Predictor:
+def fit(train: Split, seed: int = 0, transform: BaselineTransform = "none", refine: bool = False) -> Predictor:
     """A network of one hidden layer (scikit-learn) on single cells, for each class of the training split.
 
     Args:

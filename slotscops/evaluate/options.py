@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from slotscops.config import suggest
+from slotscops.config import BaselineTransform, Refinement, suggest
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError
 from slotscops.evaluate import baselines
-from slotscops.model.network import Refinement
 from slotscops.shard.remote import shards_argument
 
 _BASELINES = (*baselines.NAMES, "supervised")
@@ -45,7 +44,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="of the baselines' features, pixels (default: as --layer)")
     parser.add_argument(
         "--transform",
-        choices=("none", "sqrt", "l2", "sqrt_l2"),
+        choices=get_args(BaselineTransform),
         default="none",
         help="of the baselines' features (default: none)",
     )

@@ -4,13 +4,13 @@ Shapes: B images, S slots, H x W pixels.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from slotscops.config import Config, Losses
+from slotscops.config import Config, Losses, LossWeights
 from slotscops.core.errors import UserError
 from slotscops.core.records import Batch
 from slotscops.losses.contrast import part_contrast, visual_consistency
@@ -20,16 +20,7 @@ from slotscops.losses.warp import Warp, draw_warps, equivariance, landmark_equiv
 from slotscops.model.network import ModelOutput
 from slotscops.model.target import TargetTransform
 
-_NAMES = (
-    "semantic",
-    "concentration",
-    "orthonormality",
-    "entropy",
-    "equivariance",
-    "landmark_equivariance",
-    "part_contrast",
-    "visual_consistency",
-)
+_NAMES = tuple(field.name for field in fields(LossWeights))
 
 
 def weights(losses: Losses) -> dict[str, float]:

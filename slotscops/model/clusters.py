@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from slotscops.config import Config
 from slotscops.core.records import Batch
 from slotscops.loader.plan import permutation
 from slotscops.loader.split import Split
-from slotscops.model.network import SlotScops
 
 _BATCH_SIZE = 32
 _MAX_IMAGES = 2_000  # a fixed sample of the split: reading a million images would take minutes
@@ -123,21 +121,3 @@ def find_factors(vectors: Tensor, num_factors: int, seed: int) -> Tensor:
         warnings.simplefilter("ignore", ConvergenceWarning)  # on a bounded number of passes, by intention
         factors = torch.from_numpy(factorisation.fit(vectors.numpy()).components_).float()
     return functional.normalize(factors, dim=1)
-
-
-def start_from_features(network: SlotScops, split: Split, config: Config) -> None:
-    """The target's scales and the basis, in the target's space, from a sample of the cache. The same on every rank."""
-    if config.basis.init == "random" and config.teacher.transform != "channel_standardised":
-        return
-    # Where the target is masked by the objects, the parts have only these to rebuild.
-    inside_objects = config.losses.target_mask == "object"
-    vectors = sample_vectors(split, config.seed, inside_objects=inside_objects)
-    network.target.measure(vectors)
-    if config.basis.init != "random":
-        find = find_centres if config.basis.init == "kmeans" else find_uneven_centres
-        num_parts = config.slots.num_parts
-        for class_id, rows in enumerate(network.basis_parameter.data.split(num_parts)):
-            if network.num_classes is not None:
-                vectors = sample_vectors(split, config.seed, inside_objects=inside_objects, class_id=class_id)
-            if len(vectors) >= num_parts:  # of a class without photos to train on, random rows stay
-                rows.copy_(find(network.target(vectors), num_parts, config.seed))

@@ -4,17 +4,15 @@ Shapes: B images, S slots, D slot dimension, G x G decoder grid.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slotscops.config import DecoderKind
 from slotscops.model.slots import SoftPositionEncoding
 
 DILATIONS = (6, 12, 18, 24)
-
-DecoderKind = Literal["scops", "mlp_broadcast", "conv"]
 
 
 class DilatedHead(nn.Module):

@@ -5,7 +5,7 @@ Shapes: B images of H x W pixels; C channels on an h x w grid (17 x 17 at 128 pi
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torchvision
@@ -18,7 +18,6 @@ from slotscops.core import pretrained
 from slotscops.core.errors import UserError
 from slotscops.core.pixels import normalise_images
 
-ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
 # The first ImageNet weights: the only ones that exist for all four networks.
 _PRETRAINED: dict[str, Any] = {
     "resnet18": ResNet18_Weights.IMAGENET1K_V1,

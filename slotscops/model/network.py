@@ -5,24 +5,21 @@ D slot dimension; G x G decoder grid; C teacher channels; H x W pixels; N_c clas
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from slotscops.config import Config, MapsFrom, Refinement, SlotInit
 from slotscops.core.errors import UserError
-from slotscops.model.decoder import DecoderKind, DilatedHead, SlotDecoder
+from slotscops.model.basis import PartBasis
+from slotscops.model.decoder import SlotDecoder
 from slotscops.model.encoder import Encoder
 from slotscops.model.maps import part_maps
+from slotscops.model.part_logits import HeadLogits, SlotLogits, Tokens
 from slotscops.model.refinement import refine_maps
-from slotscops.model.slots import SlotAttention, SlotGradient, SlotInit, SoftPositionEncoding, rows_of_classes
-from slotscops.model.target import TargetTransform, Transform
-
-MapsFrom = Literal["head", "attention", "head_only"]
-Refinement = Literal["none", "pamr"]
-
-_EPSILON = 1e-8  # keeps the log of an attention that rounds to 0 finite
+from slotscops.model.saved_names import save_as_own
+from slotscops.model.slots import SlotAttention
+from slotscops.model.target import TargetTransform
 
 
 class ModelOutput(NamedTuple):
@@ -54,6 +51,9 @@ class ModelOutput(NamedTuple):
 class SlotScops(nn.Module):
     """Part segmentation: S logit maps per image, and the basis that turns part maps into teacher features.
 
+    It only composes: encoder -> (tokens -> slots -> maps, or a head -> maps) -> basis. `build_network` makes one from
+    settings.
+
     Sources: SCOPS (arXiv:1905.01298) for head, basis and what they are trained for; Locatello et al.
     (arXiv:2006.15055) for the slots in between.
     """
@@ -61,63 +61,32 @@ class SlotScops(nn.Module):
     def __init__(
         self,
         encoder: Encoder,
-        num_parts: int = 5,
-        feature_channels: int = 512,
-        slot_dim: int = 64,
-        num_iterations: int = 3,
-        slot_init: SlotInit = "learned",
-        decoder_grid: int | None = 8,
-        slot_gradient: SlotGradient = "full",
-        maps_from: MapsFrom = "head",
-        decoder_kind: DecoderKind = "scops",
-        decoder_mixing: bool = False,
-        free_basis: bool = False,
-        transform: Transform = "none",
+        tokens: Tokens | None,
+        part_logits: SlotLogits | HeadLogits,
+        basis: PartBasis,
+        target: TargetTransform,
+        class_head: nn.Linear | None = None,
         refinement: Refinement = "none",
-        token_hidden: int = 0,
-        num_classes: int | None = None,
     ) -> None:
         """
         Args:
             encoder: what turns the input into (B, C_e, h, w).
-            num_parts: K; the background's slot comes on top.
-            feature_channels: C of the teacher.
-            slot_dim, num_iterations, slot_init, slot_gradient: D and other choices of `SlotAttention`.
-            decoder_grid: G; None takes the encoder's own.
-            maps_from: `head`, the decoder's; `attention`, the last one, on the encoder's grid; `head_only`, SCOPS' head
-                on the encoder's normalised maps, without any slots: what slots have to beat.
-            decoder_kind, decoder_mixing: see `SlotDecoder`.
-            free_basis: the basis may hold negative numbers.
-            transform: what is done to the teacher's features before the parts rebuild them; see `TargetTransform`.
+            tokens: what turns its maps into the input of `SlotLogits`; None for `HeadLogits`, which takes the maps.
+            target: what is done to the teacher's features before the parts rebuild them.
+            class_head: guesses the class from the mean token where each class has slots and basis rows of its own.
             refinement: what `segment_maps` does to the maps; `pamr`, see `refine_maps`.
-            token_hidden: width of a ReLU layer between normalised encoder maps and what the slots attend to, as in
-                Locatello et al.; 0 leaves one linear map.
-            num_classes: N_c; each class of objects has slot starts and basis rows of its own. None: all share them.
-
-        Raises:
-            UserError: choices that exclude each other.
         """
-        _check_choices(maps_from, num_iterations, slot_init, num_classes)
         super().__init__()
-        self.num_slots, self.num_classes = num_parts + 1, num_classes
-        self.maps_from, self.free_basis, self.refinement = maps_from, free_basis, refinement
+        self.num_slots, self.num_classes, self.refinement = basis.num_parts + 1, basis.num_classes, refinement
+        # In this order, because norms and sums over all parameters follow it.
+        self.basis = basis
         self.encoder = encoder
-        self.norm = nn.LayerNorm(encoder.out_channels)
-        if maps_from == "head_only":
-            self.head = DilatedHead(encoder.out_channels, self.num_slots)
-        else:
-            self.positions = SoftPositionEncoding(encoder.out_channels)
-            self.project = _projection(encoder.out_channels, token_hidden, slot_dim)
-            self.slot_attention = SlotAttention(
-                self.num_slots, slot_dim, num_iterations, init=slot_init, gradient=slot_gradient,
-                attached_iterations=2 if maps_from == "attention" else 1, num_classes=num_classes,
-            )  # fmt: skip
-        has_decoder = maps_from == "head"
-        self.decoder = SlotDecoder(slot_dim, decoder_grid, decoder_kind, decoder_mixing) if has_decoder else None
-        self.target = TargetTransform(transform, feature_channels)
-        self.basis_parameter = nn.Parameter(torch.randn((num_classes or 1) * num_parts, feature_channels).abs())
-        if num_classes is not None:
-            self.class_head = nn.Linear(slot_dim, num_classes)
+        self.tokens = tokens
+        self.part_logits = part_logits
+        self.target = target
+        self.class_head = class_head
+        for child in ("basis", "part_logits") if tokens is None else ("basis", "tokens", "part_logits"):
+            save_as_own(self, child)
 
     def forward(self, inputs: Tensor, noise: Tensor | None = None, class_ids: Tensor | None = None) -> ModelOutput:
         """
@@ -128,34 +97,20 @@ class SlotScops(nn.Module):
             class_ids: (B,) int64, which class' slots to take where each has its own; guessed if not given.
         """
         encoded = self.encoder(inputs)  # (B, C_e, h, w)
-        basis = self.basis_parameter if self.free_basis else functional.relu(self.basis_parameter)  # (K, C)
-        if self.maps_from == "head_only":
-            normalised = self.norm(encoded.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C_e, h, w)
-            logits = self.head(normalised)  # (B, S, h, w)
-            return ModelOutput(encoded, None, None, None, None, None, logits, basis, None)
-        positioned = self.positions(encoded).flatten(2).transpose(1, 2)  # (B, N, C_e)
-        tokens = self.project(self.norm(positioned))  # (B, N, D)
+        if self.tokens is None:
+            found = self.part_logits(encoded)
+            return ModelOutput(encoded=encoded, tokens=None, **found._asdict(), basis=self.basis(), class_logits=None)
+        tokens = self.tokens(encoded)  # (B, N, D)
         class_logits = None
-        if self.num_classes is not None:
+        if self.class_head is not None:
             class_logits = self.class_head(tokens.detach().mean(dim=1))  # (B, N_c); trains nothing but itself
             class_ids = class_logits.argmax(dim=1) if class_ids is None else class_ids
-            basis = rows_of_classes(basis.unflatten(0, (self.num_classes, -1)), class_ids)  # (B, K, C)
-        slots, attention = self.slot_attention(tokens, noise, class_ids)  # (B, S, D), (B, S, N)
-        broadcast = slot_logits = None
-        if self.decoder is None:
-            logits = (attention + _EPSILON).log().unflatten(2, encoded.shape[2:])  # (B, S, h, w)
-        else:
-            broadcast, slot_logits = self.decoder(slots, encoded.shape[2:])  # (B * S, D, G, G), (B * S, 1, G, G)
-            logits = slot_logits.view(-1, self.num_slots, *slot_logits.shape[2:])  # (B, S, G, G)
+        found = self.part_logits(tokens, encoded.shape[2:], noise, class_ids)
         return ModelOutput(
             encoded=encoded,
             tokens=tokens,
-            slots=slots,
-            attention=attention,
-            broadcast=broadcast,
-            slot_logits=slot_logits,
-            logits=logits,
-            basis=basis,
+            **found._asdict(),
+            basis=self.basis(class_ids),  # (K, C), or (B, K, C)
             class_logits=class_logits,
         )
 
@@ -176,18 +131,48 @@ class SlotScops(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """What trains, by what takes a learning rate of its own: the encoder, the basis, and the head between."""
         groups: dict[str, list[nn.Parameter]] = {"encoder": [], "head": [], "basis": []}
-        for name, parameter in self.named_parameters():
-            group = "encoder" if name.startswith("encoder.") else "basis" if name == "basis_parameter" else "head"
-            if parameter.requires_grad:
-                groups[group].append(parameter)
+        for name, child in self.named_children():
+            group = groups[name if name in ("encoder", "basis") else "head"]
+            group += [parameter for parameter in child.parameters() if parameter.requires_grad]
         return groups
 
 
-def _projection(channels: int, hidden: int, slot_dim: int) -> nn.Module:
-    """(..., channels) -> (..., slot_dim)"""
-    if not hidden:
-        return nn.Linear(channels, slot_dim)
-    return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, slot_dim))
+def build_network(encoder: Encoder, config: Config, feature_channels: int, num_classes: int | None = None) -> SlotScops:
+    """The network of the settings around an encoder, with random weights drawn from the global generator.
+
+    Args:
+        config: the sections slots, decoder, basis, and teacher.transform are read.
+        feature_channels: C of the teacher.
+        num_classes: N_c; each class of objects has slot starts and basis rows of its own. None: all share them.
+
+    Raises:
+        UserError: choices that exclude each other.
+    """
+    slots, decoder = config.slots, config.decoder
+    _check_choices(decoder.maps, slots.iterations, slots.init, num_classes)
+    tokens: Tokens | None = None
+    part_logits: SlotLogits | HeadLogits
+    # The weights are drawn in this order: another one would give another network for the same seed.
+    if decoder.maps == "head_only":
+        part_logits = HeadLogits(encoder.out_channels, slots.num_parts + 1)
+    else:
+        tokens = Tokens(encoder.out_channels, slots.dim, slots.token_hidden)
+        slot_attention = SlotAttention(
+            slots.num_parts + 1,
+            slots.dim,
+            slots.iterations,
+            init=slots.init,
+            gradient=slots.gradient,
+            attached_iterations=2 if decoder.maps == "attention" else 1,
+            num_classes=num_classes,
+        )
+        has_decoder = decoder.maps == "head"
+        slot_decoder = SlotDecoder(slots.dim, decoder.grid, decoder.kind, decoder.mixing) if has_decoder else None
+        part_logits = SlotLogits(slot_attention, slot_decoder)
+    basis = PartBasis(slots.num_parts, feature_channels, config.basis.kind, num_classes)
+    target = TargetTransform(config.teacher.transform, feature_channels)
+    class_head = None if num_classes is None else nn.Linear(slots.dim, num_classes)
+    return SlotScops(encoder, tokens, part_logits, basis, target, class_head, decoder.refinement)
 
 
 def _check_choices(maps_from: MapsFrom, num_iterations: int, slot_init: SlotInit, num_classes: int | None) -> None:

@@ -3,23 +3,12 @@
 Shapes: B images, S slots, N = h * w positions, C channels, D slot dimension, G classes of objects.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-SlotInit = Literal["learned", "shared_gaussian", "image_conditioned"]
-SlotGradient = Literal["full", "last_iteration", "bilevel"]
-
-
-def rows_of_classes(rows: Tensor, class_ids: Tensor) -> Tensor:
-    """(B, ...): of rows (G, ...), one a class, those of the images' classes (B,).
-
-    As a product: its gradient is the same sum at each run, also on a GPU, where that of indexing is not.
-    """
-    chosen: Tensor = functional.one_hot(class_ids, len(rows)).to(rows.dtype) @ rows.flatten(1)  # (B, the rest in one)
-    return chosen.view(-1, *rows.shape[1:])
+from slotscops.config import SlotGradient, SlotInit
+from slotscops.model.saved_names import save_as_own
+from slotscops.model.starts import build_starts
 
 
 class SoftPositionEncoding(nn.Module):
@@ -84,24 +73,12 @@ class SlotAttention(nn.Module):
             num_classes: G; each class of objects has starts of its own. None: all share them.
         """
         super().__init__()
-        assert init in ("learned", "shared_gaussian", "image_conditioned"), init
-        assert num_classes is None or init != "shared_gaussian", "one Gaussian for all slots has no starts to own"
         self.num_slots, self.dim, self.num_iterations, self.epsilon = num_slots, dim, num_iterations, epsilon
-        self.init, self.gradient, self.attached_iterations = init, gradient, attached_iterations
-        if init != "shared_gaussian":
-            # Of the size of the GRU's state: at a tenth of it the first update, nearly the same for all slots,
-            # drowns what tells them apart.
-            shape = (num_slots, dim) if num_classes is None else (num_classes, num_slots, dim)
-            self.start = nn.Parameter(torch.randn(shape))
-        else:
-            self.mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, dim)))
-            self.log_sigma = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, dim)))
-        if init == "image_conditioned":
-            self.condition = nn.Linear(dim, num_slots * dim)
-            nn.init.zeros_(self.condition.weight)
-            nn.init.zeros_(self.condition.bias)
-        if gradient == "last_iteration":  # no gradient would ever come, for which DDP waits
-            self.requires_grad_(False)  # the starts alone: the rest is made below
+        self.gradient, self.attached_iterations = gradient, attached_iterations
+        self.starts = build_starts(init, num_slots, dim, num_classes)
+        save_as_own(self, "starts")
+        if gradient == "last_iteration":  # The starts never receive a gradient, for which DDP would wait.
+            self.starts.requires_grad_(False)
         self.norm_inputs = nn.LayerNorm(dim)
         self.norm_slots = nn.LayerNorm(dim)
         self.norm_mlp = nn.LayerNorm(dim)
@@ -129,7 +106,7 @@ class SlotAttention(nn.Module):
         with torch.autocast(inputs.device.type, enabled=False):
             inputs = self.norm_inputs(inputs.float())
             keys, values = self.key(inputs), self.value(inputs)  # (B, N, D) both
-            slots = self._start(inputs, noise, class_ids)  # (B, S, D)
+            slots = self.starts(inputs, noise, class_ids)  # (B, S, D)
             start = slots
             for iteration in range(self.num_iterations):
                 if self.gradient != "full" and iteration == max(0, self.num_iterations - self.attached_iterations):
@@ -139,26 +116,6 @@ class SlotAttention(nn.Module):
                 attention = self._attend(slots, keys)  # (B, S, N)
                 slots = self._update(slots, attention, values)
         return slots, attention
-
-    def _start(self, inputs: Tensor, noise: Tensor | None, class_ids: Tensor | None) -> Tensor:
-        shape = (inputs.shape[0], self.num_slots, self.dim)  # len() would fix the batch of an exported model
-        if self.init == "learned":
-            assert noise is None, "learned slots start without noise"
-            return self._own_start(class_ids).expand(shape)
-        if self.init == "image_conditioned":
-            assert noise is None, "image-conditioned slots start without noise"
-            predicted: Tensor = self.condition(inputs.mean(dim=1))  # (B, S * D)
-            return self._own_start(class_ids) + predicted.view(shape)
-        if noise is None:
-            noise = torch.randn(shape, device=inputs.device)
-        return self.mean + self.log_sigma.exp() * noise
-
-    def _own_start(self, class_ids: Tensor | None) -> Tensor:
-        """(S, D), or (B, S, D) where each class has its own."""
-        if self.start.ndim == 2:
-            return self.start
-        assert class_ids is not None, "each class has starts of its own; give class_ids"
-        return rows_of_classes(self.start, class_ids)
 
     def _attend(self, slots: Tensor, keys: Tensor) -> Tensor:
         """(B, S, N): how the slots share each position."""

@@ -3,13 +3,12 @@
 Shapes: B images, C teacher channels on an h x w grid, M sampled vectors.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Transform = Literal["none", "sqrt", "channel_standardised", "l2", "sqrt_l2"]
+from slotscops.config import Transform
+
 _EPSILON = 1e-6  # VGG19 gives positions, and channels, that are all zero on real photos
 
 

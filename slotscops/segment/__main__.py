@@ -121,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "Find the parts in photos and make a page that shows them.",
         "--checkpoint runs/toy --out parts photos/",
         "Exit code 0: at least one photo was segmented; those that could not be read are listed.\n"
-        "Exit code 1: no photo could be read, or with --strict any file was passed over. Exit code 2: a user's mistake.",
+        "Exit code 1: no photo could be read, or with --strict any file was passed over. Exit code 2: a"
+        " user's mistake.",
     )
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
     parser.add_argument("--out", type=Path, required=True)

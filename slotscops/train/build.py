@@ -1,4 +1,4 @@
-"""Settings become networks and optimizers; the only place where `Config` and the model meet."""
+"""Settings become a network and its optimizer, and a checkpoint becomes a trained network again."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +10,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from slotscops.config import Config
 from slotscops.core.errors import UserError
-from slotscops.model.encoder import FeatureEncoder, ResNetEncoder
-from slotscops.model.network import SlotScops
+from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder
+from slotscops.model.network import SlotScops, build_network
+from slotscops.model.saved_names import saved_parameter_names
 from slotscops.train.run.checkpoint import State, load_checkpoint, restore_model
 from slotscops.train.run.folder import read_config, resolve_checkpoint
 from slotscops.train.run.published import is_published, read_published
@@ -27,30 +28,14 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True, 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder: nn.Module
+        encoder: Encoder
         if config.encoder.name == "features":
             encoder = FeatureEncoder(feature_channels)
         else:
             weights = config.encoder.weights if pretrained else None
             encoder = ResNetEncoder(config.encoder.name, weights, config.encoder.frozen_stages)
-        return SlotScops(
-            encoder,
-            num_parts=config.slots.num_parts,
-            feature_channels=feature_channels,
-            slot_dim=config.slots.dim,
-            num_iterations=config.slots.iterations,
-            slot_init=config.slots.init,
-            decoder_grid=config.decoder.grid,
-            slot_gradient=config.slots.gradient,
-            maps_from=config.decoder.maps,
-            decoder_kind=config.decoder.kind,
-            decoder_mixing=config.decoder.mixing,
-            free_basis=config.basis.kind == "free",
-            transform=config.teacher.transform,
-            refinement=config.decoder.refinement,
-            token_hidden=config.slots.token_hidden,
-            num_classes=num_classes if config.slots.per_class == "own" else None,
-        )
+        own_classes = num_classes if config.slots.per_class == "own" else None
+        return build_network(encoder, config, feature_channels, own_classes)
 
 
 def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
@@ -81,7 +66,8 @@ def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
 
 
 def parameter_names(model: nn.Module) -> Mapping[Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
+    """For each parameter, its name in checkpoints."""
+    return saved_parameter_names(model)
 
 
 class Trained(NamedTuple):

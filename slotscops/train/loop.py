@@ -20,7 +20,7 @@ from slotscops.loader.plan import TrainingPlan, batch_digest
 from slotscops.loader.split import Split
 from slotscops.losses.objective import check_objective, compute_terms, weighted_sum
 from slotscops.metrics.scoring import evaluate_split, picture_of_split
-from slotscops.model.clusters import start_from_features
+from slotscops.model.basis import start_from_features
 from slotscops.train import monitors
 from slotscops.train.averaging import WeightAverage
 from slotscops.train.build import build_model, build_optimizer
@@ -60,7 +60,7 @@ class Trainer:
         self._split = Split(self.dataset, "train", self.cache, with_labels=needs_masks, replace_damaged=True)
         self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder)
         if start_from is None:
-            start_from_features(self.network, self._split, config)
+            start_from_features(self.network.basis, self.network.target, self._split, config)
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(config, self.network)

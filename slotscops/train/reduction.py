@@ -26,7 +26,7 @@ class FixedOrderReducer:
     def collect(self) -> None:
         """Puts this microbatch's gradients aside."""
         flat = [
-            torch.zeros_like(parameter).view(-1) if parameter.grad is None else parameter.grad.reshape(-1)
+            parameter.new_zeros(parameter.numel()) if parameter.grad is None else parameter.grad.reshape(-1)
             for parameter in self._parameters
         ]
         self._collected.append(torch.cat(flat))  # (V,)
@@ -41,7 +41,8 @@ class FixedOrderReducer:
         mean /= len(mine) * _num_processes()
         sizes = [parameter.numel() for parameter in self._parameters]
         for parameter, gradient in zip(self._parameters, mean.split(sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter).clone()
+            # The fused optimizers read both in the order of memory, so the gradient takes the parameter's layout.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape))
 
 
 def _sum_in_order(mine: Tensor) -> Tensor:

@@ -10,10 +10,15 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slotscops.config import load_config
 from slotscops.core.errors import UserError
 from slotscops.core.pixels import normalise_images
-from slotscops.model.encoder import FeatureEncoder, FrozenBatchNorm, ResNetEncoder
-from slotscops.model.network import ModelOutput, SlotScops
+from slotscops.model.encoder import Encoder, FeatureEncoder, FrozenBatchNorm, ResNetEncoder
+from slotscops.model.network import ModelOutput, SlotScops, build_network
+
+
+def network_of(encoder: Encoder, *settings: str, feature_channels: int = 512) -> SlotScops:
+    return build_network(encoder, load_config(None, settings), feature_channels)
 
 
 def photos(batch_size: int, size: int) -> Tensor:
@@ -46,7 +51,7 @@ def resnet18(_resnet18: ResNetEncoder) -> ResNetEncoder:
 
 @pytest.mark.parametrize(("size", "side"), [(128, 17), (224, 29)])
 def test_every_intermediate_has_the_shape_of_the_design(resnet50: ResNetEncoder, size: int, side: int) -> None:
-    model = SlotScops(resnet50)
+    model = network_of(resnet50)
     with torch.no_grad():
         output = model(photos(2, size))
     tensors = {name: tensor for name, tensor in output._asdict().items() if tensor is not None}
@@ -69,7 +74,9 @@ def test_every_intermediate_has_the_shape_of_the_design(resnet50: ResNetEncoder,
 
 
 def test_cached_features_need_no_backbone_and_are_taken_as_they_are() -> None:
-    model = SlotScops(FeatureEncoder(1024), num_parts=3, feature_channels=1024, slot_dim=32, decoder_grid=4)
+    model = network_of(
+        FeatureEncoder(1024), "slots.num_parts=3", "slots.dim=32", "decoder.grid=4", feature_channels=1024
+    )
     features = torch.rand(2, 1024, 8, 8).half()
     output = model(features)
     assert torch.equal(output.encoded, features.float())
@@ -80,9 +87,9 @@ def test_cached_features_need_no_backbone_and_are_taken_as_they_are() -> None:
 
 
 def test_slot_s_of_image_b_lands_in_channel_s_of_image_b() -> None:
-    model = SlotScops(FeatureEncoder(16))
+    model = network_of(FeatureEncoder(16))
     output = model(torch.rand(3, 16, 4, 4))
-    _, alone = model.decoder(output.slots[1:2, 4:5])
+    _, alone = model.part_logits.decoder(output.slots[1:2, 4:5])
     torch.testing.assert_close(output.logits[1, 4], alone[0, 0])
     logits = torch.zeros(1, 6, 2, 2)
     logits[0, 2, :, 1] = 3.0
@@ -95,12 +102,12 @@ def test_slot_s_of_image_b_lands_in_channel_s_of_image_b() -> None:
 
 
 def test_the_basis_starts_as_the_absolute_value_of_normal_numbers_and_is_never_negative() -> None:
-    model = SlotScops(FeatureEncoder(4), num_parts=20, feature_channels=512)
-    start = model.basis_parameter.detach()
+    model = network_of(FeatureEncoder(4), "slots.num_parts=20")
+    start = model.basis.basis_parameter.detach()
     assert start.min() >= 0
     assert start.mean().item() == pytest.approx(math.sqrt(2 / math.pi), rel=0.05)
     with torch.no_grad():
-        model.basis_parameter[0] -= 10
+        model.basis.basis_parameter[0] -= 10
     basis = model(torch.rand(1, 4, 2, 2)).basis
     assert torch.equal(basis[0], torch.zeros(512))
     assert torch.equal(basis[1:], start[1:])
@@ -215,7 +222,7 @@ def loss_of(output: ModelOutput) -> Tensor:
 def test_every_trainable_parameter_gets_a_gradient_in_either_precision(
     resnet18: ResNetEncoder, slot_init: str, precision: torch.dtype
 ) -> None:
-    model = SlotScops(resnet18, slot_init=slot_init).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
+    model = network_of(resnet18, f"slots.init={slot_init}").to(memory_format=torch.channels_last)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
         output = model(photos(2, 64))
     assert output.encoded.dtype == precision
@@ -230,7 +237,7 @@ def test_every_trainable_parameter_gets_a_gradient_in_either_precision(
 
 
 def test_maps_are_float32_under_autocast() -> None:
-    model = SlotScops(FeatureEncoder(16))
+    model = network_of(FeatureEncoder(16))
     with torch.autocast("cpu", torch.bfloat16):
         output = model(torch.rand(2, 16, 8, 8))
         maps = output.maps((32, 32))
@@ -239,10 +246,10 @@ def test_maps_are_float32_under_autocast() -> None:
 
 
 def test_the_groups_hold_every_trainable_parameter_once() -> None:
-    model = SlotScops(ResNetEncoder("resnet18", None, frozen_stages=2))
+    model = network_of(ResNetEncoder("resnet18", None, frozen_stages=2))
     groups = model.parameter_groups()
     assert list(groups) == ["encoder", "head", "basis"]
-    assert [id(parameter) for parameter in groups["basis"]] == [id(model.basis_parameter)]
+    assert [id(parameter) for parameter in groups["basis"]] == [id(model.basis.basis_parameter)]
     assert {id(parameter) for parameter in groups["encoder"]} <= {id(p) for p in model.encoder.parameters()}
     collected = [id(parameter) for group in groups.values() for parameter in group]
     assert len(set(collected)) == len(collected)
@@ -250,7 +257,7 @@ def test_the_groups_hold_every_trainable_parameter_once() -> None:
 
 
 def test_the_whole_network_is_one_graph_for_the_compiler(resnet18: ResNetEncoder) -> None:
-    model = SlotScops(resnet18)
+    model = network_of(resnet18)
     images = photos(1, 64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -259,7 +266,7 @@ def test_the_whole_network_is_one_graph_for_the_compiler(resnet18: ResNetEncoder
 
 
 def test_without_decoder_the_maps_are_the_attention_on_the_encoders_grid() -> None:
-    model = SlotScops(FeatureEncoder(8), feature_channels=8, maps_from="attention")
+    model = network_of(FeatureEncoder(8), "decoder.maps=attention", feature_channels=8)
     output = model(torch.rand(2, 8, 5, 7))
     assert output.broadcast is None
     assert output.slot_logits is None
@@ -271,4 +278,4 @@ def test_without_decoder_the_maps_are_the_attention_on_the_encoders_grid() -> No
 
 def test_without_decoder_a_single_iteration_is_refused() -> None:
     with pytest.raises(UserError, match=r"slots\.iterations"):
-        SlotScops(FeatureEncoder(8), num_iterations=1, maps_from="attention")
+        network_of(FeatureEncoder(8), "slots.iterations=1", "decoder.maps=attention")

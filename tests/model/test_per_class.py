@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 import slotscops
-from slotscops.config import config_from_mapping
+from slotscops.config import config_from_mapping, load_config
 from slotscops.core.errors import UserError
 from slotscops.evaluate import __main__ as evaluate
 from slotscops.features.cache import open_cache
 from slotscops.loader.split import Split
-from slotscops.model.clusters import start_from_features
+from slotscops.model.basis import start_from_features
 from slotscops.model.encoder import FeatureEncoder
-from slotscops.model.network import SlotScops
+from slotscops.model.network import SlotScops, build_network
 from slotscops.segment import __main__ as segment
 from slotscops.shard.index import open_dataset
 from slotscops.train.run.checkpoint import load_checkpoint
@@ -26,20 +26,20 @@ from slotscops.train.run.folder import resolve_checkpoint
 OWN = ["slots.per_class=own", "decoder.maps=attention", "basis.init=kmeans", "train.learning_rate=0.01"]
 
 
-def own_network(num_classes: int = 3, **choices: object) -> SlotScops:
+def network_of(num_classes: int | None, *settings: str) -> SlotScops:
     torch.manual_seed(0)
-    chosen = {"maps_from": "attention", **choices}
-    return SlotScops(FeatureEncoder(8), num_parts=2, feature_channels=8, num_classes=num_classes, **chosen)  # type: ignore[arg-type]
+    config = load_config(None, ["decoder.maps=attention", "slots.num_parts=2", *settings])
+    return build_network(FeatureEncoder(8), config, 8, num_classes)
 
 
 @pytest.mark.parametrize("init", ["learned", "image_conditioned"])
 def test_each_image_is_seen_as_by_a_network_of_its_class_alone(init: str) -> None:
-    network = own_network(slot_init=init)
+    network = network_of(3, f"slots.init={init}")
     inputs, class_ids = torch.randn(4, 8, 5, 5), torch.tensor([2, 0, 2, 1])
     output = network(inputs, class_ids=class_ids)
     for number, class_id in enumerate(class_ids.tolist()):
-        alone = own_network(slot_init=init)
-        single = SlotScops(FeatureEncoder(8), num_parts=2, feature_channels=8, maps_from="attention", slot_init=init)  # type: ignore[arg-type]
+        alone = network_of(3, f"slots.init={init}")
+        single = network_of(None, f"slots.init={init}")
         tensors = {name: tensor for name, tensor in alone.state_dict().items() if not name.startswith("class_head")}
         tensors["slot_attention.start"] = tensors["slot_attention.start"][class_id]
         tensors["basis_parameter"] = tensors["basis_parameter"][2 * class_id : 2 * class_id + 2]
@@ -50,7 +50,7 @@ def test_each_image_is_seen_as_by_a_network_of_its_class_alone(init: str) -> Non
 
 
 def test_the_guess_decides_where_no_class_is_given_and_trains_nothing_but_itself() -> None:
-    network = own_network()
+    network = network_of(3)
     inputs = torch.randn(5, 8, 4, 4)
     guessed = network(inputs)
     assert guessed.class_logits is not None
@@ -64,12 +64,12 @@ def test_the_guess_decides_where_no_class_is_given_and_trains_nothing_but_itself
 
 
 @pytest.mark.parametrize(
-    ("choices", "named"),
-    [({"slot_init": "shared_gaussian"}, r"slots\.init is shared_gaussian"), ({"maps_from": "head_only"}, "head_only")],
+    ("setting", "named"),
+    [("slots.init=shared_gaussian", r"slots\.init is shared_gaussian"), ("decoder.maps=head_only", "head_only")],
 )
-def test_what_has_no_starts_of_its_own_is_refused(choices: dict[str, object], named: str) -> None:
+def test_what_has_no_starts_of_its_own_is_refused(setting: str, named: str) -> None:
     with pytest.raises(UserError, match=rf"slots\.per_class is own, but .*{named}"):
-        own_network(**choices)
+        network_of(3, setting)
 
 
 def test_a_class_starts_from_clusters_of_its_own_photos_and_one_without_photos_from_chance(toy_shards: Path) -> None:
@@ -79,10 +79,10 @@ def test_a_class_starts_from_clusters_of_its_own_photos_and_one_without_photos_f
     split = Split(dataset, "train", open_cache(dataset, "relu5_4", 64), with_labels=True)
     present = sorted(set(split.class_ids().tolist()))
     num_classes = max(present) + 2  # the last one has no photos
-    network = SlotScops(FeatureEncoder(512), num_parts=2, num_classes=num_classes)
-    before = network.basis_parameter.detach().clone().split(2)
-    start_from_features(network, split, config)
-    after = network.basis_parameter.detach().split(2)
+    network = build_network(FeatureEncoder(512), config, 512, num_classes)
+    before = network.basis.basis_parameter.detach().clone().split(2)
+    start_from_features(network.basis, network.target, split, config)
+    after = network.basis.basis_parameter.detach().split(2)
     moved = [number for number in range(num_classes) if not torch.equal(before[number], after[number])]
     assert moved == present
     assert len(present) == 2

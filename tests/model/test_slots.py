@@ -74,10 +74,10 @@ def test_slot_attention_is_algorithm_1(init: str, epsilon: float) -> None:
     inputs, noise = torch.randn(2, 9, 12), torch.randn(2, 4, 12)
     if init == "learned":
         slots, attention = module(inputs)
-        start = array(module.start)[None].repeat(2, axis=0)
+        start = array(module.starts.start)[None].repeat(2, axis=0)
     else:
         slots, attention = module(inputs, noise)
-        start = array(module.mean) + np.exp(array(module.log_sigma)) * array(noise)
+        start = array(module.starts.mean) + np.exp(array(module.starts.log_sigma)) * array(noise)
     for image in range(2):
         expected_slots, expected_attention = algorithm_1(module, array(inputs[image]), start[image])
         np.testing.assert_allclose(array(slots[image]), expected_slots, rtol=1e-4, atol=1e-5)

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from commands import PYTHON, TWO_PROCESSES, assert_same_tensors, metrics, train
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim import AdamW
 
 from slotscops.train.reduction import FixedOrderReducer
 
@@ -26,6 +28,36 @@ def test_the_mean_is_that_of_the_gradients_added_one_after_the_other() -> None:
     assert torch.equal(network.weight.grad, (((gradients[0] + gradients[1]) + gradients[2]) + gradients[3]) / 4)
     assert network.bias.grad is not None
     assert torch.equal(network.bias.grad, torch.zeros(2))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_three_fused_steps_with_one_microbatch_equal_three_steps_with_plain_gradients(channels_last: bool) -> None:
+    plain = nn.Conv2d(4, 8, kernel_size=3)
+    if channels_last:
+        plain = plain.to(memory_format=torch.channels_last)
+    reduced = copy.deepcopy(plain)
+    reducer = FixedOrderReducer(list(reduced.parameters()))
+    optimizers = [AdamW(network.parameters(), lr=0.1, fused=True) for network in (plain, reduced)]
+    for _ in range(3):
+        images = torch.randn(2, 4, 6, 6)
+        for network in (plain, reduced):
+            network(images).square().mean().backward()
+        reducer.collect()
+        reducer.reduce()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(reduced.weight, plain.weight)
+        assert torch.equal(reduced.bias, plain.bias)
+
+
+def test_a_channels_last_parameter_without_a_gradient_gets_zeros() -> None:
+    network = nn.Conv2d(4, 8, kernel_size=3).to(memory_format=torch.channels_last)
+    reducer = FixedOrderReducer(list(network.parameters()))
+    reducer.collect()
+    reducer.reduce()
+    assert network.weight.grad is not None
+    assert torch.equal(network.weight.grad, torch.zeros(8, 4, 3, 3))
 
 
 def test_one_two_and_four_processes_train_the_very_same_parameters(toy_shards: Path, tmp_path: Path) -> None:

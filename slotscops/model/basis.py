@@ -1,0 +1,62 @@
+"""The part basis: what teacher features each part stands for, and how it starts.
+
+Shapes: B images, K parts, C teacher channels, G classes of objects.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slotscops.config import BasisKind, Config
+from slotscops.loader.split import Split
+from slotscops.model.clusters import find_centres, find_uneven_centres, sample_vectors
+from slotscops.model.starts import rows_of_classes
+from slotscops.model.target import TargetTransform
+
+
+class PartBasis(nn.Module):
+    """K learned rows of C channels. Part maps times the basis are the teacher's features as the parts rebuild them.
+
+    Source: SCOPS (arXiv:1905.01298), semantic part basis.
+    """
+
+    def __init__(
+        self, num_parts: int, feature_channels: int, kind: BasisKind = "relu", num_classes: int | None = None
+    ) -> None:
+        """
+        Args:
+            kind: `relu` sets negative numbers to 0; `free` lets them be.
+            num_classes: G; each class of objects has rows of its own. None: all classes share them.
+        """
+        super().__init__()
+        self.num_parts, self.kind, self.num_classes = num_parts, kind, num_classes
+        self.basis_parameter = nn.Parameter(torch.randn((num_classes or 1) * num_parts, feature_channels).abs())
+
+    def forward(self, class_ids: Tensor | None = None) -> Tensor:
+        """(K, C); or (B, K, C) for class_ids (B,) where each class has rows of its own."""
+        rows = self.basis_parameter if self.kind == "free" else functional.relu(self.basis_parameter)  # (G * K, C)
+        if self.num_classes is None:
+            return rows
+        assert class_ids is not None, "each class has rows of its own; give class_ids"
+        return rows_of_classes(rows.unflatten(0, (self.num_classes, -1)), class_ids)
+
+
+def start_from_features(basis: PartBasis, target: TargetTransform, split: Split, config: Config) -> None:
+    """Sets the target's scales and the basis, which lies in the target's space, from a sample of the cached features.
+
+    Every process computes the same, because the sample and the clusters follow from `config.seed`.
+    """
+    if config.basis.init == "random" and config.teacher.transform != "channel_standardised":
+        return
+    # Where the target is masked by the objects, the parts have to rebuild nothing else.
+    inside_objects = config.losses.target_mask == "object"
+    vectors = sample_vectors(split, config.seed, inside_objects=inside_objects)
+    target.measure(vectors)
+    if config.basis.init == "random":
+        return
+    find = find_centres if config.basis.init == "kmeans" else find_uneven_centres
+    for class_id, rows in enumerate(basis.basis_parameter.data.split(basis.num_parts)):
+        if basis.num_classes is not None:
+            vectors = sample_vectors(split, config.seed, inside_objects=inside_objects, class_id=class_id)
+        if len(vectors) >= basis.num_parts:  # A class without photos to train on keeps its random rows.
+            rows.copy_(find(target(vectors), basis.num_parts, config.seed))

@@ -1,0 +1,95 @@
+"""From the encoder's maps to logits of parts: through slots, or by SCOPS' head alone.
+
+Shapes: B images; S = K + 1 slots, background first; C_e encoder channels on an h x w grid of N = h * w positions;
+D slot dimension; G x G decoder grid.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from slotscops.model.decoder import DilatedHead, SlotDecoder
+from slotscops.model.slots import SlotAttention, SoftPositionEncoding
+
+_EPSILON = 1e-8  # keeps the log of an attention that rounds to 0 finite
+
+
+class PartLogits(NamedTuple):
+    """Logits of parts, and what was computed on the way to them."""
+
+    logits: Tensor  # (B, S, G, G), or (B, S, h, w) without decoder; slot 0 is the background
+    slots: Tensor | None = None  # (B, S, D); None without slots, as the next
+    attention: Tensor | None = None  # (B, S, N) of the last iteration; sums to 1 over slots
+    broadcast: Tensor | None = None  # (B * S, D, G, G) each slot at every position, plus the positions
+    slot_logits: Tensor | None = None  # (B * S, 1, G, G) the head's answer to each slot; None without decoder
+
+
+class HeadLogits(nn.Module):
+    """SCOPS' head on the encoder's normalised maps, without any slots: what slots have to beat."""
+
+    def __init__(self, in_channels: int, num_slots: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(in_channels)
+        self.head = DilatedHead(in_channels, num_slots)
+
+    def forward(self, encoded: Tensor) -> PartLogits:
+        """(B, C_e, h, w) -> logits (B, S, h, w)"""
+        normalised = self.norm(encoded.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C_e, h, w)
+        return PartLogits(self.head(normalised))
+
+
+class Tokens(nn.Module):
+    """The encoder's maps with positions added, normalised and mapped to the slots' width: what slots attend to.
+
+    Source: Locatello et al. (arXiv:2006.15055), appendix E.2.
+    """
+
+    def __init__(self, in_channels: int, dim: int, hidden: int = 0) -> None:
+        """
+        Args:
+            hidden: width of a ReLU layer between normalised maps and tokens, as in the paper; 0: one linear map.
+        """
+        super().__init__()
+        self.norm = nn.LayerNorm(in_channels)
+        self.positions = SoftPositionEncoding(in_channels)
+        self.project: nn.Module
+        if hidden:
+            self.project = nn.Sequential(nn.Linear(in_channels, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        else:
+            self.project = nn.Linear(in_channels, dim)
+
+    def forward(self, encoded: Tensor) -> Tensor:
+        """(B, C_e, h, w) -> (B, N, D)"""
+        positioned = self.positions(encoded).flatten(2).transpose(1, 2)  # (B, N, C_e)
+        tokens: Tensor = self.project(self.norm(positioned))
+        return tokens
+
+
+class SlotLogits(nn.Module):
+    """Slot Attention on the tokens; then each slot is decoded to a map, or the last attention is the maps."""
+
+    def __init__(self, slot_attention: SlotAttention, decoder: SlotDecoder | None) -> None:
+        """
+        Args:
+            decoder: None takes the log of the last attention as the logits, on the encoder's grid.
+        """
+        super().__init__()
+        self.slot_attention = slot_attention
+        self.decoder = decoder
+
+    def forward(
+        self, tokens: Tensor, grid: Sequence[int], noise: Tensor | None = None, class_ids: Tensor | None = None
+    ) -> PartLogits:
+        """
+        Args:
+            tokens: (B, N, D).
+            grid: h and w of the encoder's maps.
+            noise, class_ids: see `SlotAttention`.
+        """
+        slots, attention = self.slot_attention(tokens, noise, class_ids)  # (B, S, D), (B, S, N)
+        if self.decoder is None:
+            return PartLogits((attention + _EPSILON).log().unflatten(2, grid), slots, attention)
+        broadcast, slot_logits = self.decoder(slots, grid)  # (B * S, D, G, G), (B * S, 1, G, G)
+        logits = slot_logits.view(-1, self.slot_attention.num_slots, *slot_logits.shape[2:])  # (B, S, G, G)
+        return PartLogits(logits, slots, attention, broadcast, slot_logits)
