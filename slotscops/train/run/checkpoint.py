@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from slotscops.core.errors import UserError
-from slotscops.core.files import fsync, sha256_of_file, write_json
+from slotscops.core.files import fsync, sha256_of_file, write_bytes, write_json
 
 FORMAT = 1
 _FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
@@ -100,11 +100,10 @@ def save_checkpoint(
 
 def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State) -> None:
     for name, group in tensors.items():
-        save_file(dict(group), folder / f"{name}.safetensors")
+        # Not with safetensors' save_file, which makes files that only their owner may read, whatever the umask.
+        write_bytes(folder / f"{name}.safetensors", save(dict(group)))
     write_json(folder / "state.json", asdict(state))
     names = [*(f"{name}.safetensors" for name in tensors), "state.json"]
-    for name in names:
-        fsync(folder / name)
     write_json(folder / "manifest.json", {name: _describe(folder / name) for name in names})
 
 

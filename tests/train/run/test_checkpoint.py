@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,18 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     assert not checkpoint.restore_rng(states, rank=0)
     assert checkpoint.restore_rng(states, rank=1)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_files_of_a_checkpoint_have_the_mode_that_the_umask_gives_to_other_files(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        path = saved(tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == dict.fromkeys(FILES, mode)
 
 
 @pytest.mark.parametrize("name", FILES)
