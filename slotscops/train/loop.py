@@ -55,9 +55,11 @@ class Trainer:
         check_same_on_all_ranks(config, self.dataset, self.cache, start_from)
         num_classes = len(self.dataset.class_names)
         self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes)
-        # Only the object masks are looked at, and only where the target is masked by them.
+        # Part labels are never read. Object masks are read only where the target is masked by them.
         needs_masks = config.losses.target_mask == "object"
-        self._split = Split(self.dataset, "train", self.cache, with_labels=needs_masks, replace_damaged=True)
+        self._split = Split(
+            self.dataset, "train", self.cache, False, replace_damaged=True, with_object_masks=needs_masks
+        )
         self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder)
         if start_from is None:
             start_from_features(self.network, self._split, config)
