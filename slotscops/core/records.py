@@ -111,7 +111,8 @@ class Batch:
             tensor.record_stream(stream)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        return replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
+        return replace(self, **changed)
 
     def _tensors(self) -> dict[str, Tensor]:
         """The fields that hold a tensor, by name, so that a field that is added later is moved like the others."""

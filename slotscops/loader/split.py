@@ -104,7 +104,7 @@ class Split(Dataset[Batch]):
         size = self.dataset.size
         mirrored = samples >= len(self)
         pixels = np.empty((len(samples), size, size, 3), np.uint8)
-        maps = {
+        maps: dict[str, NDArray[Any]] = {
             member: np.empty((len(samples), size, size), np.bool_ if member == "object.png" else np.uint8)
             for member in self._map_members
         }
@@ -112,9 +112,10 @@ class Split(Dataset[Batch]):
         for place, (shard, row) in enumerate(places):
             reader = self._readers[shard]
             reader.read_image_into(pixels[place], row)
-            for member, array in maps.items():
-                array[place] = _read_map(reader, member, row)
-        for array in (pixels, *maps.values()):
+            for member, labels in maps.items():
+                labels[place] = _read_map(reader, member, row)
+        arrays: list[NDArray[Any]] = [pixels, *maps.values()]
+        for array in arrays:
             array[mirrored] = array[mirrored, :, ::-1]
         tensors = {member: torch.from_numpy(array) for member, array in maps.items()}
         return Batch(
