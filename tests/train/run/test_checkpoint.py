@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import stat
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,8 @@ def test_state_of_a_later_format_is_refused(tmp_path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="format 99"):
         load_checkpoint(path)
+
+
+def test_the_step_that_earlier_versions_kept_among_the_scores_is_no_score() -> None:
+    kept = asdict(State(step=4, samples_seen=16, config={}, scores={"step": 4, "val_nmi": 0.5}))
+    assert State.from_json(json.dumps(kept)).scores == {"val_nmi": 0.5}
