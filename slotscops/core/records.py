@@ -6,8 +6,9 @@ Shapes: S the crop's side in pixels.
 import io
 import json
 import warnings
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -86,41 +87,34 @@ class Batch:
 
     images: Tensor  # (B, 3, S, S) uint8 RGB, not yet normalised: a quarter of float32 to carry to the device
     features: Tensor | None  # (B, C, h, w) float16 teacher features of the same crops; None where no cache is read
-    parts: Tensor | None  # (B, S, S) uint8 part labels, 0 = none; None in training, which never looks at them
-    object_masks: Tensor | None  # (B, S, S) bool
+    parts: Tensor | None  # (B, S, S) uint8 part labels, 0 = none; None where the split does not read them
+    object_masks: Tensor | None  # (B, S, S) bool; None where the split does not read them
     class_ids: Tensor  # (B,) int64 row of the index's class table
     keys: list[str]  # B record keys
     parts_small: Tensor | None = None  # (B, S, S) as parts, with the smallest part on top
-    damaged: dict[str, str] = field(default_factory=dict)  # what is wrong, by key, with samples that others stand for
+    damaged: dict[str, str] = field(default_factory=dict)  # Damaged samples replaced in this batch: key -> reason.
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Self:
         """The same batch on another device, copied without waiting where the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> Self:
         """Called by the DataLoader, so that the copy to a GPU need not wait."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keeps the memory of its tensors until the work queued on `stream` is done."""
-        for tensor in (self.images, self.features, self.parts, self.object_masks, self.class_ids):
-            if tensor is not None:
-                tensor.record_stream(stream)
+        for tensor in self._tensors().values():
+            tensor.record_stream(stream)
 
-    def _map(self, function: Any) -> "Batch":
-        def apply(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else function(tensor)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
+        return replace(self, **changed)
 
-        return Batch(
-            function(self.images),
-            apply(self.features),
-            apply(self.parts),
-            apply(self.object_masks),
-            function(self.class_ids),
-            self.keys,
-            apply(self.parts_small),
-            damaged=self.damaged,
-        )
+    def _tensors(self) -> dict[str, Tensor]:
+        """The fields that hold a tensor, by name, so that a field that is added later is moved like the others."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}

@@ -6,10 +6,10 @@ Three protocols side by side, in both paint orders of overlapping parts; see `me
 a launcher.
 """
 
-import argparse
 import math
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _score_run(harness, trained, path) for trained, path in zip(harness.runs, options.checkpoint, strict=True)
     ]
     methods += [_score_baseline(harness, name) for name in options.baseline]
+    if console.is_main() and not any(method.has_scores for method in methods):
+        console.warn(
+            f"{harness.dataset.location}: the photos of '{options.split}' have no true parts, so there are no scores; "
+            "make shards of photos with part labels"
+        )
     about = {
         "shards": harness.dataset.location,
         "split": options.split,
@@ -59,30 +64,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @dataclass(frozen=True)
+class _BaselineSettings:
+    """How the baselines are fit, each option resolved to its value."""
+
+    teacher: str
+    layer: str
+    size: int  # of the features, pixels
+    clusters: int  # background included
+    transform: baselines.Transform
+    refine: bool
+    seed: int
+
+
+@dataclass(frozen=True)
 class _Harness:
     """What all methods of one command share."""
 
     dataset: Dataset
-    options: argparse.Namespace
+    split: str
+    landmarks: bool
+    baseline: _BaselineSettings
     runs: list[Trained]
     accelerator: Accelerator | None  # None: a single process
 
 
-def _open_harness(options: argparse.Namespace) -> _Harness:
+def _open_harness(options: Namespace) -> _Harness:
     accelerator = join_processes() if console.world_size() > 1 else None
     runs = [load_model(path) for path in options.checkpoint]
     dataset = open_dataset(options.shards or runs[0].config.data.shards)
     if not dataset.num_samples(options.split):
         raise UserError(f"{dataset.location}: the split '{options.split}' holds no samples; there is nothing to score")
+    return _Harness(
+        dataset, options.split, options.landmarks, _baseline_settings(options, runs, dataset), runs, accelerator
+    )
+
+
+def _baseline_settings(options: Namespace, runs: list[Trained], dataset: Dataset) -> _BaselineSettings:
+    """The baselines' settings; those not given are the first run's, or the defaults where no run is scored."""
     first = runs[0].config if runs else None
-    if options.teacher is None:
-        options.teacher = first.teacher.network if first else "vgg19"
-    if options.layer is None:
-        options.layer = first.teacher.layer if first else "relu5_4"
-        options.size = options.size or (first.teacher_size if first else None)
-    options.size = options.size or dataset.size
-    options.clusters = options.clusters or (runs[0].network.num_slots if runs else 6)
-    return _Harness(dataset, options, runs, accelerator)
+    size = options.size
+    if options.layer is None and first:
+        size = size or first.teacher_size
+    return _BaselineSettings(
+        teacher=options.teacher or (first.teacher.network if first else "vgg19"),
+        layer=options.layer or (first.teacher.layer if first else "relu5_4"),
+        size=size or dataset.size,
+        clusters=options.clusters or (runs[0].network.num_slots if runs else 6),
+        transform=options.transform,
+        refine=options.refinement != "none",
+        seed=options.seed,
+    )
 
 
 def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
@@ -101,11 +132,11 @@ def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
         teacher, sha256 = config.teacher, trained.state.teacher_sha256
         cache = open_cache(harness.dataset, teacher.layer, config.teacher_size, sha256, teacher.network)
         warn_if_random(cache)
-    train, split = (Split(harness.dataset, name, cache, with_labels=True) for name in ("train", harness.options.split))
+    train, split = (Split(harness.dataset, name, cache, with_labels=True) for name in ("train", harness.split))
     classes = _classes_of_network(trained, harness.dataset, path) if network.num_classes is not None else None
     predict = network_predictor(network, device, classes)
     scored = _score(harness, str(path), predict, train, split, network.num_slots, classes is not None)
-    return scored._replace(kind="run", settings=to_mapping(config))
+    return replace(scored, kind="run", settings=to_mapping(config))
 
 
 def _classes_of_network(trained: Trained, dataset: Dataset, path: Path) -> list[int]:
@@ -121,24 +152,23 @@ def _classes_of_network(trained: Trained, dataset: Dataset, path: Path) -> list[
 
 
 def _score_baseline(harness: _Harness, name: str) -> Scored:
-    options, cache, title = harness.options, None, name
+    settings, cache, title = harness.baseline, None, name
     if not harness.dataset.num_samples("train"):
         raise UserError(f"{harness.dataset.location}: holds no training samples, which a baseline is fit to")
     if name != "position":
-        cache = open_cache(harness.dataset, options.layer, options.size, network=options.teacher)
+        cache = open_cache(harness.dataset, settings.layer, settings.size, network=settings.teacher)
         warn_if_random(cache)
-        network = "" if options.teacher == "vgg19" else f"{options.teacher} "
-        transform = "" if options.transform == "none" else f" {options.transform}"
-        title = f"{name} {network}{options.layer} {options.size} px{transform}"
-    title += "" if options.refinement == "none" else f" {options.refinement}"
-    train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", options.split))
+        network = "" if settings.teacher == "vgg19" else f"{settings.teacher} "
+        transform = "" if settings.transform == "none" else f" {settings.transform}"
+        title = f"{name} {network}{settings.layer} {settings.size} px{transform}"
+    title += " pamr" if settings.refine else ""
+    train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", harness.split))
     # Every process fits the same: samples and starts are drawn from the seed.
-    refine = options.refinement != "none"
     if name == "supervised":
-        predict = ceiling.fit(train, options.seed, options.transform, refine)
+        predict = ceiling.fit(train, settings.seed, settings.transform, settings.refine)
         return _score(harness, title, predict, train, split, ceiling.num_predicted(split), own_parts=True)
-    predict = baselines.fit(name, train, options.clusters, options.seed, options.transform, refine)
-    return _score(harness, title, predict, train, split, options.clusters)
+    predict = baselines.fit(name, train, settings.clusters, settings.seed, settings.transform, settings.refine)
+    return _score(harness, title, predict, train, split, settings.clusters)
 
 
 def _score(
@@ -155,7 +185,7 @@ def _score(
     scores = score_predictions(predict, batches, split.dataset, num_predicted, own_parts)
     scores.set_counts(sum_over_processes(scores.counts(), harness.accelerator))
     landmarks = {}
-    if harness.options.landmarks:
+    if harness.landmarks:
         landmarks = landmark_errors(predict, train, split, num_predicted, harness.accelerator)
     rows = {protocol: {order: scores.scores(protocol, order) for order in ORDERS} for protocol in PROTOCOLS}
     return Scored(name, "baseline", num_predicted - 1, rows, landmarks)

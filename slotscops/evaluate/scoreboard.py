@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,8 @@ _TITLES = {
 _MAY_DIFFER = {"seed", "run_dir"}  # between the runs of one mean
 
 
-class Scored(NamedTuple):
+@dataclass(frozen=True)
+class Scored:
     """One method's scores."""
 
     name: str
@@ -36,8 +38,14 @@ class Scored(NamedTuple):
     landmarks: dict[str, float]  # by class; empty where not asked for
     settings: dict[str, Any] | None = None  # of a run
 
+    @property
+    def has_scores(self) -> bool:
+        """False where no photo had true parts to compare with."""
+        return any(not math.isnan(row["nmi"]) for row in self.rows["own"]["first"].values())
 
-class Mean(NamedTuple):
+
+@dataclass(frozen=True)
+class Mean:
     """Mean and sample standard deviation (n - 1) of runs that differ in their seed alone."""
 
     names: list[str]

@@ -10,7 +10,7 @@ import argparse
 from slotscops.core import console
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import RunError
-from slotscops.features.cache import FeatureCache, open_cache, verify, warn_if_random
+from slotscops.features.cache import FeatureCache, find_damage, open_cache, warn_if_random
 from slotscops.features.manifest import REMOVE_AND_REBUILD
 from slotscops.features.teacher import Teacher
 from slotscops.features.writer import build_cache
@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     size = options.size or dataset.size
     if options.verify:
         cache = open_cache(dataset, options.layer, size, None, options.teacher, options.mirrored)
-        damaged = verify(cache) + (verify(cache.mirrored) if cache.mirrored else [])
+        caches = [cache] if cache.mirrored is None else [cache, cache.mirrored]
+        entries = [entry for split in dataset.splits.values() for entry in split]
+        damaged = [entry.name for one in caches for entry in entries if find_damage(one, entry)]
         if damaged:
             raise RunError(f"damaged feature files: {', '.join(damaged)}; {REMOVE_AND_REBUILD}")
         console.say("every feature file is what the manifest says")

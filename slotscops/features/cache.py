@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slotscops.core import console
-from slotscops.core.errors import UserError
+from slotscops.core.errors import DamageError, UserError
 from slotscops.core.files import sha256_of_file, sha256_of_json
 from slotscops.features.manifest import REMOVE_AND_REBUILD, file_label, name_of, read_manifest, rebuild_command
 from slotscops.features.rows import FeatureShard
@@ -165,13 +165,32 @@ def _check_files(cache: FeatureCache, dataset: Dataset) -> None:
                 raise UserError(f"{path}: came {came}, needed {needed}; {REMOVE_AND_REBUILD}")
 
 
-def verify(cache: FeatureCache) -> list[str]:
-    """Names of the shards whose feature file differs from the sha256 in the manifest."""
-    return [
-        shard
-        for shard, row in sorted(cache.manifest["files"].items())
-        if not cache.path(shard).is_file() or sha256_of_file(cache.path(shard)) != row["sha256"]
-    ]
+def find_damage(cache: FeatureCache, entry: ShardEntry) -> list[str]:
+    """What is wrong with the features of one shard, one line for each damaged file or row; usually nothing."""
+    path, row = cache.path(entry.name), cache.manifest["files"].get(entry.name)
+    if row is None:
+        return [f"{cache.folder / 'manifest.json'}: lists no {path.name}; {REMOVE_AND_REBUILD}"]
+    try:
+        if sha256_of_file(path) == row["sha256"]:
+            return []
+    except OSError as error:
+        return [f"{path}: cannot be read ({error.strerror}); {REMOVE_AND_REBUILD}"]
+    try:
+        shard = cache.open_shard(entry)
+    except UserError as error:
+        return [str(error)]
+    lines = []
+    try:
+        index = cache.dataset.read_index(entry)
+    except UserError:  # the check of the shards reports this
+        index = None
+    for number in range(len(shard)):
+        try:
+            shard.read_rows([number])
+        except DamageError:
+            sample = "" if index is None else f" ({index.key(number)})"
+            lines.append(f"{path}: row {number}{sample} is damaged; {REMOVE_AND_REBUILD}")
+    return lines or [f"{path}: is damaged (sha256 differs from the manifest), though no row is; {REMOVE_AND_REBUILD}"]
 
 
 def warn_if_random(cache: FeatureCache) -> None:

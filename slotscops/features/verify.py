@@ -15,6 +15,7 @@ from slotscops.core.files import sha256_of_file
 from slotscops.core.pool import WorkerPool
 from slotscops.core.records import MEMBERS
 from slotscops.features.cache import FeatureCache
+from slotscops.features.cache import find_damage as find_feature_damage
 from slotscops.features.manifest import REMOVE_AND_REBUILD, read_manifest
 from slotscops.shard.index import Dataset, ShardEntry, ShardIndex, dataset_path, open_dataset, read_dataset
 from slotscops.shard.reader import MEND, ShardReader
@@ -61,7 +62,7 @@ def find_damage(shards: Path, num_workers: int) -> Iterator[str]:
             for lines in pool.map(partial(_check_shard, dataset), part):
                 yield from lines
             for cache in caches:
-                for lines in pool.map(partial(_check_features, dataset, cache), part):
+                for lines in pool.map(partial(find_feature_damage, cache), part):
                     yield from lines
 
 
@@ -133,33 +134,3 @@ def tar_header(name: str, size: int) -> bytes:
     entry = tarfile.TarInfo(name)
     entry.size = size
     return entry.tobuf(tarfile.GNU_FORMAT)
-
-
-# ---- features ----------------------------------------------------------------------------------------------------
-
-
-def _check_features(dataset: Dataset, cache: FeatureCache, entry: ShardEntry) -> list[str]:
-    path, row = cache.path(entry.name), cache.manifest["files"].get(entry.name)
-    if row is None:
-        return [f"{cache.folder / 'manifest.json'}: lists no {path.name}; {REMOVE_AND_REBUILD}"]
-    try:
-        if sha256_of_file(path) == row["sha256"]:
-            return []
-    except OSError as error:
-        return [f"{path}: cannot be read ({error.strerror}); {REMOVE_AND_REBUILD}"]
-    try:
-        shard = cache.open_shard(entry)
-    except UserError as error:
-        return [str(error)]
-    lines = []
-    try:
-        index = dataset.read_index(entry)
-    except UserError:  # told already
-        index = None
-    for number in range(len(shard)):
-        try:
-            shard.read_rows([number])
-        except DamageError:
-            sample = "" if index is None else f" ({index.key(number)})"
-            lines.append(f"{path}: row {number}{sample} is damaged; {REMOVE_AND_REBUILD}")
-    return lines or [f"{path}: is damaged (sha256 differs from the manifest), though no row is; {REMOVE_AND_REBUILD}"]

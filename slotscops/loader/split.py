@@ -5,7 +5,7 @@ sample i turned left to right.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from slotscops.features.rows import FeatureShard
 from slotscops.loader.plan import NUM_SUBSTITUTES, substitutes
 from slotscops.shard.index import Dataset as ShardDataset
 from slotscops.shard.index import ShardEntry, ShardIndex
-from slotscops.shard.reader import ShardReaders
+from slotscops.shard.reader import ShardReader, ShardReaders
 
 
 @dataclass
@@ -31,8 +31,9 @@ class Split(Dataset[Batch]):
     dataset: ShardDataset
     name: str  # train or val
     cache: FeatureCache | None  # None: batches without features
-    with_labels: bool  # evaluation reads part labels and object masks; training never does
+    with_labels: bool  # read part labels and object masks, for evaluation; training never reads part labels
     replace_damaged: bool = False  # training goes on with others; evaluation must not, or its scores would change
+    with_object_masks: bool = False  # read object masks even without part labels, for losses.target_mask=object
 
     def __len__(self) -> int:
         return self.dataset.num_samples(self.name)
@@ -103,27 +104,36 @@ class Split(Dataset[Batch]):
         size = self.dataset.size
         mirrored = samples >= len(self)
         pixels = np.empty((len(samples), size, size, 3), np.uint8)
-        parts, parts_small = np.empty((2, len(samples), size, size), np.uint8)
-        objects = np.empty(parts.shape, np.bool_)
+        maps: dict[str, NDArray[Any]] = {
+            member: np.empty((len(samples), size, size), np.bool_ if member == "object.png" else np.uint8)
+            for member in self._map_members
+        }
         places = list(zip(shards.tolist(), rows.tolist(), strict=True))
         for place, (shard, row) in enumerate(places):
             reader = self._readers[shard]
             reader.read_image_into(pixels[place], row)
-            if self.with_labels:
-                parts[place] = reader.read_parts(row)
-                parts_small[place] = reader.read_parts(row, smallest_on_top=True)
-                objects[place] = reader.read_object_mask(row)
-        for array in (pixels, parts, parts_small, objects) if self.with_labels else (pixels,):
+            for member, labels in maps.items():
+                labels[place] = _read_map(reader, member, row)
+        arrays: list[NDArray[Any]] = [pixels, *maps.values()]
+        for array in arrays:
             array[mirrored] = array[mirrored, :, ::-1]
+        tensors = {member: torch.from_numpy(array) for member, array in maps.items()}
         return Batch(
             images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # laid out channels last
             features=self._read_features(shards, rows, mirrored),
-            parts=torch.from_numpy(parts) if self.with_labels else None,
-            object_masks=torch.from_numpy(objects) if self.with_labels else None,
+            parts=tensors.get("parts.png"),
+            object_masks=tensors.get("object.png"),
             class_ids=torch.tensor([self._index(s).class_ids[r] for s, r in places]),
             keys=[self._index(s).key(r) for s, r in places],
-            parts_small=torch.from_numpy(parts_small) if self.with_labels else None,
+            parts_small=tensors.get("parts_small.png"),
         )
+
+    @property
+    def _map_members(self) -> tuple[str, ...]:
+        """The members that are read besides the photo."""
+        if self.with_labels:
+            return ("parts.png", "parts_small.png", "object.png")
+        return ("object.png",) if self.with_object_masks else ()
 
     def _fetch_together(self, shards: NDArray[np.int64]) -> None:
         """Of a batch of remote samples, what is not at hand yet; the rest is left to where it is opened."""
@@ -202,5 +212,11 @@ class Split(Dataset[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker opens its own files; memory maps do not travel.
-        fields = ("dataset", "name", "cache", "with_labels", "replace_damaged")
-        return {field: self.__dict__[field] for field in fields}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _read_map(reader: ShardReader, member: str, row: int) -> NDArray[Any]:
+    """(S, S) uint8 part labels, or bool of the object."""
+    if member == "object.png":
+        return reader.read_object_mask(row)
+    return reader.read_parts(row, smallest_on_top=member == "parts_small.png")

@@ -12,6 +12,7 @@ Choudhury et al. paint; `small`, the one of the fewest pixels, so that eyes lie 
 Shapes: B images, H x W pixels, P predicted labels, T true labels of a class.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -101,10 +102,18 @@ class ProtocolScores:
         return [name for name in self.class_names if self.table("own", "first", name).any()]
 
     def scores(self, protocol: str, order: str) -> dict[str, dict[str, float]]:
-        """By class and, of several, pooled over all: `nmi, ari, miou, majority_miou` in 0..1."""
+        """By class and, of several, pooled over all: `nmi, ari, miou, majority_miou` in 0..1.
+
+        All are NaN for a class of which no pixel belongs to a true part: there is nothing to compare with.
+        """
         names = self.seen_classes()
         rows = names if len(names) == 1 else [*names, ALL_CLASSES]
-        return {name: score_table(self.table(protocol, order, name)) for name in rows}
+        scores = {name: score_table(self.table(protocol, order, name)) for name in rows}
+        return {name: row if self.has_truth(name) else dict.fromkeys(row, math.nan) for name, row in scores.items()}
+
+    def has_truth(self, class_name: str = ALL_CLASSES) -> bool:
+        """True where at least one counted pixel belongs to a true part. Without any, there are no scores."""
+        return bool(self.table("foreground", "first", class_name).any())
 
     def confusion(self) -> dict[str, dict[str, Any]]:
         """By class: `parts`, names of the true parts, none first; by paint order, pixels of each label in each part."""
@@ -115,7 +124,12 @@ class ProtocolScores:
         }
 
     def pooled(self) -> dict[str, float]:
-        """A run's scores while it trains, over all classes, first listed on top: own background, FG-, given mask."""
+        """A run's scores while it trains, over all classes, first listed on top: own background, FG-, given mask.
+
+        Empty where no pixel belongs to a true part.
+        """
+        if not self.has_truth():
+            return {}
         own = PartScores.from_table(torch.from_numpy(self.table("own", "first"))).compute()
         mask = score_table(self.table("mask", "first"))
         return own | {"mask_nmi": mask["nmi"], "mask_ari": mask["ari"]}

@@ -25,17 +25,21 @@ from slotscops.train import monitors
 from slotscops.train.averaging import WeightAverage
 from slotscops.train.build import build_model, build_optimizer
 from slotscops.train.damage import DamageLedger
-from slotscops.train.finite import FiniteWatch
 from slotscops.train.processes import check_same_on_all_ranks, microbatches_of_process, open_training_data
 from slotscops.train.reduction import FixedOrderReducer
-from slotscops.train.run import checkpoint, snapshot
+from slotscops.train.run import checkpoint
 from slotscops.train.run.folder import RunFolder, check_same_run
-from slotscops.train.run.page import write_report
+from slotscops.train.run.page import write_page
 from slotscops.train.run.writer import CheckpointWriter
 from slotscops.train.schedule import learning_rate_factor
 from slotscops.train.stopping import Agreement, StopRequest
 from slotscops.train.stopwatch import Stopwatch, peak_memory_bytes
 from slotscops.train.trackers import log_picture, open_trackers
+
+_NO_TRUTH = (
+    "No scores and no best checkpoint: the evaluated photos of val have no true parts to compare with. "
+    "To get scores, make shards of photos with part labels."
+)
 
 
 class Trainer:
@@ -55,9 +59,11 @@ class Trainer:
         check_same_on_all_ranks(config, self.dataset, self.cache, start_from)
         num_classes = len(self.dataset.class_names)
         self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes)
-        # Only the object masks are looked at, and only where the target is masked by them.
+        # Part labels are never read. Object masks are read only where the target is masked by them.
         needs_masks = config.losses.target_mask == "object"
-        self._split = Split(self.dataset, "train", self.cache, with_labels=needs_masks, replace_damaged=True)
+        self._split = Split(
+            self.dataset, "train", self.cache, False, replace_damaged=True, with_object_masks=needs_masks
+        )
         self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder)
         if start_from is None:
             start_from_features(self.network.basis, self.network.target, self._split, config)
@@ -67,9 +73,10 @@ class Trainer:
         self._wrap()
         self.step = 0  # steps done
         self.samples_seen = 0
-        self._scores: dict[str, float] = {}  # of the last evaluation
+        self._scores: dict[str, float] = {}  # of the last evaluation; empty where val has no true parts
+        self._evaluated_step = 0  # the step of the last evaluation in this start
         self._best: dict[str, Any] = {}  # score, value and step of the best one
-        self.finite = FiniteWatch(accelerator)
+        self.finite = monitors.FiniteWatch(accelerator)
         self._terms: dict[str, Tensor] = {}  # of the last step, unweighted, this process's mean
         self.stopwatch = Stopwatch()
         self._watched: tuple[Tensor, Tensor] | None = None  # logits and basis of the last microbatch
@@ -122,7 +129,7 @@ class Trainer:
                     self.log(loss, grad_norm)
                 with self.stopwatch.paused():
                     if self._was_evaluated_now() and self.accelerator.is_main_process:
-                        write_report(self.folder)
+                        write_page(self.folder)
                     if self._is_due(train.save_every_steps) or ends or self._best.get("step") == self.step:
                         self.save(writer)
                 if signal_number:
@@ -130,7 +137,7 @@ class Trainer:
             agreement.finish()
         if self.accelerator.is_main_process:
             self.folder.close(self.config, self.step, signal_number)
-            write_report(self.folder)
+            write_page(self.folder)
         return signal_number
 
     def _is_due(self, every_steps: int) -> bool:
@@ -201,7 +208,7 @@ class Trainer:
         """Goes on from a checkpoint, exactly."""
         saved = checkpoint.load_checkpoint(path)
         check_same_run(saved.state, self.config, self.dataset, self.cache, path)
-        snapshot.restore(saved, self.network, self._average, self.optimizer, self.accelerator.process_index)
+        checkpoint.restore(saved, self.network, self._average, self.optimizer, self.accelerator.process_index)
         self.step, self.samples_seen = saved.state.step, saved.state.samples_seen
         self._scores, self._best = saved.state.scores, saved.state.best
         console.say(f"{path}: going on from step {self.step}")
@@ -223,7 +230,7 @@ class Trainer:
         """Writes down the step just taken: metrics.jsonl, TensorBoard, a line."""
         row = self._make_row(loss, grad_norm)
         if self._was_evaluated_now():
-            row |= {name: score for name, score in self._scores.items() if name.startswith("val_")}
+            row |= self._scores
         digest = row.pop("batch_digest")  # text, which TensorBoard cannot plot
         self.accelerator.log(row, step=self.step)
         if self.accelerator.is_main_process:
@@ -280,30 +287,32 @@ class Trainer:
         scores = evaluate_split(network, split, self.accelerator, limit, lambda: request.signal_number > 0)
         if scores is None:  # asked to stop amid it: the coming step is the last
             return
-        self._scores = {"step": self.step} | {f"val_{name}": score for name, score in scores.pooled().items()}
+        self._evaluated_step = self.step
+        self._scores = {f"val_{name}": score for name, score in scores.pooled().items()}
         self._note_best()
         if self.accelerator.is_main_process:
             picture = picture_of_split(network, split)
             picture.save(self.folder.pictures / f"step-{self.step}.png")
             log_picture(self.accelerator, "parts", picture, self.step)
-            write_json(self.folder.evaluation, {"step": self.step, "confusion": scores.confusion()})
+            evaluation = {"step": self.step, "confusion": scores.confusion()}
+            write_json(self.folder.evaluation, evaluation if self._scores else evaluation | {"no_scores": _NO_TRUTH})
 
     def _note_best(self) -> None:
         name = self.config.train.best_score
-        if name is None:
+        value = self._scores.get(f"val_{name}")
+        if value is None:  # no score was asked for, or there are no true parts to score against
             return
-        value = self._scores[f"val_{name}"]
         before = self._best if self._best.get("score") == name else {}
         if value == value and value > before.get("value", float("-inf")):  # NaN: nothing to score
             self._best = {"score": name, "value": value, "step": self.step}
 
     def _was_evaluated_now(self) -> bool:
-        return self._scores.get("step") == self.step
+        return self._evaluated_step == self.step
 
     def save(self, writer: CheckpointWriter) -> None:
         """Hands the state of all processes to the writer."""
         self.finite.check()
-        tensors = snapshot.take(self.network, self._average, self.optimizer, self.accelerator)
+        tensors = checkpoint.gather_tensors(self.network, self._average, self.optimizer, self.accelerator)
         if not self.accelerator.is_main_process:
             return
         state = checkpoint.State(

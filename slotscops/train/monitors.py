@@ -1,12 +1,18 @@
-"""Monitors of collapse: how the slots share an image, how alike the basis' rows are, and what likely went wrong.
+"""Monitors of a training: losses that are not finite, and signs that the slots collapse.
+
+Signs of collapse are how the slots share an image and how alike the basis' rows are, with the likely cause of each.
 
 Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher channels, h x w grid of the logits.
 """
 
 import math
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
+
+from slotscops.core.errors import RunError
 
 # A slot that wins less is dead. Of 16 crops on a 16 x 16 grid it is 4 cells: eyes win more.
 DEAD_SHARE = 0.001
@@ -97,3 +103,34 @@ def likely_causes(row: dict[str, float], step: int, total_steps: int) -> dict[st
             "slots.num_parts, or set basis.init=kmeans"
         )
     return causes
+
+
+class FiniteWatch:
+    """Since which step the loss of each process, or the gradient, has not been finite."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._first_bad_steps = torch.zeros(2, dtype=torch.int64, device=accelerator.device)  # loss, gradient; 0: none
+
+    def note(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        # On the device: looking at the numbers here would make every step wait for it.
+        bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(grad_norm)])
+        self._first_bad_steps = torch.where(bad & (self._first_bad_steps == 0), step, self._first_bad_steps)
+
+    def check(self) -> None:
+        """All processes together, so that none goes on where another stops.
+
+        Raises:
+            RunError: on every process, if something was not finite; names rank and step.
+        """
+        bad_losses, bad_gradients = self._accelerator.gather(self._first_bad_steps[None]).T.tolist()
+        if not any(bad_losses + bad_gradients):
+            return
+        since = min(step for step in bad_losses + bad_gradients if step)
+        # A gradient is everyone's: who brought in what is not finite shows in the loss alone.
+        ranks = ", ".join(str(rank) for rank, step in enumerate(bad_losses) if step == since)
+        what = f"the loss of rank {ranks}" if ranks else "the gradient"
+        raise RunError(
+            f"{what} has not been finite since step {since}; lower train.learning_rate or train.clip_norm and go on "
+            "from the last checkpoint, which is from before it"
+        )

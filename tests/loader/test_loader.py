@@ -1,3 +1,6 @@
+import pickle
+from collections import Counter
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from slotscops.loader.batches import evaluation_batches, training_batches
 from slotscops.loader.plan import TrainingPlan, batch_digest, samples_at
 from slotscops.loader.split import Split
 from slotscops.shard.index import open_dataset
+from slotscops.shard.reader import ShardReader
 
 
 def open_split(shards: Path, name: str = "train", labels: bool = True) -> Split:
@@ -105,3 +109,62 @@ def test_a_damaged_payload_is_found_by_its_crc_and_named(toy_shards: Path, tmp_p
     split = open_split(shards)
     with pytest.raises(RunError, match=rf"{index.key(2)}\.jpg is damaged"):
         list(training_batches(split, plan_of(split), num_workers, pin_memory=False))
+
+
+@pytest.mark.parametrize(
+    ("flags", "members"),
+    [
+        ({"with_labels": False}, {"jpg"}),
+        ({"with_labels": False, "with_object_masks": True}, {"jpg", "object.png"}),
+        ({"with_labels": True}, {"jpg", "object.png", "parts.png", "parts_small.png"}),
+    ],
+)
+def test_a_split_reads_the_members_it_is_told_to_and_no_other(
+    toy_shards: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool], members: set[str]
+) -> None:
+    read = Counter[str]()
+    plain = ShardReader.read_member
+
+    def count(self: ShardReader, row: int, member: str) -> bytes:
+        read[member] += 1
+        return plain(self, row, member)
+
+    monkeypatch.setattr(ShardReader, "read_member", count)
+    split = Split(open_dataset(toy_shards), "train", None, **flags)
+    batch = split.read(np.array([0, 3, len(split) + 1]))  # the last one mirrored
+    assert read == dict.fromkeys(members, 3)
+    assert (batch.object_masks is not None) == ("object.png" in members)
+    whole = Split(split.dataset, "train", None, with_labels=True).read(np.array([0, 3, len(split) + 1]))
+    for name in ("parts", "parts_small", "object_masks"):
+        assert getattr(batch, name) is None or torch.equal(getattr(batch, name), getattr(whole, name))
+
+
+def test_a_split_reaches_a_worker_with_every_field_and_without_open_files(toy_shards: Path) -> None:
+    split = Split(open_dataset(toy_shards), "train", None, False, replace_damaged=True, with_object_masks=True)
+    split.read(np.array([0]))
+    sent = pickle.loads(pickle.dumps(split))
+    assert vars(sent).keys() == {field.name for field in fields(Split)}
+    assert all(getattr(sent, field.name) == getattr(split, field.name) for field in fields(Split))
+
+
+@dataclass(frozen=True)
+class BatchWithDepth(Batch):
+    """A batch with a tensor that `Batch` knows nothing of."""
+
+    depth: torch.Tensor | None = None
+
+
+def test_a_tensor_field_that_is_added_to_a_batch_is_moved_and_kept_with_the_others(
+    toy_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = open_split(toy_shards).read(np.array([0, 1]))
+    values = {field.name: getattr(plain, field.name) for field in fields(plain)} | {"damaged": {"a": "cut"}}
+    batch = BatchWithDepth(**values, depth=torch.zeros(2, 8, 8))
+    tensors = {"images", "features", "parts", "parts_small", "object_masks", "class_ids", "depth"}
+    moved = batch.to(torch.device("meta"))
+    assert {name for name in tensors if getattr(moved, name).device.type == "meta"} == tensors
+    assert (moved.keys, moved.damaged) == (batch.keys, batch.damaged)
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(tensor))
+    batch.record_stream(None)  # type: ignore[arg-type]
+    assert {id(tensor) for tensor in kept} == {id(getattr(batch, name)) for name in tensors}

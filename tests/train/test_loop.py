@@ -1,12 +1,15 @@
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slotscops.config import load_config
 from slotscops.core.records import Batch
 from slotscops.loader.batches import move_ahead
+from slotscops.shard.reader import ShardReader
 from slotscops.train.loop import Trainer
 from slotscops.train.processes import start_accelerator
 
@@ -39,6 +42,28 @@ def test_a_step_reads_nothing_back_from_the_device_until_it_is_logged(toy_shards
         assert readings.count == 0
         trainer.log(loss, grad_norm)
         assert readings.count > 0
+
+
+@pytest.mark.parametrize("target_mask", ["none", "object"])
+def test_training_never_reads_a_part_label(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target_mask: str
+) -> None:
+    read = Counter[str]()
+    plain = ShardReader.read_member
+
+    def count(self: ShardReader, row: int, member: str) -> bytes:
+        read[member] += 1
+        return plain(self, row, member)
+
+    monkeypatch.setattr(ShardReader, "read_member", count)
+    settings = [
+        f"data.shards={toy_shards}", f"run_dir={tmp_path}", "data.size=64", "data.num_workers=0", "train.batch_size=4",
+        "encoder.name=features", "train.total_steps=3", "train.eval_every_steps=0", f"losses.target_mask={target_mask}",
+    ]  # fmt: skip
+    config = load_config(None, settings)
+    assert Trainer(config, start_accelerator(config)).train() == 0
+    assert read["jpg"] >= 12
+    assert set(read) == {"jpg"} | ({"object.png"} if target_mask == "object" else set())
 
 
 def test_batches_moved_ahead_are_all_there_and_in_order() -> None:

@@ -9,18 +9,21 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from slotscops.core.errors import UserError
-from slotscops.core.files import fsync, sha256_of_file, write_json
+from slotscops.core.files import fsync, sha256_of_file, write_bytes, write_json
+from slotscops.train.averaging import WeightAverage
 
 FORMAT = 1
 _FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
@@ -34,14 +37,20 @@ class State:
     step: int
     samples_seen: int
     config: dict[str, Any]
-    shard_digest: str
-    feature_digest: str
-    teacher_weights: str  # imagenet, random:SEED, or the name of the file
-    teacher_sha256: str  # of the teacher's tensors
+    shard_digest: str = ""  # this and the next three: empty where unknown
+    feature_digest: str = ""
+    teacher_weights: str = ""  # imagenet, random:SEED, or the name of the file
+    teacher_sha256: str = ""  # of the teacher's tensors
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     best: dict[str, Any] = field(default_factory=dict)  # score, value, step of the best evaluation so far
     class_names: list[str] = field(default_factory=list)  # of the data, in the order of class ids
     format: int = FORMAT
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The state in `state.json`. Earlier versions wrote the step of the evaluation among its scores."""
+        state = cls(**json.loads(text))
+        return replace(state, scores={name: score for name, score in state.scores.items() if name != "step"})
 
 
 @dataclass(frozen=True)
@@ -100,11 +109,10 @@ def save_checkpoint(
 
 def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State) -> None:
     for name, group in tensors.items():
-        save_file(dict(group), folder / f"{name}.safetensors")
+        # Not with safetensors' save_file, which makes files that only their owner may read, whatever the umask.
+        write_bytes(folder / f"{name}.safetensors", save(dict(group)))
     write_json(folder / "state.json", asdict(state))
     names = [*(f"{name}.safetensors" for name in tensors), "state.json"]
-    for name in names:
-        fsync(folder / name)
     write_json(folder / "manifest.json", {name: _describe(folder / name) for name in names})
 
 
@@ -120,6 +128,23 @@ def _remove(checkpoint: Path) -> None:
     leaving = checkpoint.with_name(f".{checkpoint.name}.removed")
     checkpoint.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
+
+
+def gather_tensors(
+    network: nn.Module, average: WeightAverage[Any] | None, optimizer: Optimizer, accelerator: Accelerator
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each of a checkpoint's files. Every process must call it: each has random numbers of its own."""
+    generators: dict[str, Tensor] = {}
+    for states in gather_object([rng_tensors(accelerator.process_index)]):
+        generators |= states
+    tensors = {
+        "model": network.state_dict(),
+        "optimizer": optimizer_tensors(optimizer, _parameter_names(network)),
+        "rng": generators,
+    }
+    if average:
+        tensors["ema"] = average.network.state_dict()
+    return tensors
 
 
 def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -179,7 +204,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     verify_checkpoint(path)
     try:
-        state = State(**json.loads((path / "state.json").read_text()))
+        state = State.from_json((path / "state.json").read_text())
         model, optimizer, rng = (load((path / name).read_bytes()) for name in _FILES[:3])
         ema = load((path / _EMA).read_bytes()) if (path / _EMA).is_file() else None
     except (OSError, ValueError, TypeError, SafetensorError) as error:
@@ -187,6 +212,25 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if state.format != FORMAT:
         raise UserError(f"{path}: has format {state.format}, this version reads {FORMAT}")
     return Checkpoint(path, model, optimizer, rng, ema, state)
+
+
+def restore(
+    saved: Checkpoint, network: nn.Module, average: WeightAverage[Any] | None, optimizer: Optimizer, rank: int
+) -> None:
+    """The inverse of `gather_tensors`: puts a checkpoint's tensors back into network, average and optimizer.
+
+    A checkpoint without averaged weights starts their average at the weights themselves.
+
+    Raises:
+        UserError: tensors of a model with other settings.
+    """
+    restore_model(network, saved.model, saved.path)
+    restore_optimizer(optimizer, _parameter_names(network), saved.optimizer)
+    if average:
+        average.restart()
+        if saved.ema is not None:
+            restore_model(average.network, saved.ema, saved.path)
+    restore_rng(saved.rng, rank)
 
 
 def restore_model(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -235,6 +279,10 @@ def restore_rng(tensors: Mapping[str, Tensor], rank: int) -> bool:
     if torch.cuda.is_available() and f"cuda/{rank}" in tensors:
         torch.cuda.set_rng_state(tensors[f"cuda/{rank}"])
     return True
+
+
+def _parameter_names(network: nn.Module) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in network.named_parameters()}
 
 
 _USE_ANOTHER = "use an older checkpoint of the run"

@@ -71,7 +71,8 @@ class RunFolder:
         return self.path / "machine.json"
 
     @property
-    def report(self) -> Path:
+    def page(self) -> Path:
+        """The run's own page, to be opened in a browser."""
         return self.path / "report.html"
 
     @property

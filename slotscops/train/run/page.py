@@ -35,7 +35,7 @@ _PANELS = {
 }
 
 
-def write_report(folder: RunFolder) -> Path:
+def write_page(folder: RunFolder) -> Path:
     """Writes the page from the folder's settings, logged steps, pictures, status and last evaluation.
 
     Raises:
@@ -59,8 +59,8 @@ def write_report(folder: RunFolder) -> Path:
     page = (resources.files("slotscops.train.run") / "page.html").read_text(encoding="utf-8")
     # ASCII, and no tag within it can end the script.
     text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-    write_bytes(folder.report, page.replace(_PLACE, text).encode())
-    return folder.report
+    write_bytes(folder.page, page.replace(_PLACE, text).encode())
+    return folder.page
 
 
 def _panels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -110,5 +110,5 @@ def _read_json(path: Path) -> Any:
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("report", "Write the HTML page of a run again.", "runs/toy")
     parser.add_argument("run", type=Path, metavar="RUN")
-    console.say(str(write_report(RunFolder(parser.parse_args(arguments).run))))
+    console.say(str(write_page(RunFolder(parser.parse_args(arguments).run))))
     return 0

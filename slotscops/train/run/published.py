@@ -57,12 +57,18 @@ def read_published(folder: Path) -> tuple[dict[str, Tensor], Config, State]:
         tensors = load(path.read_bytes())
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-        state = State(**json.loads(header[_STATE])) if _STATE in header else State(0, 0, {}, "", "", "", "")
+        state = _read_state(header.get(_STATE), config)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); get it again") from None
     if _SHA256 in header and fingerprint(tensors) != header[_SHA256]:
         raise UserError(f"{path}: is damaged (the sha256 of its tensors differs from its header); get it again")
     return tensors, config, state
+
+
+def _read_state(text: str | None, config: Config) -> State:
+    if text is None:
+        return State(step=0, samples_seen=0, config=to_mapping(config))
+    return State.from_json(text)
 
 
 def without_folders(config: Config) -> Config:

@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import stat
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,18 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     assert not checkpoint.restore_rng(states, rank=0)
     assert checkpoint.restore_rng(states, rank=1)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_files_of_a_checkpoint_have_the_mode_that_the_umask_gives_to_other_files(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        path = saved(tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == dict.fromkeys(FILES, mode)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -158,3 +173,8 @@ def test_state_of_a_later_format_is_refused(tmp_path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="format 99"):
         load_checkpoint(path)
+
+
+def test_the_step_that_earlier_versions_kept_among_the_scores_is_no_score() -> None:
+    kept = asdict(State(step=4, samples_seen=16, config={}, scores={"step": 4, "val_nmi": 0.5}))
+    assert State.from_json(json.dumps(kept)).scores == {"val_nmi": 0.5}

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from slotscops.config import load_config
 from slotscops.core.errors import UserError
 from slotscops.train.run.folder import RunFolder
-from slotscops.train.run.page import _MAX_POINTS, write_report
+from slotscops.train.run.page import _MAX_POINTS, write_page
 from slotscops.train.trackers import choose_trackers
 
 SETTINGS = ("train.eval_every_steps=2", "train.learning_rate=0.003")
@@ -74,7 +74,7 @@ def test_it_can_be_made_again_and_says_where_there_is_no_run(finished: Path, tmp
     assert python("-m", "slotscops.report", finished).returncode == 0
     assert (finished / "report.html").read_bytes() == before
     with pytest.raises(UserError, match="holds no run"):
-        write_report(RunFolder(tmp_path))
+        write_page(RunFolder(tmp_path))
 
 
 def test_a_long_run_and_odd_text_make_a_page_that_opens(tmp_path: Path) -> None:
@@ -82,11 +82,11 @@ def test_a_long_run_and_odd_text_make_a_page_that_opens(tmp_path: Path) -> None:
     folder.config.write_text("run_dir: '</script><b>'\n")
     rows = [{"step": step, "loss": 1 / step, "val_nmi": None, "batch_digest": "x"} for step in range(1, 9000)]
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 90')
-    page = content(write_report(folder))
+    page = content(write_page(folder))
     [points] = [curve["points"] for panel in page["panels"] for curve in panel["curves"]]
     assert 100 < len(points) <= _MAX_POINTS + 1
     assert points[-1] == [8999, 1 / 8999]
-    assert folder.report.read_text().count("</script>") == 1
+    assert folder.page.read_text().count("</script>") == 1
 
 
 def test_tensorboard_has_the_same_numbers_and_the_pictures(finished: Path) -> None:
