@@ -11,7 +11,8 @@ command -v ip >/dev/null || missing+=(iproute2)
 if [ ${#missing[@]} -gt 0 ]; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "slotscops: installing ${missing[*]} for the tests"
-    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends "${missing[@]}" ||
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq && apt-get install -qq --yes --no-install-recommends "${missing[@]}" ||
       echo "slotscops: apt-get could not install ${missing[*]}; tests that need them are skipped" >&2
   else
     echo "slotscops: ${missing[*]} not found; install them as root, or the tests that need them are skipped" >&2

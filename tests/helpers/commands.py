@@ -56,6 +56,8 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
         with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
             code = forks.run_forked(command, ROOT, Path(out.name), Path(err.name), TIMEOUT_S)
             return subprocess.CompletedProcess(command, code, out.read(), err.read())
+    if command[0] == forks.RANKS:  # no fork here: the real launcher
+        command = [*_ACCELERATE, "--multi_gpu", "--num_processes", command[1], *_ON_ITS_OWN, *command[2:]]
     with started(command, **environment) as running:
         code = running.wait()
         return subprocess.CompletedProcess(command, code, running.said(running.out), running.said(running.err))

@@ -14,6 +14,7 @@ import os
 import runpy
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -22,8 +23,17 @@ from pathlib import Path
 # What the commands import. Their `__main__` modules are left out, because runpy runs those anew.
 _PRELOADED = ("slotscops.train.fit", "slotscops.evaluate.scoreboard", "slotscops.features.writer",
               "slotscops.shard.writer", "slotscops.segment.segmenter", "torch.utils.tensorboard")  # fmt: skip
+RANKS = "forked-ranks"
 _forker: subprocess.Popen[str] | None = None
 _environment: dict[str, str] = {}
+
+
+def ranks(count: int) -> list[str]:
+    """Launcher of that many processes on this machine, without Accelerate's launcher, whose imports take seconds too.
+
+    It sets the variables that torch's launcher sets. Tests of what happens as a rank fails use the real one.
+    """
+    return [RANKS, str(count)]
 
 
 def can_fork(command: list[str], environment: dict[str, str]) -> bool:
@@ -32,7 +42,13 @@ def can_fork(command: list[str], environment: dict[str, str]) -> bool:
     Some libraries read the environment as they are imported, so a command with other variables starts anew.
     """
     global _environment
-    if command[0] != sys.executable or len(command) < 2 or not Path("/proc/self/task").is_dir():
+    if command[0] == RANKS:
+        command = command[1:]
+    if (
+        (command[0] != sys.executable and not command[0].isdigit())
+        or len(command) < 2
+        or not Path("/proc/self/task").is_dir()
+    ):
         return False
     if not (command[1] == "launch/train.py" or (command[1] == "-m" and command[2].startswith("slotscops."))):
         return False
@@ -84,6 +100,8 @@ def _run(arguments: list[str], out: str, err: str) -> None:
         os.dup2(opened, number)
         os.close(opened)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    if arguments[0].isdigit():
+        _become_rank(int(arguments.pop(0)))
     if arguments[0] == "-m":
         sys.path[0] = str(Path.cwd())
         sys.argv = arguments[1:]
@@ -92,6 +110,23 @@ def _run(arguments: list[str], out: str, err: str) -> None:
         sys.path[0] = str(Path(arguments[0]).parent.absolute())
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _become_rank(count: int) -> None:
+    """Forks that many ranks and returns in each; the process itself waits for them and ends with the worst status."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    numbers = []
+    for rank in range(count):
+        number = os.fork()
+        if number == 0:
+            of_all = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            of_rank = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "ACCELERATE_MIXED_PRECISION": "no"}
+            os.environ.update({name: str(value) for name, value in (of_all | of_rank).items()})
+            return
+        numbers.append(number)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in numbers]
+    sys.exit(int(any(statuses)))
 
 
 def _fork_for_each_line() -> None:
