@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import skips
 import torch
+from skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 from slotscops.shard import __main__ as shard
 
@@ -19,7 +21,7 @@ def real_data() -> Path:
     """Folder with pascal_part/, faces/ and weights/, or the test is skipped: the project must work without it."""
     folder = os.environ.get("SLOTSCOPS_DATA")
     if not folder:
-        pytest.skip("needs real photos and weights: set SLOTSCOPS_DATA to their folder")
+        pytest.skip(skips.NO_DATA)
     return Path(folder)
 
 

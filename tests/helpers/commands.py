@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import forks
 import torch
 from safetensors.torch import load_file
 
@@ -51,6 +52,12 @@ class Running:
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command of the project from its root; its whole process group ends with it."""
+    if not environment and forks.can_fork(command, _clean_environment()):
+        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+            code = forks.run_forked(command, ROOT, Path(out.name), Path(err.name), TIMEOUT_S)
+            return subprocess.CompletedProcess(command, code, out.read(), err.read())
+    if command[0] == forks.RANKS:  # no fork here: the real launcher
+        command = [*_ACCELERATE, "--multi_gpu", "--num_processes", command[1], *_ON_ITS_OWN, *command[2:]]
     with started(command, **environment) as running:
         code = running.wait()
         return subprocess.CompletedProcess(command, code, running.said(running.out), running.said(running.err))
@@ -59,8 +66,8 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 @contextmanager
 def started(command: list[str], **environment: str) -> Iterator[Running]:
     """A command of the project while it runs; whatever is left of its process group is killed at the end."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    path = environment.pop("PATH", clean["PATH"])
+    clean = _clean_environment()
+    path = environment.pop("PATH", os.environ["PATH"])
     clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"
     mark = uuid.uuid4().hex
     # Files, because a pipe that nobody reads stops the process once it is full.
@@ -68,7 +75,7 @@ def started(command: list[str], **environment: str) -> Iterator[Running]:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=clean | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", _MARK: mark} | environment,
+            env=clean | {_MARK: mark} | environment,
             stdout=out,
             stderr=err,
             start_new_session=True,
@@ -81,6 +88,14 @@ def started(command: list[str], **environment: str) -> Iterator[Running]:
                 with suppress(ProcessLookupError):
                     os.kill(number, signal.SIGKILL)
             process.wait()
+
+
+def _clean_environment() -> dict[str, str]:
+    """The environment of a command: one thread, on CPUs, of no process group, with the programs of this interpreter."""
+    of_others = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTEST_CURRENT_TEST")
+    clean = {name: value for name, value in os.environ.items() if name not in of_others}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    return clean | {"PATH": path, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def train(launcher: list[str], shards: Path, run_dir: Path, *settings: str) -> subprocess.CompletedProcess[str]:

@@ -3,14 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import PYTHON, TWO_PROCESSES, assert_same_tensors, metrics, train
+from commands import PYTHON, assert_same_tensors, metrics, train
+from forks import ranks
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import AdamW
 
 from slotscops.train.reduction import FixedOrderReducer
 
-FOUR_PROCESSES = [*TWO_PROCESSES[: TWO_PROCESSES.index("2")], "4", *TWO_PROCESSES[TWO_PROCESSES.index("2") + 1 :]]
+TWO_PROCESSES, FOUR_PROCESSES = ranks(2), ranks(4)
 DETERMINISTIC = ("train.reduction=deterministic", "train.microbatches=4")
 RESNET = ("encoder.name=resnet18", "encoder.weights=random:0", "train.total_steps=3")
 
