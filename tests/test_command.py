@@ -19,7 +19,7 @@ from slotscops.train import __main__ as training
 from slotscops.train.recipes import find_config, recipe_names
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-INTRODUCED = [name for name in command.COMMANDS if name != "shard"]
+INTRODUCED = list(command.COMMANDS)
 
 
 def module_of(name: str) -> ModuleType:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from slotscops.config import to_mapping
+from slotscops.config import BaselineTransform, to_mapping
 from slotscops.core import console
 from slotscops.core.errors import UserError
 from slotscops.evaluate import baselines, ceiling, scoreboard
@@ -71,7 +71,7 @@ class _BaselineSettings:
     layer: str
     size: int  # of the features, pixels
     clusters: int  # background included
-    transform: baselines.Transform
+    transform: BaselineTransform
     refine: bool
     seed: int
 

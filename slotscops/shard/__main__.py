@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slotscops.core import console
+from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError
 from slotscops.core.pool import usable_cores
 from slotscops.datasets.pascal_part.annotation import BOX_SHARE
@@ -82,7 +83,8 @@ def _min_box_share(options: argparse.Namespace, split: str) -> float:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m slotscops.shard", description=__doc__.split("\n")[0])
+    sentence = "Turn annotated photos, or drawn toy photos, into WebDataset shards with an index and features."
+    parser = command_parser("shard", sentence, "--toy --out shards/toy")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--root", type=Path, help="folder of VOCdevkit and Annotations_Part, or of their archives")
     source.add_argument("--toy", action="store_true", help="draw a synthetic tree into OUT/photos and shard that")
