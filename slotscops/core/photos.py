@@ -205,18 +205,18 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
     """
     try:
         if _is_heif(path) and not _reads_heif():
-            raise UserError(f"{path}: {_NEEDS_HEIF}")
+            raise UserError(f"{shown_name(path)}: {_NEEDS_HEIF}")
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.width * image.height > _MAX_PIXELS or max(image.size) > _MAX_SIDE:
                 limit = f"at most {_MAX_PIXELS} and {_MAX_SIDE} a side are read"
-                raise UserError(f"{path}: {image.width} x {image.height} pixels, {limit}")
+                raise UserError(f"{shown_name(path)}: {image.width} x {image.height} pixels, {limit}")
             return ImageOps.exif_transpose(image), orientation_of(image) or 1
     except FileNotFoundError:
-        raise UserError(f"{path}: no such photo") from None
+        raise UserError(f"{shown_name(path)}: no such photo") from None
     except UserError:
         raise
     except Exception as error:  # Pillow raises anything on damaged files
-        raise UserError(f"{path}: is no readable image ({first_line(error)[:200]})") from None
+        raise UserError(f"{shown_name(path)}: is no readable image ({first_line(error)[:200]})") from None
 
 
 def orientation_of(image: Image.Image) -> int | None:
@@ -245,6 +245,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _white_of(pixels: NDArray[np.float64]) -> float:
     brightest = float(pixels.max(initial=0, where=np.isfinite(pixels)))
     return next((white for white in (1.0, 255.0, 65535.0) if brightest <= white), brightest)
+
+
+def shown_name(name: str | Path) -> str:
+    """A file's name for one line of a terminal: bytes that are not UTF-8 and control characters as escapes."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    is_unsafe = ("C", "Zl", "Zp")  # Unicode's categories of control characters and of line and paragraph ends
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c).startswith(is_unsafe) else c for c in text
+    )
 
 
 def unique_names(photos: Iterable[Path], longest_ending: str = "") -> list[str]:

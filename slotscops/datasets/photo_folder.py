@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slotscops.core.errors import UserError, first_line
-from slotscops.core.photos import PHOTO_SUFFIXES, orientation_of, read_image, to_rgb, walk_folder
+from slotscops.core.photos import PHOTO_SUFFIXES, orientation_of, read_image, shown_name, to_rgb, walk_folder
 from slotscops.core.pixels import Box, box_of, crop_labels, crop_photo, square_crop, whole_square
 from slotscops.core.records import Record
 from slotscops.datasets.pascal_part.annotation import Candidate, ImageScan, LeftOut
@@ -94,7 +94,7 @@ class PhotoFolder:
             other = by_key.setdefault(_key_of(image), image)
             if other != image:
                 came = f"{self.root / other} and {self.root / image}"
-                raise UserError(f"{_printable(came)}: two photos of one name; rename one")
+                raise UserError(f"{shown_name(came)}: two photos of one name; rename one")
         return [*images, _WHOLE_FOLDER]
 
     def splits(self, class_names: list[str]) -> _Splits:
@@ -117,7 +117,7 @@ class PhotoFolder:
             if split_folders and image.split("/")[0] not in split_folders:
                 folders = ", ".join(split_folders)
                 left_out.append(_passed_over(image, "in no split folder", f"lies in none of {folders}", damaged=False))
-            elif _printable(image) != image:
+            elif image.encode(errors="replace") != os.fsencode(image):
                 reason = "its name is not UTF-8; rename it"
                 left_out.append(_passed_over(image, "name that is not UTF-8", reason, damaged=True))
             else:
@@ -143,7 +143,7 @@ class PhotoFolder:
                 [],
                 [
                     self._left_out(
-                        image, split, "no label map", f"no {_printable(Path(image).stem)}.png in {self.parts}"
+                        image, split, "no label map", f"no {shown_name(Path(image).stem)}.png in {self.parts}"
                     )
                 ],
             )
@@ -195,7 +195,7 @@ class PhotoFolder:
         return [f"part_{label}" for label in range(1, highest + 1)]
 
     def _left_out(self, image: str, split: str, kind: str, reason: str, damaged: bool = False) -> LeftOut:
-        return LeftOut(image, 0, self.class_name, split, kind, reason, damaged)
+        return LeftOut(shown_name(image), 0, self.class_name, split, kind, reason, damaged)
 
     def _read(self, image: str) -> tuple[Image.Image, _Labels | None]:
         """The photo in RGB and its labels, None without a label map. Raises UserError."""
@@ -246,12 +246,7 @@ class PhotoFolder:
 
 
 def _passed_over(name: str, kind: str, reason: str, damaged: bool) -> LeftOut:
-    return LeftOut(_printable(name), None, None, None, kind, reason, damaged)
-
-
-def _printable(name: str) -> str:
-    """The name with bytes that are not UTF-8 as \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return LeftOut(shown_name(name), None, None, None, kind, reason, damaged)
 
 
 def _key_of(image: str) -> str:

@@ -24,7 +24,7 @@ from slotscops.core import console
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import RunError, UserError, first_line
 from slotscops.core.files import write_bytes
-from slotscops.core.photos import PHOTO_SUFFIXES, PassedOver, find_photos, read_photo, unique_names
+from slotscops.core.photos import PHOTO_SUFFIXES, PassedOver, find_photos, read_photo, shown_name, unique_names
 from slotscops.core.pictures import label_image, picture_bytes
 from slotscops.core.pool import usable_cores
 from slotscops.segment.gallery import Entry, Gallery, Skipped, write_pictures
@@ -92,7 +92,9 @@ def segment_all(
                 except Exception as error:  # Pillow raises anything; photos too large for JPEG, for example
                     if isinstance(error, OSError) and error.errno not in (None, *_ERRORS_OF_ONE_NAME):
                         raise  # a full disk is no fault of the photo
-                    skipped.append(Skipped(str(path), f"{path}: cannot be written ({first_line(error)[:200]})"))
+                    skipped.append(
+                        Skipped(str(path), f"{shown_name(path)}: cannot be written ({first_line(error)[:200]})")
+                    )
     return skipped
 
 
@@ -111,8 +113,8 @@ def _tell_passed_over(passed_over: Sequence[PassedOver]) -> list[Skipped]:
     for kind, count in sorted(counts.items()):
         first = next(item for item in passed_over if item.kind == kind)
         tell = console.warn if first.is_fault else console.say
-        tell(f"passed over: {count} x {kind}, such as {str(first.path)!r}: {first.reason}")
-    return [Skipped(str(item.path), f"{item.path}: {item.reason}") for item in passed_over if item.is_fault]
+        tell(f"passed over: {count} x {kind}, such as {shown_name(first.path)}: {first.reason}")
+    return [Skipped(str(item.path), f"{shown_name(item.path)}: {item.reason}") for item in passed_over if item.is_fault]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

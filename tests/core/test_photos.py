@@ -95,3 +95,11 @@ def test_long_names_are_cut_to_fit_and_stay_different(ending: str) -> None:
     names = unique_names([Path("a/" + "é" * 127 + ".jpg"), Path("b/" + "é" * 127 + ".jpg")], ending)
     assert len(set(names)) == 2
     assert max(len((name + ending).encode()) for name in names) <= 255
+
+
+def test_a_message_about_a_photo_stays_on_one_line_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"two\nlines \x1b[2J \xe9.jpg")
+    path.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"two\\nlines \\x1b\[2J \\xe9\.jpg: is no readable image") as refused:
+        read_photo(path)
+    assert str(refused.value).isprintable()
