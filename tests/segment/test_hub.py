@@ -158,10 +158,11 @@ def test_an_id_on_the_hub_is_downloaded_and_segments(hub: str, run: Path, tmp_pa
 # The hub's address is read when huggingface_hub is imported, so all this needs a process of its own: one for all.
 _ASK = """
 import sys, slotscops
+from slotscops.core.errors import UserError
 for model in sys.argv[1:]:
     try:
         slotscops.load(model)
-    except slotscops.errors.UserError as error:
+    except UserError as error:
         print(error)
 """
 
