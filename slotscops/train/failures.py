@@ -1,4 +1,4 @@
-"""What ended a step, in one line: which rank, which step, and why; also where it was another process that failed."""
+"""Errors of a training as one line that names rank, step and cause, even where another process failed first."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def named(step: Callable[[], int]) -> Iterator[None]:
 
 
 def _explain(error: Exception) -> str | None:
-    """One line, or None for an error that nobody foresaw."""
+    """One line, or None for an unexpected error."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory; lower train.batch_size or raise train.accumulation_steps"
@@ -70,7 +70,7 @@ def _tell(reason: str) -> None:
 
 
 def _who_left() -> str:
-    """The processes that failed before this one, as they said it themselves; or those that say nothing at all."""
+    """Names the processes that failed before this one with the reasons they left, or those that do not answer."""
     _tell(_WAITING)
     others = [number for number in range(console.world_size()) if number != console.rank()]
     reasons: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Asked to stop: signals become a wish that all processes of a run learn of at the end of the same step."""
+"""Ends a run on a signal: all processes finish the same step, save a checkpoint and exit with 128 + its number."""
 
 import os
 import signal
@@ -48,10 +48,10 @@ class StopRequest:
 
 
 class Agreement:
-    """The largest of a small number that each process gives at each step, known to all of them one step later.
+    """Lets all processes act on a signal at the same step, although it may reach only one of them.
 
-    The exchange runs between the hosts (gloo) while the next step computes, so that nobody waits for it and no GPU
-    is asked. All processes get the same answer at the same step.
+    Each process gives a number at each step, and one step later all of them learn the largest. The exchange runs
+    between the hosts (gloo) while the next step computes, so that no process and no GPU waits for it.
     """
 
     def __init__(self, timeout: timedelta) -> None:
