@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import TWO_PROCESSES, metrics, train
+from commands import metrics, train
+from forks import ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -169,7 +170,7 @@ def test_resuming_on_two_processes_goes_on_with_the_same_mirrored_samples(shards
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(PYTHON, shards, whole, *settings).returncode == 0
     assert train(PYTHON, shards, parts, *settings, "train.stop_after_steps=2").returncode == 0
-    done = train(TWO_PROCESSES, shards, parts, *settings)
+    done = train(ranks(2), shards, parts, *settings)
     assert done.returncode == 0, done.stderr
     losses, digests = (
         {folder: [row[name] for row in metrics(folder)] for folder in (whole, parts)}

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, TWO_PROCESSES, metrics, train
+from commands import ROOT, metrics, train
+from forks import ranks
 
 from slotscops.config import Config, config_from_mapping, load_config
 from slotscops.core.errors import UserError
@@ -99,7 +100,7 @@ def test_pairs_that_a_process_would_split_are_refused() -> None:
 def test_two_processes_under_bf16_log_every_term_and_agree_with_one(toy_shards: Path, tmp_path: Path) -> None:
     settings = [f"losses.{name}={weight}" for name, weight in ALL_BUT_WARPS.items()]
     settings += ["train.total_steps=1", "teacher.transform=sqrt", "train.mixed_precision=bf16"]
-    done = train(TWO_PROCESSES, toy_shards, tmp_path / "two", *settings)
+    done = train(ranks(2), toy_shards, tmp_path / "two", *settings)
     assert done.returncode == 0, done.stderr
     one = train(["python"], toy_shards, tmp_path / "one", *settings)
     assert one.returncode == 0, one.stderr
