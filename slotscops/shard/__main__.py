@@ -111,7 +111,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             help=f"leave out {split} objects whose box covers no more of the image (default: {share})",
         )  # fmt: skip
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes for crops (default: all cores)")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file was damaged")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file was damaged or passed over")
     parser.add_argument("--toy-train", type=int, default=600, help="toy photos to train on (default: 600)")
     parser.add_argument("--toy-val", type=int, default=150, help="toy photos to score on (default: 150)")
     parser.add_argument("--toy-seed", type=int, default=0)
