@@ -1,0 +1,96 @@
+"""Folders and split lists of a PASCAL-Part tree."""
+
+from pathlib import Path
+
+import pytest
+from annotations import HORSE, annotation, scan, write_tree
+
+from slotscops.core.errors import UserError
+from slotscops.datasets.pascal_part.tree import find_splits, find_tree, list_images
+
+
+@pytest.mark.parametrize(
+    ("voc", "parts", "roots"),
+    [
+        ("VOCdevkit/VOC2010", "Annotations_Part", [".", "VOCdevkit", "VOCdevkit/VOC2010"]),
+        ("VOCdevkit/VOC2010", "VOCdevkit/Annotations_Part", [".", "VOCdevkit", "VOCdevkit/VOC2010"]),
+        (
+            "VOCdevkit_2010/VOC2010",
+            "VOCdevkit_2010/Annotations_Part",
+            [".", "VOCdevkit_2010", "VOCdevkit_2010/VOC2010"],
+        ),
+        ("VOC2010", "Annotations_Part", [".", "VOC2010"]),
+    ],
+)
+def test_every_layout_is_found_from_each_of_its_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, voc: str, parts: str, roots: list[str]
+) -> None:
+    write_tree(tmp_path, {"b": annotation([HORSE]), "a": annotation([HORSE])}, voc, parts)
+    (tmp_path / parts / "._a.mat").write_bytes(b"what a Mac leaves")
+    for root in roots:
+        tree = find_tree(tmp_path / root)
+        assert list_images(tree) == ["a", "b"]
+        assert len(scan(tree).candidates) == 1
+        monkeypatch.chdir(tmp_path / root)
+        assert list_images(find_tree(Path())) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "wanted"),
+    [
+        ("Annotations_Part", r"no folder Annotations_Part in .*VOCdevkit.*; unpack PASCAL-Part's trainval.tar.gz"),
+        ("VOCdevkit", r"no folder JPEGImages in .*VOC2010.*VOCdevkit_2010.*; unpack VOCtrainval"),
+        ("VOCdevkit/VOC2010/JPEGImages", r"no folder JPEGImages in "),
+        ("VOCdevkit/VOC2010/ImageSets/Main", r"no folder .*Main; unpack VOCtrainval"),
+        ("Annotations_Part/a.mat", r"Annotations_Part: holds no \.mat file"),
+        (".", r"no such folder; give --root the folder"),
+    ],
+)
+def test_what_is_missing_of_a_tree_is_named(tmp_path: Path, gone: str, wanted: str) -> None:
+    root = tmp_path / "data"
+    write_tree(root, {"a": annotation([HORSE])})
+    (root / gone).rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=wanted):
+        find_tree(root)
+
+
+def test_an_image_belongs_to_the_split_whose_list_of_the_class_names_it_whatever_the_flag(tmp_path: Path) -> None:
+    lists = {
+        "horse_train.txt": "a  1\nb -1\n\n",
+        "horse_val.txt": "c  0\n",
+        "train.txt": "c\n",
+        "val.txt": "a\r\nb\r\nd\r\n",
+        "cow_train.txt": "d 1",
+    }
+    tree = write_tree(tmp_path, {"a": annotation([HORSE])}, lists=lists)
+    splits = find_splits(tree, ["horse", "dog", "cow"])
+    assert splits.lists["horse"] == {"a": "train", "b": "train", "c": "val"}
+    assert splits.lists["dog"] == {"c": "train", "a": "val", "b": "val", "d": "val"}
+    assert splits.lists["cow"] == {"d": "train"}  # one list of its own is enough for the general ones not to serve
+    assert splits.of_image("c") == {"horse": "val", "dog": "train"}
+    assert splits.of_image("e") == {}
+
+
+@pytest.mark.parametrize(
+    ("lists", "wanted"),
+    [
+        ({}, r"Main: holds none of horse_train.txt, horse_val.txt, train.txt, val.txt; unpack"),
+        (
+            {"horse_train.txt": "a 1\nb 7\n"},
+            r"horse_train.txt, line 2: 'b 7' came, needed an image name and -1, 0 or 1",
+        ),
+        ({"train.txt": "a\n\na b c\n"}, r"train.txt, line 3: 'a b c' came"),
+        ({"train.txt": "a\n", "val.txt": "b\na\n"}, r"val.txt, line 2: a is in the lists of both splits"),
+    ],
+)
+def test_a_list_that_is_none_is_named_with_its_line(tmp_path: Path, lists: dict[str, str], wanted: str) -> None:
+    tree = write_tree(tmp_path, {"a": annotation([HORSE])}, lists=lists)
+    with pytest.raises(UserError, match=wanted):
+        find_splits(tree, ["horse"])
+
+
+def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path, {"a": annotation([HORSE])})
+    tree.lists.path("train.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"train\.txt: cannot be read \(UnicodeDecodeError\)"):
+        find_splits(tree, ["horse"])
