@@ -1,18 +1,15 @@
 """Settings become a network and its optimizer, and a checkpoint becomes a trained network again."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from slotscops.config import Config
 from slotscops.core.errors import UserError
 from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder
 from slotscops.model.network import SlotScops, build_network
-from slotscops.model.saved_names import saved_parameter_names
 from slotscops.train.run.checkpoint import State, load_checkpoint, restore_model
 from slotscops.train.run.folder import read_config, resolve_checkpoint
 from slotscops.train.run.published import is_published, read_published
@@ -63,11 +60,6 @@ def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
     if train.optimizer == "sgd":
         return SGD(groups, lr=train.learning_rate, momentum=train.momentum)
     return AdamW(groups, lr=train.learning_rate, fused=True)  # on a CPU too: half the time of the plain one
-
-
-def parameter_names(model: nn.Module) -> Mapping[Tensor, str]:
-    """For each parameter, its name in checkpoints."""
-    return saved_parameter_names(model)
 
 
 class Trained(NamedTuple):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from slotscops.config import load_config
-from slotscops.train.build import build_model, parameter_names
+from slotscops.model.saved_names import saved_parameter_names
+from slotscops.train.build import build_model
 
 NORM = ["norm.bias", "norm.weight"]
 ATTENTION = [
@@ -58,4 +59,4 @@ def test_saved_tensors_keep_their_names_and_load_again(name: str) -> None:
     assert all(torch.equal(tensor, saved[key]) for key, tensor in other.state_dict().items())
     with pytest.raises(RuntimeError, match="Missing key"):
         other.load_state_dict({key: tensor for key, tensor in saved.items() if key != "basis_parameter"})
-    assert sorted(parameter_names(network).values()) == sorted(key for key in saved if key != "target.scale")
+    assert sorted(saved_parameter_names(network).values()) == sorted(key for key in saved if key != "target.scale")

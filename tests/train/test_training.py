@@ -23,6 +23,12 @@ def whole_run(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+def test_optimizer_state_has_the_names_of_the_saved_parameters(whole_run: Path) -> None:
+    checkpoint = whole_run / "checkpoints" / "step-6"
+    parameters = load_file(checkpoint / "model.safetensors").keys() - {"target.scale"}
+    assert {name.rpartition("/")[0] for name in load_file(checkpoint / "optimizer.safetensors")} == parameters
+
+
 def test_a_launched_run_leaves_everything_the_run_folder_promises(toy_shards: Path, tmp_path: Path) -> None:
     settings = ("encoder.name=resnet18", "encoder.weights=random:0", "train.eval_every_steps=2", "train.total_steps=2")
     done = train(ONE_PROCESS, toy_shards, tmp_path, *settings)

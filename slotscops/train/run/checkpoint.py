@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from slotscops.core.errors import UserError
 from slotscops.core.files import fsync, sha256_of_file, write_bytes, write_json
+from slotscops.model.saved_names import saved_parameter_names
 from slotscops.train.averaging import WeightAverage
 
 FORMAT = 1
@@ -139,7 +140,7 @@ def gather_tensors(
         generators |= states
     tensors = {
         "model": network.state_dict(),
-        "optimizer": optimizer_tensors(optimizer, _parameter_names(network)),
+        "optimizer": optimizer_tensors(optimizer, saved_parameter_names(network)),
         "rng": generators,
     }
     if average:
@@ -225,7 +226,7 @@ def restore(
         UserError: tensors of a model with other settings.
     """
     restore_model(network, saved.model, saved.path)
-    restore_optimizer(optimizer, _parameter_names(network), saved.optimizer)
+    restore_optimizer(optimizer, saved_parameter_names(network), saved.optimizer)
     if average:
         average.restart()
         if saved.ema is not None:
@@ -279,10 +280,6 @@ def restore_rng(tensors: Mapping[str, Tensor], rank: int) -> bool:
     if torch.cuda.is_available() and f"cuda/{rank}" in tensors:
         torch.cuda.set_rng_state(tensors[f"cuda/{rank}"])
     return True
-
-
-def _parameter_names(network: nn.Module) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in network.named_parameters()}
 
 
 _USE_ANOTHER = "use an older checkpoint of the run"
