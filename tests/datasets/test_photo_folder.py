@@ -304,3 +304,14 @@ def test_a_folder_of_plain_photos_trains_and_evaluates_and_is_inspected(tmp_path
     assert shard.main(["--inspect", str(out)]) == 0
     with Image.open(out / "contact_sheet.png") as picture:
         assert picture.width > 64
+
+
+def test_a_heic_photo_is_read_where_pillow_heif_is_installed(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="needs pip install 'slotscops[heif]'")
+    (tmp_path / "photos").mkdir()
+    photo = Image.new("RGB", (64, 48), (200, 60, 20))
+    heif.from_pillow(photo).save(tmp_path / "photos" / "phone.HEIC", quality=95)
+    assert write(tmp_path / "photos", tmp_path / "out", "--strict") == 0
+    (record,) = records(tmp_path / "out").values()
+    centre = record.image[record.image.shape[0] // 2, record.image.shape[1] // 2]
+    assert np.abs(centre.astype(int) - [200, 60, 20]).max() < 12
