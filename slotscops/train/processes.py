@@ -1,4 +1,4 @@
-"""Starts the processes that the launcher promised, and opens data and features that fit the settings."""
+"""Before the first step: joins the processes, opens data and features, and checks them against the settings."""
 
 import ctypes
 import os
