@@ -1,7 +1,7 @@
-"""Speed and memory, measured where the user is: `python -m slotscops.benchmark loss | loader | step`."""
+"""Speed and memory, measured on the user's machine: `python -m slotscops.benchmark loss | loader | step`."""
 
 import os
 
-# PyTorch's profiler, which counts the memory, is talkative; it reads this when PyTorch is first imported.
+# PyTorch's profiler, which counts the memory, prints many lines; it reads these variables when PyTorch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

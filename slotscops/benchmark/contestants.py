@@ -1,6 +1,7 @@
 """Other loaders on the same samples: the JPEG of each crop beside its dense feature map as raw float16.
 
-That is how their users would cache features. All shuffle, decode, and stack batches, on the calling thread.
+Users of these loaders would cache features in this way. All loaders shuffle, decode and stack batches on the calling
+thread.
 """
 
 import importlib.util

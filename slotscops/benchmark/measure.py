@@ -42,7 +42,7 @@ def take_turns(
 
 
 def peak_extra_memory_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """How far memory rises above where it stood, while `run` runs once.
+    """The peak memory while `run` runs once, minus the memory in use before.
 
     On a GPU by PyTorch's allocator; on a CPU by what PyTorch's operators allocated and had not freed yet, as its
     profiler records it, so that memory kept by the allocator for later use does not blur the figure.

@@ -9,7 +9,7 @@ from slotscops.core.errors import UserError
 from slotscops.core.files import write_bytes
 
 _BEGIN, _END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
-# What is said of each figure, with how it is written.
+# The row's text for each figure, and the format of its value.
 _LINES = {
     "step_over_encoder": ("a whole training step, against the encoder's own forward, backward and update", "{:.2f} x"),
     "recipe_over_step": ("faster than VGG19 and upsampled features in every step (float32)", "{:.1f} x"),

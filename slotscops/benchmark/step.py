@@ -98,8 +98,8 @@ def _time_checkpoints(trainer: Trainer, step: Callable[[], None], step_s: float)
     """Seconds, medians of three, that a checkpoint costs.
 
     Returns:
-        What the loop waits for, the copy to host memory; and what it costs in all: that, and what the steps took during
-        which it was written, beyond what they take else.
+        The time that the loop waits for the copy to host memory; and the total cost, which is that wait plus the
+        extra time of the steps during which the checkpoint was written.
     """
     waits, costs = [], []
     with CheckpointWriter(trainer.folder.checkpoints, keep=1) as writer:
@@ -116,7 +116,7 @@ def _time_checkpoints(trainer: Trainer, step: Callable[[], None], step_s: float)
 
 
 def _matrix_rate(accelerator: Accelerator) -> float:
-    """FLOP/s of a large matrix product in the precision of the run: what the card gives at best."""
+    """FLOP/s of a large matrix product in the precision of the run: the most that the card achieves."""
     size = 8192
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     left, right = (torch.randn(size, size, device=accelerator.device, dtype=dtype) for _ in range(2))

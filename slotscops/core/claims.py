@@ -1,7 +1,8 @@
 """Work that several processes share without any of them waiting for another.
 
-Each unit of work ends in a file that appears whole or not at all and has the same content whoever writes it. A process
-does its own units first and then whatever is still missing; one that dies leaves its units to the others.
+Each unit of work produces one file. The file appears whole or not at all, and its content does not depend on which
+process writes it. A process does its own units first and then all that are still missing, so if one process dies, the
+others finish its units.
 """
 
 import json
@@ -13,7 +14,7 @@ from slotscops.core import console
 from slotscops.core.errors import UserError
 from slotscops.core.files import write_json
 
-_SHORT = 100  # letters that a line can spare for two values
+_SHORT = 100  # characters; longer pairs of values are not printed in the message
 
 
 def units_in_turn(num_units: int) -> Iterator[int]:
@@ -24,10 +25,10 @@ def units_in_turn(num_units: int) -> Iterator[int]:
 
 
 def claim(path: Path, content: dict[str, Any], remedy: str) -> None:
-    """Writes down at `path` what is made in its folder, or refuses where that is something else.
+    """Records in `path` what its folder will hold, or raises UserError if the folder was made with other settings.
 
     Args:
-        remedy: what the user can do then.
+        remedy: what the user can do about the error; it ends the message.
     """
     if not path.is_file():
         write_json(path, content)
@@ -45,7 +46,7 @@ def claim(path: Path, content: dict[str, Any], remedy: str) -> None:
 
 
 def differences(first: Any, second: Any, prefix: str = "") -> list[str]:
-    """Names of the settings, dotted, in which two nested mappings differ."""
+    """Dotted names of the settings in which two nested mappings differ."""
     names: list[str] = []
     for name in sorted(set(first) | set(second)):
         mine, other = first.get(name), second.get(name)

@@ -1,4 +1,4 @@
-"""What a person sees: progress, tables, one-line errors. Only the main process speaks, but for errors."""
+"""Terminal output: progress, tables and one-line errors. Only the main process prints, except for errors."""
 
 import os
 import sys
@@ -37,7 +37,7 @@ def _is_first_on_node() -> bool:
 
 
 def say(message: str) -> None:
-    """Prints a line, as it is, on stdout."""
+    """Prints a line on stdout without interpreting markup."""
     if is_main():
         Console(highlight=False, soft_wrap=True).print(message, markup=False)
 
@@ -56,12 +56,12 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    # A pipe has no width of its own: 80 columns would cut the cells.
+    # A pipe has no width, and rich's default of 80 columns would cut the cells.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """Yields the items and shows how far it came: a bar on a terminal, a line every ten seconds elsewhere."""
+    """Yields the items and shows progress: as a bar on a terminal, otherwise as one line every ten seconds."""
     if not is_main():
         yield from items
     elif sys.stderr.isatty():
@@ -75,7 +75,7 @@ def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
 
 
 def track_silently(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """As `track` on a terminal; elsewhere nothing, for work that prints lines of its own."""
+    """Like `track` on a terminal; otherwise shows nothing, for work that prints its own lines."""
     return track(items, total, what) if sys.stderr.isatty() else iter(items)
 
 
@@ -107,14 +107,15 @@ def _track_plainly(items: Iterable[Item], total: int, what: str) -> Iterator[Ite
 
 
 def run_command(command: Callable[[], int]) -> None:
-    """Runs a command's main function and leaves with its exit code.
+    """Runs a command's main function and exits with its code.
 
-    2 for a user's mistake and 1 for a failure while running, each in one line on stderr; 130 after Ctrl-C.
+    A user's mistake exits with 2 and a failure while running with 1; each prints one line on stderr. Ctrl-C exits with
+    130.
     """
     try:
         code = command()
     except UserError as error:
-        # Every process of a node meets the same files and settings: one line is enough.
+        # Every process of a node sees the same files and settings, so one line is enough.
         if _is_first_on_node():
             warn(_one_line(error))
         code = 2
@@ -126,11 +127,11 @@ def run_command(command: Callable[[], int]) -> None:
         code = 130
     sys.stdout.flush()
     if code == 1 and world_size() > 1:
-        os._exit(code)  # tidying up would wait for processes that are gone, for minutes over a dead link
+        os._exit(code)  # a normal exit would wait for lost processes, for minutes if the network is down
     sys.exit(code)
 
 
 def _one_line(error: Exception) -> str:
-    """The message; of an error that came out of a loader worker with its traceback, the last line without its type."""
+    """The last line of the message. Errors from loader workers hold a traceback; the error's type is removed too."""
     last = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
     return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")

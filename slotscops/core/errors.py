@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line: what came, what was needed, what to do. Exit code 2."""
+    """A mistake that the user can fix. The one-line message: what came, what was needed, what to do. Exit code 2."""
 
 
 class RunError(RuntimeError):
@@ -10,13 +10,13 @@ class RunError(RuntimeError):
 
 
 class DamageError(RunError):
-    """One sample of a data set is not what was written. The message names it and its file; training replaces it."""
+    """A sample of a data set is damaged. The message names it and its file; training replaces it by another sample."""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's message, to stand within one of ours; its type where it says nothing.
+    """The first line of another library's error message, or the error's type if the message is empty.
 
-    What a terminal would obey instead of showing it, such as the escape sequences of a damaged file, becomes '?'.
+    Our messages quote it. Characters that cannot be printed, such as escape sequences in a damaged file, become '?'.
     """
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in line)

@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def replace_when_complete(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path`; it takes the name `path`, fsynced, only if the body ends without error.
+    """Opens a temporary file beside `path`, which is fsynced and renamed to `path` if the body ends without error.
 
     The temporary name starts with a dot and ends in `.partial`; it is removed when the body raises.
     """
-    # Cut, so that the temporary name fits wherever the final one does: 40 characters are at most 160 bytes.
+    # The name is cut so that the temporary name stays legal: 40 characters are at most 160 bytes of UTF-8.
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent)
     partial = Path(name)
     try:
@@ -47,7 +47,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def json_numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores with None for NaN, which JSON does not know."""
+    """The scores with NaN replaced by None, because JSON has no NaN."""
     return {name: None if value != value else value for name, value in scores.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Describes the machine and software that a figure was measured with."""
 
 import platform
 import subprocess
@@ -8,7 +8,7 @@ import torch
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Device, threads, versions and commit, as they stand beside every published figure."""
+    """Device, threads, versions and commit, which are published beside every figure."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {_cpu_name()}",
         "threads": str(torch.get_num_threads()),
@@ -26,7 +26,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Short hash of the checkout, with + where it is changed; empty outside a checkout."""
+    """Short hash of the checkout, with + if it has uncommitted changes; empty outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Photos of any kind as people have them: found in folders, read, turned upright, in 8-bit RGB.
+"""Finds photos in folders and reads them as upright 8-bit RGB.
 
 Shapes: H x W pixels.
 """
@@ -24,14 +24,14 @@ PHOTO_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif"}
 )
 _HEIF_SUFFIXES = {".heic", ".heif"}
-# What operating systems leave in folders. In lower case; `._*`, which a Mac leaves beside each file, comes on top.
+# Files that operating systems leave in folders, in lower case. `._*`, which a Mac leaves, is checked separately.
 _LITTER = {
     ".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", ".appledouble", ".spotlight-v100", ".trashes",
     ".fseventsd", ".directory", "@eadir", "$recycle.bin", "system volume information", "lost+found",
 }  # fmt: skip
 _MAX_NAME_BYTES = 255  # of a file's name on common file systems
 _RESULT_ENDINGS = (".parts.png", ".overlay.jpg", ".maps.safetensors")
-_MAX_PIXELS = 100_000_000  # a photo of more is refused before it is decoded
+_MAX_PIXELS = 100_000_000  # a larger photo is refused before it is decoded
 _MAX_SIDE = 100_000  # its padded square is resized in strips, which takes time by the square's area
 _ORIENTATION = 0x0112  # Exif's entry that says how to turn a photo
 
@@ -40,9 +40,9 @@ class PassedOver(NamedTuple):
     """A file or folder that the search for photos did not take."""
 
     path: Path
-    kind: str  # the reason in general, to count by
-    reason: str  # the reason in particular
-    is_fault: bool  # False for what nobody would expect to be taken, such as litter of an operating system
+    kind: str  # the general reason, by which files are counted
+    reason: str  # the exact reason
+    is_fault: bool  # False if nobody would expect the file to be taken, such as Thumbs.db
 
 
 class FoundPhotos(NamedTuple):
@@ -176,12 +176,12 @@ def _reads_heif() -> bool:
 
 @functools.cache
 def _reads_avif() -> bool:
-    with warnings.catch_warnings(action="ignore"):  # an old Pillow does not know the word
+    with warnings.catch_warnings(action="ignore"):  # an old Pillow does not know this feature's name
         return bool(features.check("avif"))
 
 
 def _is_heif(path: Path) -> bool:
-    """By its first bytes: telephones' photos are often renamed to .jpg."""
+    """Whether the first bytes are HEIF's. Photos of telephones are often renamed to .jpg."""
     with path.open("rb") as file:
         header = file.read(12)
     return header[4:8] == b"ftyp" and header[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"heim", b"heis")

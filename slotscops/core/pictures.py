@@ -1,4 +1,4 @@
-"""Part maps as pictures: VOC's colours, overlays on photos, sheets of several."""
+"""Draws part maps: VOC's colours, overlays on photos, and sheets of several pictures."""
 
 import io
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Pixels: square crops around objects, resized, and the normalisation of an ImageNet network.
 
-The one place for channel order, value range and the colour of padding.
+Channel order, value range and the colour of padding are defined here.
 
 Shapes: B images, H x W pixels of a photo, S side of a resized crop.
 """
@@ -23,7 +23,7 @@ _MARGIN = 0.05  # of the box's longer side, on every side of the crop
 SIDE_PER_BOX = 1 + 2 * _MARGIN  # a crop's side over its box's longer side, up to a pixel of the photo
 _LARGE_SIDE = 4096  # pixels of the photo; the padding of a larger square is not resized
 _STRIP_PIXELS = 4_000_000  # of a crop's square are resized at a time
-# Beyond the photo's edge: zero once normalised.
+# Colour of padding beyond the photo's edge; it is zero after normalisation.
 PADDING = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
 
@@ -97,7 +97,7 @@ def _columns_of_photo(width: int, crop: Box, size: int) -> tuple[int, int]:
 
 
 def normalise_images(images: Tensor) -> Tensor:
-    """Pixels as torchvision's ImageNet networks want them: (p - mean) / std for each colour.
+    """Normalises pixels for torchvision's ImageNet networks: (p - mean) / std for each colour.
 
     Args:
         images: (B, 3, H, W) RGB, uint8 in 0..255 or floating point in [0, 1].

@@ -1,4 +1,4 @@
-"""Where a network's tensors come from: torchvision's download, a file, or a seed; and their fingerprint."""
+"""Loads a network's tensors from torchvision's download, a file or a seed, and computes their fingerprint."""
 
 import contextlib
 import hashlib
@@ -45,7 +45,7 @@ def random_seed(source: str) -> int | None:
 
 
 def display_name(source: str) -> str:
-    """The source as outputs name it: a file without its folder, which is another one on each machine."""
+    """The source's name in outputs: a file without its folder, because folders differ between machines."""
     return Path(source).name if _is_file_name(source) else source
 
 
@@ -137,7 +137,7 @@ def _is_file_name(source: str) -> bool:
 
 def _download(pretrained: Pretrained) -> dict[str, Tensor]:
     try:
-        # torchvision announces a download on stdout, which belongs to results.
+        # torchvision announces a download on stdout, which we keep for results.
         with contextlib.redirect_stdout(sys.stderr):
             return dict(pretrained.get_state_dict(progress=is_main(), check_hash=True, weights_only=True))
     except Exception as error:  # no network, no disk space, a wrong hash, a damaged download: too many kinds to list

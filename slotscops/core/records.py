@@ -1,4 +1,4 @@
-"""One object of one photo as a square crop with its masks, and its way into a WebDataset tar and back.
+"""One object of one photo as a square crop with masks, and its conversion to members of a WebDataset tar and back.
 
 Shapes: S the crop's side in pixels.
 """

@@ -1,7 +1,7 @@
 """A folder of photos, with or without label maps of their parts, as a source of objects: one object a photo.
 
 Without label maps the whole photo is the object, padded to a square as `segment` pads it, so that nothing is cut off.
-With them the object is what has a label, cropped as PASCAL-Part's objects are. What label maps may look like stands in
+With them the object is what has a label, cropped as PASCAL-Part's objects are. The accepted label maps are described in
 shards/README.md, "What is accepted". H x W are a photo's pixels as it is shown, turned by its Exif entry.
 """
 
@@ -54,7 +54,7 @@ class _Labels(NamedTuple):
 
 @dataclass(frozen=True)
 class _Splits:
-    """By the folder where there are split folders, else by the names alone, so that adding photos moves none."""
+    """Splits by folder if there are split folders, else by names alone, so that added photos move no others."""
 
     val_share: float
     class_name: str
@@ -318,7 +318,7 @@ def _read_labels(path: Path, shown_size: tuple[int, int], orientation: int) -> N
 def _turn(
     labels: NDArray[np.uint8], shown_size: tuple[int, int], orientation: int, own_orientation: int | None
 ) -> NDArray[np.uint8]:
-    """Labels follow their own Exif entry, or else the photo's, unless only as they are they fit the photo as shown."""
+    """Turns labels by their own Exif entry, or else by the photo's unless only the unturned map has the shown size."""
     turn = _TURNS.get(own_orientation or orientation)
     if turn is None:
         return labels

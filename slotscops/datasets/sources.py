@@ -24,7 +24,7 @@ class Source(Protocol):
 
     @property
     def root(self) -> Path:
-        """What messages call the source."""
+        """Folder of the source, which messages name."""
 
     def list_images(self) -> list[str]:
         """Names of all images, each once, sorted."""

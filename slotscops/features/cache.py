@@ -2,9 +2,9 @@
 
     python -m slotscops.features --shards SHARDS [--teacher vgg19] [--layer relu5_4] [--size 128] [--mirrored]
 
-`SHARDS/features/{name}/{split}-{000000}.safetensors` holds the features, `manifest.json` what they were made of.
-Features of the mirrored crops are a cache of their own beside it. Works alone or under a launcher; a start over
-finished files does nothing twice.
+`SHARDS/features/{name}/{split}-{000000}.safetensors` holds the features, and `manifest.json` says how they were made.
+Features of the mirrored crops are a separate cache beside it. The command runs as one process or under a launcher. A
+new start keeps finished files.
 """
 
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ class FeatureCache:
     folder: Path
     manifest: dict[str, Any]
     dataset: Dataset
-    mirrored: "FeatureCache | None" = None  # of the mirrored crops, where those were asked for
+    mirrored: "FeatureCache | None" = None  # the cache of the mirrored crops, if it was requested
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -38,20 +38,20 @@ class FeatureCache:
 
     @property
     def digest(self) -> str:
-        """One hash over the manifest, and so over every file's own; over both where there are mirrored features."""
+        """One hash over the manifest, which holds each file's hash; with mirrored features, over both manifests."""
         own = sha256_of_json(self.manifest)
         return own if self.mirrored is None else sha256_of_json([own, self.mirrored.digest])
 
     @property
     def is_random(self) -> bool:
-        """True where the teacher was never trained: good for tests only."""
+        """True if the teacher has random weights, which are good for tests only."""
         return str(self.manifest["weights"]).startswith("random:")
 
     def path(self, shard: str) -> Path:
         return self.folder / f"{shard}.safetensors"
 
     def file(self, entry: ShardEntry) -> tuple[str, str, int]:
-        """Name below SHARDS, sha256 and bytes of the features of one shard."""
+        """Path inside SHARDS, sha256 and bytes of the features of one shard."""
         row = self.manifest["files"][entry.name]
         return f"features/{self.folder.name}/{entry.name}.safetensors", row["sha256"], row["bytes"]
 
@@ -82,7 +82,7 @@ def open_cache(
         mirrored: open the features of the mirrored crops too, made with the same weights.
 
     Raises:
-        UserError: not there, unfinished, or a field that differs, with the command that rebuilds it.
+        UserError: the cache is missing or unfinished, or a field differs; the message gives the command to rebuild it.
     """
     wanted = {"network": network, "layer": layer, "input_size": size, "mirrored": False}
     wanted |= {} if weights_sha256 is None else {"weights_sha256": weights_sha256}
@@ -115,7 +115,7 @@ def _open_one(dataset: Dataset, wanted: dict[str, Any], weights: str = "imagenet
 
 
 def _has_manifest(dataset: Dataset, name: str) -> bool:
-    """Whether the cache is finished; a remote one's manifest is fetched."""
+    """Whether the cache is finished. The manifest of a remote cache is fetched."""
     if dataset.remote is None:
         return (dataset.folder / "features" / name / "manifest.json").is_file()
     try:
@@ -126,15 +126,15 @@ def _has_manifest(dataset: Dataset, name: str) -> bool:
 
 
 def _finished_names(dataset: Dataset) -> list[str]:
-    """Of remote ones, those that were fetched before: a web server does not tell what it has."""
+    """Names of the finished caches. A web server cannot list files, so remote caches count once fetched."""
     return sorted(path.parent.name for path in dataset.folder.glob("features/*/manifest.json"))
 
 
 def open_features(shards: str | Path, shard: str, name: str | None = None) -> FeatureShard:
-    """One shard's features by name, such as `open_features("shards/horse", "train-000000")[i]`, (C, h, w) float16.
+    """Opens one shard's features, such as `open_features("shards/horse", "train-000000")[i]`, (C, h, w) float16.
 
     Args:
-        name: folder below SHARDS/features; may be left out where there is only one, mirrored ones aside.
+        name: folder below SHARDS/features; may be left out if there is only one, not counting mirrored ones.
     """
     dataset = open_dataset(shards)
     names = [other for other in _finished_names(dataset) if not other.endswith("-mirrored")]
@@ -159,14 +159,14 @@ def _check_files(cache: FeatureCache, dataset: Dataset) -> None:
             path, row = cache.path(entry.name), cache.manifest["files"].get(entry.name)
             came = path.stat().st_size if path.is_file() else "no file"
             if row is not None and dataset.remote is not None:
-                continue  # looked at when it is fetched
+                continue  # checked when it is fetched
             if row is None or came != row["bytes"]:
                 needed = "a row in the manifest" if row is None else f"{row['bytes']} bytes"
                 raise UserError(f"{path}: came {came}, needed {needed}; {REMOVE_AND_REBUILD}")
 
 
 def find_damage(cache: FeatureCache, entry: ShardEntry) -> list[str]:
-    """What is wrong with the features of one shard, one line for each damaged file or row; usually nothing."""
+    """Checks the features of one shard; returns one line for each damaged file or row, usually none."""
     path, row = cache.path(entry.name), cache.manifest["files"].get(entry.name)
     if row is None:
         return [f"{cache.folder / 'manifest.json'}: lists no {path.name}; {REMOVE_AND_REBUILD}"]

@@ -1,4 +1,4 @@
-"""What a feature cache says of itself: `SHARDS/features/{name}/manifest.json`."""
+"""The description of a feature cache: `SHARDS/features/{name}/manifest.json`."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import sha256_of_json, write_json
 
 FORMAT = 2
-# What two caches must share to be the same.
+# Fields that must be equal for two caches to hold the same features.
 IDENTITY = (
     "network",
     "layer",
@@ -31,12 +31,12 @@ def cache_name(layer: str, size: int, network: str = "vgg19", mirrored: bool = F
 
 
 def name_of(manifest: dict[str, Any]) -> str:
-    """The same, of a manifest or of what is wanted of one."""
+    """The cache's name for a manifest, or for the fields wanted of one."""
     return cache_name(manifest["layer"], manifest["input_size"], manifest["network"], manifest["mirrored"])
 
 
 def rebuild_command(shards: str, manifest: dict[str, Any]) -> str:
-    """What the user types to get the cache that the manifest describes."""
+    """The command that computes the cache that the manifest describes."""
     command = f"python -m slotscops.features --shards {shards}"
     if manifest["network"] != "vgg19":
         command += f" --teacher {manifest['network']}"
@@ -47,12 +47,12 @@ def rebuild_command(shards: str, manifest: dict[str, Any]) -> str:
 
 
 def file_label(identity: dict[str, Any], shard: str) -> str:
-    """What each file of a cache says of itself, so that swapped ones are found, whatever their names."""
+    """The label stored in each file of a cache, by which swapped files are found whatever their names."""
     return f"{sha256_of_json({name: identity[name] for name in IDENTITY})[:16]}/{shard}"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises UserError where it is missing, damaged or of another version."""
+    """Reads a manifest. Raises UserError if it is missing, damaged or of another version."""
     try:
         manifest = dict(json.loads(path.read_text()))
         missing = {"format", "files", "shape", *IDENTITY} - set(manifest)

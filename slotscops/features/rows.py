@@ -1,10 +1,11 @@
-"""One shard's teacher features as a safetensors file: sparse where that is smaller, else dense; lossless either way.
+"""One shard's teacher features as a safetensors file: sparse if that is smaller, else dense. Both are lossless.
 
-relu5_4 is 92 to 97 % zeros on real photos, so a float16 value and its position, 4 bytes together, beat 2 bytes for
-every position. A map of more than 65,536 values is cut into segments of that many, so that a position fits in 16 bits.
+relu5_4 is 92 to 97 % zeros on real photos, so 4 bytes for each non-zero value (a float16 and its position) take less
+room than 2 bytes for every value. A map of more than 65,536 values is cut into segments of that many, so that a
+position fits in 16 bits.
 
-Each row carries a crc32 of all that it is decoded from, and the file the name of the shard it belongs to: flipped bits
-and swapped files do not pass for features.
+Each row has a crc32 of all that it is decoded from, and each file names the shard that it belongs to. Flipped bits and
+swapped files are therefore found.
 
 Shapes: N samples, C channels on an h x w grid, V = C h w values a map, Z non-zero values of all samples.
 """
@@ -26,12 +27,12 @@ from torch import Tensor
 
 from slotscops.core.errors import DamageError, UserError, first_line
 
-_SEGMENT = 1 << 16  # values that a uint16 position can tell apart
-_MAX_VALUES = 1 << 28  # of one map; more is no feature map but a damaged file
+_SEGMENT = 1 << 16  # number of different uint16 positions
+_MAX_VALUES = 1 << 28  # values of one map; more means a damaged file
 
 
 def encode(features: NDArray[np.float16], label: str = "") -> bytes:
-    """The file's content for (N, C, h, w) features, in the smaller of both encodings.
+    """The file's content for (N, C, h, w) features, in the smaller of the two encodings.
 
     Args:
         label: what the rows belong to; see `FeatureShard.label`.
@@ -39,7 +40,7 @@ def encode(features: NDArray[np.float16], label: str = "") -> bytes:
     num_samples = len(features)
     maps = features.reshape(num_samples, int(np.prod(features.shape[1:])))
     shape = np.array(features.shape[1:], np.int64)
-    samples, positions = np.nonzero(maps.view(np.uint16))  # by bits, so that -0.0 and nan survive
+    samples, positions = np.nonzero(maps.view(np.uint16))  # compares bits, so that -0.0 and nan are kept
     segments_per_map = _num_segments(shape)
     segments = samples * segments_per_map + positions // _SEGMENT
     sparse: dict[str, NDArray[Any]] = {
@@ -48,7 +49,7 @@ def encode(features: NDArray[np.float16], label: str = "") -> bytes:
         "shape": shape,
         "values": maps[samples, positions],
     }
-    metadata = {"label": label}  # a single one: safetensors writes several in any order
+    metadata = {"label": label}  # a single entry, because safetensors writes several in any order
     if sum(array.nbytes for array in sparse.values()) < features.nbytes:
         ends = sparse["ends"].reshape(num_samples, segments_per_map)
         starts = [0, *ends[:-1, -1]]
@@ -92,7 +93,7 @@ class FeatureShard:
 
     @property
     def is_evicted(self) -> bool:
-        """Whether `path` is no longer the file that was opened, which takes room only as long as it is open."""
+        """Whether the opened file was replaced or deleted and takes disk space only because it is still open."""
         return _inode(self.path) != self._inode
 
     def __len__(self) -> int:
@@ -113,7 +114,7 @@ class FeatureShard:
         return features
 
     def read_row_into(self, row: int, values: NDArray[np.float16]) -> None:
-        """Writes one row into (V,) zeros: what a batch is made of, where nearly every row lies in another shard.
+        """Writes one row into (V,) zeros. Batches use this, because nearly every row of a batch lies in another shard.
 
         Raises:
             DamageError: its crc32 differs.
@@ -135,7 +136,7 @@ class FeatureShard:
 
     @property
     def has_negative(self) -> bool:
-        """True where some number is below zero: these are no features behind a ReLU."""
+        """True if any value is negative, which features after a ReLU never are."""
         return bool(((self._values if self._dense is None else self._dense) < 0).any())
 
     def _scatter_row(self, row: int, values: NDArray[np.float16]) -> None:
@@ -148,7 +149,7 @@ class FeatureShard:
         for segment, end in enumerate(ends):
             window = values[segment * _SEGMENT :]
             try:
-                # NumPy scatters by intp three times as fast as by uint16, the conversion included (1,379 values).
+                # NumPy scatters with intp three times as fast as with uint16, including the conversion (1,379 values).
                 window[positions[begin:end].astype(np.intp)] = row_values[begin:end]
             except IndexError:
                 raise self._damage(row, "a position beyond the map") from None
@@ -182,7 +183,7 @@ class FeatureShard:
 
 
 def _row_crc32(positions: NDArray[np.uint16], values: NDArray[np.float16], ends: list[int]) -> int:
-    """Of everything that a row is decoded from: its positions, its values and where its segments end."""
+    """crc32 of everything that a row is decoded from: its positions, its values and the ends of its segments."""
     crc32 = zlib.crc32(values.data, zlib.crc32(positions.data))
     return crc32 if len(ends) == 1 else zlib.crc32(struct.pack(f"<{len(ends)}q", *ends), crc32)
 
@@ -198,7 +199,7 @@ def _num_segments(shape: Any) -> int:
 def _map_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
     """The arrays by name, and the label."""
     try:
-        # Through torch, because its tensors are views of the mapped file; safetensors' NumPy arrays are copies.
+        # Read through torch, whose tensors are views of the mapped file; safetensors' NumPy arrays are copies.
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return tensors, (file.metadata() or {}).get("label", "")

@@ -18,8 +18,8 @@ from slotscops.core import pretrained
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.pixels import normalise_images
 
-_USUAL_SIZE = 224  # pixels; what every one of torchvision's networks takes
-# These take pixels scaled otherwise, which torchvision mends inside the network where it is asked to.
+_USUAL_SIZE = 224  # pixels; a size that every torchvision network accepts
+# These expect another scaling of pixels; with this option torchvision converts it inside the network.
 _OPTIONS = {
     "googlenet": {"transform_input": True, "init_weights": False},
     "inception_v3": {"transform_input": True, "init_weights": False},
@@ -27,24 +27,24 @@ _OPTIONS = {
 
 
 class Teacher(nn.Module):
-    """Features of photos, never trained.
+    """Computes features of photos; it is never trained.
 
     Source: VGG19 is Simonyan and Zisserman (arXiv:1409.1556), configuration E, as torchvision builds it; relu5_4 is its
-    `features[:36]`. SCOPS (arXiv:1905.01298) takes relu5_4, and relu5_2 with it for faces.
+    `features[:36]`. SCOPS (arXiv:1905.01298) uses relu5_4, and for faces relu5_2 too.
     """
 
     def __init__(self, layer: str = "relu5_4", weights: str = "imagenet", network: str = "vgg19") -> None:
         """
         Args:
-            layer: of a VGG `conv{block}_{n}`, `bn{block}_{n}`, `relu{block}_{n}` or `pool{block}`; of any other network
-                the module's path, such as `layer4` or `features.7`. Several of one grid are joined with `+`.
+            layer: for a VGG `conv{block}_{n}`, `bn{block}_{n}`, `relu{block}_{n}` or `pool{block}`; for any other
+                network the module's path, such as `layer4` or `features.7`. Layers of one grid are joined with `+`.
             weights: `imagenet` (torchvision's own), a `.safetensors` or `.pth` state dict under torchvision's names, or
                 `random:SEED`.
             network: one of torchvision's classification networks by its name there.
 
         Raises:
-            UserError: no such network or layer, a layer that is no (B, C, h, w) map, layers of different grids, or
-                weights that cannot be had or do not fit.
+            UserError: no such network or layer, a layer whose output is no (B, C, h, w) map, layers of different
+                grids, or weights that cannot be loaded or do not fit.
         """
         super().__init__()
         whole = _build(network)
@@ -68,7 +68,7 @@ class Teacher(nn.Module):
             images: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]; normalised here.
 
         Returns:
-            (B, C, h, w) float32, whatever autocast says: a cache must not depend on where it was computed.
+            (B, C, h, w) float32, even under autocast, because the cache must not depend on it.
         """
         with torch.autocast(images.device.type, enabled=False):
             maps = self.extractor(normalise_images(images))
@@ -81,7 +81,7 @@ class Teacher(nn.Module):
         """(h, w) of the features of a photo of `size` x `size` pixels.
 
         Raises:
-            UserError: the photo is so small that nothing is left, or the network takes photos of another size only.
+            UserError: the photo is too small for this layer, or the network accepts only another size.
         """
         try:
             _, height, width = self._shapes(size)[0]
@@ -94,7 +94,7 @@ class Teacher(nn.Module):
         return self.num_channels, *self.grid_size(size)
 
     def _shapes(self, size: int) -> list[tuple[int, ...]]:
-        """Of each layer for one photo, without the 1; nothing is computed, so this takes milliseconds."""
+        """(C, h, w) of each layer for one photo. It runs on the meta device and takes milliseconds."""
         state = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.extractor.state_dict().items()}
         photo = torch.empty(1, 3, size, size, device="meta")
         maps: Mapping[str, Tensor] = functional_call(self.extractor, state, (photo,))
@@ -103,7 +103,7 @@ class Teacher(nn.Module):
     def _check_grids(self) -> list[tuple[int, ...]]:
         shapes = self._shapes(_USUAL_SIZE)
         for shape in shapes:
-            # A transformer's map of tokens ends in its channels; a classifier's answer has no grid at all.
+            # A transformer's tokens have their channels last, and a classifier's output has no grid.
             if len(shape) != 3 or shape[1] != shape[2] or self.network.startswith(("swin", "vit")):
                 raise UserError(
                     f"teacher layer {self.layer}: {self.network} gives {shape} there, needed channels on a square "
@@ -117,7 +117,7 @@ class Teacher(nn.Module):
         return shapes
 
     def _needed_size(self, size: int) -> str:
-        """Advice where a smallest power of two is enough; empty where the network takes its usual size only."""
+        """Advice: the smallest power of two that is enough, or the usual size if no smaller one is accepted."""
         for enough in (1 << power for power in range(size.bit_length(), 9)):
             try:
                 self._shapes(enough)
@@ -129,7 +129,7 @@ class Teacher(nn.Module):
 
 @torch.inference_mode()
 def compute_features(teacher: Teacher, images: Tensor, size: int) -> Tensor:
-    """(B, C, h, w) float32 features of (B, 3, S, S) uint8 crops, resized to `size` first where S differs."""
+    """(B, C, h, w) float32 features of (B, 3, S, S) uint8 crops, which are first resized to `size` if S differs."""
     if images.shape[-1] != size:
         images = functional.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
     features: Tensor = teacher(images)
@@ -137,7 +137,7 @@ def compute_features(teacher: Teacher, images: Tensor, size: int) -> Tensor:
 
 
 def _build(network: str) -> nn.Module:
-    """The network on the meta device: most of its numbers, such as a classifier's, are never needed."""
+    """Builds the network on the meta device, because most of its weights, such as a classifier's, are never needed."""
     names = list_models(module=torchvision.models)
     if network not in names:
         hint = suggest(network, names) or "; give vgg19, vgg16, resnet50 or another of torchvision.models"
@@ -149,20 +149,20 @@ def _build(network: str) -> nn.Module:
 
 
 def _nodes_by_name(module: nn.Module, network: str) -> dict[str, str]:
-    """The names a user gives layers, and torchvision's own names of the same."""
+    """User's name of each layer -> torchvision's name of it."""
     if network.startswith("vgg"):
         assert isinstance(module.features, nn.Sequential)
         return {name: f"features.{number}" for number, name in enumerate(_name_vgg_layers(module.features))}
     _, paths = get_graph_node_names(module)
     nodes: dict[str, str] = {}
-    for path in paths[1:]:  # the first is the photo
+    for path in paths[1:]:  # the first node is the input
         steps = path.split(".")
         nodes |= {prefix: prefix for prefix in (".".join(steps[:end]) for end in range(1, len(steps) + 1))}
     return nodes
 
 
 def _name_vgg_layers(modules: nn.Sequential) -> list[str]:
-    """The papers' names of VGG's modules, in their order: conv1_1, relu1_1, conv1_2, relu1_2, pool1, conv2_1, ..."""
+    """The names of VGG's modules in the papers, in order: conv1_1, relu1_1, conv1_2, relu1_2, pool1, conv2_1, ..."""
     names: list[str] = []
     block, number = 1, 0
     for module in modules:
@@ -188,11 +188,11 @@ def _find(nodes: Mapping[str, str], name: str, network: str) -> str:
 
 
 def _cut(module: nn.Module, nodes: Sequence[str]) -> nn.Module:
-    """The part of the network that leads to the layers, under the names of the whole; gives a mapping of their maps."""
+    """Cuts the network after the layers and keeps its parameter names. The output maps layer -> feature map."""
     extractor: nn.Module = create_feature_extractor(module, list(nodes))
     for part in extractor.modules():
-        # torchvision's activations write over their input, which is wrong where that was asked for.
+        # torchvision's activations overwrite their input, which is wrong if that input is one of the layers.
         vars(part).update({"inplace": False} if "inplace" in vars(part) else {})
         if isinstance(part, nn.BatchNorm2d):
-            part.num_batches_tracked = None  # a count of training steps, which older files lack
+            part.num_batches_tracked = None  # a count of training steps, which is missing in older files
     return extractor.eval()

@@ -1,4 +1,4 @@
-"""Every hash of a data set, checked: which member of which shard is damaged, which row of which feature file.
+"""Checks every hash of a data set and names each damaged member of a shard and row of a feature file.
 
 python -m slotscops.shard --verify SHARDS
 """
@@ -20,11 +20,11 @@ from slotscops.features.manifest import REMOVE_AND_REBUILD, read_manifest
 from slotscops.shard.index import Dataset, ShardEntry, ShardIndex, dataset_path, open_dataset, read_dataset
 from slotscops.shard.reader import MEND, ShardReader
 
-_FILES_PER_ROUND = 32  # between two steps of the progress bar
+_FILES_PER_ROUND = 32  # files checked between two updates of the progress bar
 
 
 def verify_shards(shards: Path, num_workers: int) -> int:
-    """Says what is damaged, one line each.
+    """Prints one line for each damage.
 
     Raises:
         UserError: no data set there.
@@ -41,9 +41,9 @@ def verify_shards(shards: Path, num_workers: int) -> int:
 
 
 def find_damage(shards: Path, num_workers: int) -> Iterator[str]:
-    """A line for each damaged file, member and row."""
+    """Yields a line for each damaged file, member and row."""
     if not dataset_path(shards).is_file():
-        open_dataset(shards)  # says what is missing
+        open_dataset(shards)  # raises an error that says what is missing
     try:
         dataset = read_dataset(shards)
     except UserError as error:
@@ -114,7 +114,7 @@ def _check_members(reader: ShardReader) -> list[str]:
 
 
 def _check_between_members(path: Path, index: ShardIndex) -> list[str]:
-    """Headers and padding, which reading by index never looks at, but other readers do."""
+    """Checks tar headers and padding, which other readers need although reading by index ignores them."""
     lines = []
     end = 0
     with path.open("rb") as file:
@@ -130,7 +130,7 @@ def _check_between_members(path: Path, index: ShardIndex) -> list[str]:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The blocks before a member's content, as `shard_writer` writes them."""
+    """The blocks before a member's content, as `slotscops.shard.writer` writes them."""
     entry = tarfile.TarInfo(name)
     entry.size = size
     return entry.tobuf(tarfile.GNU_FORMAT)

@@ -1,4 +1,4 @@
-"""Computes the features of every crop, mirrored or not, and writes them beside the shards; restartable at any moment.
+"""Computes the features of all crops or mirrored crops and writes them beside the shards. It can be restarted anytime.
 
 Shapes: N samples of a shard, C channels on an h x w grid.
 """
@@ -22,17 +22,17 @@ from slotscops.features.teacher import Teacher, compute_features
 from slotscops.shard.index import Dataset, ShardEntry
 from slotscops.shard.reader import ShardReader
 
-_BATCH_SIZE = 16  # fixed: another batch may change the last bits of a convolution, and the cache is to be reproducible
+_BATCH_SIZE = 16  # fixed: another batch size may change the last bits of a convolution; the cache must be reproducible
 
 
 def build_cache(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool = False) -> FeatureCache:
-    """Computes whatever is missing of the cache and returns it finished.
+    """Computes what is missing in the cache and returns the finished cache.
 
     Args:
         mirrored: compute the features of the mirrored crops too.
 
     Raises:
-        UserError: the folder holds a cache that was made otherwise.
+        UserError: the folder holds a cache made with other settings.
     """
     for flip in (False, True) if mirrored else (False,):
         write_cache(dataset, teacher, size, flip)
@@ -40,11 +40,11 @@ def build_cache(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool = 
 
 
 def write_cache(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool) -> None:
-    """Writes whatever is missing of one cache, its manifest last.
+    """Writes the missing files of one cache, and its manifest last.
 
     Raises:
-        UserError: the folder holds a cache that was made otherwise.
-        RunError: features that no float16 can hold.
+        UserError: the folder holds a cache made with other settings.
+        RunError: a feature does not fit into float16.
     """
     identity = _identity(dataset, teacher, size, mirrored)
     folder = dataset.folder / "features" / name_of(identity)

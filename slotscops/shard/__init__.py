@@ -1,1 +1,1 @@
-"""Records become indexed tar files, and are read back by index."""
+"""Writes records into indexed tar files and reads them back by index."""

@@ -6,7 +6,7 @@
     python -m slotscops.shard --inspect SHARDS [--out FILE.png]
     python -m slotscops.shard --verify SHARDS
 
-Works alone or under a launcher. Started again after any interruption it finishes what is missing.
+Runs as one process or under a launcher. If it was interrupted, start it again: it finishes what is missing.
 """
 
 import argparse
@@ -48,13 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         classes = [options.class_name]
     else:
         classes = check_class_names(options.classes.split(",")) if options.classes else list(PART_NAMES)
-    # Before any work: a teacher without weights is an error at the start, not after an hour.
+    # Built before any work, so that missing weights stop the command at once and not after an hour.
     teacher = None if options.no_features else Teacher(options.layer, options.teacher_weights, options.teacher)
     root, source = options.root, "files"
     if options.toy:
         root = options.out / "photos"
         source = f"toy, seed {options.toy_seed}, {options.toy_train} + {options.toy_val} photos"
-        # The plan is written once the tree is whole; where it was drawn with other numbers, the plan refuses them.
+        # The plan is written after the whole tree. If a tree exists, the plan checks that these options drew it.
         if not plan_path(options.out).is_file():
             toy.write_tree(root, num_train=options.toy_train, num_val=options.toy_val, seed=options.toy_seed)
     settings = ShardSettings(
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _min_box_share(options: argparse.Namespace, split: str) -> float:
-    """Photos of one's own are all kept unless asked otherwise."""
+    """The option if it was given; otherwise 0 for --images, which keeps all photos, and the default for the split."""
     asked: float | None = getattr(options, f"min_box_{split}")
     return asked if asked is not None else 0.0 if options.images else BOX_SHARE[split]
 

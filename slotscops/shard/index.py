@@ -1,4 +1,4 @@
-"""The index beside the shards: where each member of each sample lies, and what the data set as a whole is.
+"""The index beside the shards: the position of each member of each sample, and a description of the whole data set.
 
 Shapes: N samples of a shard, M members of a sample (`records.MEMBERS`).
 """
@@ -23,15 +23,15 @@ from slotscops.core.records import MEMBERS
 from slotscops.shard.remote import RemoteFolder, is_remote
 
 FORMAT = 2
-# A data set from elsewhere must not make us read beside its folder.
+# A foreign data set must not be able to name files outside its folder.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-_MAX_SIZE = 1 << 15  # pixels, side of a crop; more is no data set but a damaged file
+_MAX_SIZE = 1 << 15  # pixels, side of a crop; a larger value means a damaged file
 _DTYPES = {"key_bytes": np.uint8, "crc32": np.uint32}  # the others are int64
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the members of one shard lie. Row i belongs to the i-th sample of the tar."""
+    """Positions of the members of one shard. Row i belongs to the i-th sample of the tar."""
 
     key_bytes: NDArray[np.uint8]  # all keys, UTF-8, one after the other
     key_ends: NDArray[np.int64]  # (N,) end of each key in key_bytes
@@ -61,7 +61,7 @@ class ShardIndex:
 
     @staticmethod
     def read(path: Path, sha256: str | None = None) -> "ShardIndex":
-        """Raises UserError where the file is missing, has another sha256, or its arrays do not fit each other."""
+        """Raises UserError if the file is missing, has another sha256, or its arrays do not fit each other."""
         try:
             content = path.read_bytes()
             if sha256 is not None and sha256_of_bytes(content) != sha256:
@@ -74,7 +74,7 @@ class ShardIndex:
         return index
 
     def _fits(self) -> bool:
-        """Whether the arrays belong together, and every key can be shown in a line."""
+        """Whether the arrays fit each other and all keys are printable."""
         num, members = self.key_ends.size, (self.key_ends.size, len(MEMBERS))
         shapes = dict.fromkeys(vars(self), (num,)) | dict.fromkeys(("offsets", "sizes", "crc32"), members)
         shapes["key_bytes"] = (self.key_bytes.size,)
@@ -84,7 +84,7 @@ class ShardIndex:
         starts = np.concatenate([[0], self.key_ends])
         if starts[-1] != len(self.key_bytes) or not (np.diff(starts) > 0).all():
             return False
-        if (self.key_bytes[starts[:-1]] & 0xC0 == 0x80).any():  # a key that begins within a character
+        if (self.key_bytes[starts[:-1]] & 0xC0 == 0x80).any():  # a key that begins inside a UTF-8 character
             return False
         try:
             return self.key_bytes.tobytes().decode().isprintable()
@@ -105,9 +105,9 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `SHARDS/index/dataset.json` says."""
+    """The content of `SHARDS/index/dataset.json`."""
 
-    folder: Path  # of remote shards: where their copies lie, each once it has been opened
+    folder: Path  # for remote shards, the folder of their local copies, which exist once opened
     settings: dict[str, Any]  # of the sharding: size, classes, box shares, ...
     class_names: list[str]  # class_ids are rows of this table
     part_names: dict[str, list[str]]  # by class; part label = position + 1
@@ -116,7 +116,7 @@ class Dataset:
 
     @property
     def location(self) -> str:
-        """Folder or URL, as messages call the data set."""
+        """Folder or URL of the data set, as messages name it."""
         return str(self.folder) if self.remote is None else self.remote.url
 
     @property
@@ -134,7 +134,7 @@ class Dataset:
 
     @contextmanager
     def opened(self, name: str, sha256: str, num_bytes: int | None = None) -> Iterator[Path]:
-        """A file of the data set, named from its folder on, fetched where it is remote; see `RemoteFolder.opened`."""
+        """A file of the data set by its path inside the folder; fetched if it is remote, see `RemoteFolder.opened`."""
         if self.remote is None:
             yield self.folder / name
         else:
@@ -177,7 +177,7 @@ def open_dataset(shards: str | Path) -> Dataset:
     """Reads `dataset.json` of a folder or a URL, and checks that every tar of a folder has the size it says.
 
     Raises:
-        UserError: no shards there (with the command that makes them), an unfinished or damaged data set.
+        UserError: no shards there (the message gives the command that makes them), or they are unfinished or damaged.
         RunError: the server cannot be reached.
     """
     if is_remote(shards):
@@ -198,7 +198,7 @@ def _open_remote(remote: RemoteFolder) -> Dataset:
 
 
 def read_dataset(shards: Path) -> Dataset:
-    """What `dataset.json` says, whatever became of the shards since. Raises UserError as `open_dataset`."""
+    """Reads `dataset.json` without checking the shards. Raises UserError as `open_dataset` does."""
     path = dataset_path(shards)
     if not path.is_file():
         unfinished = (shards / "index" / "plan.json").is_file()

@@ -1,4 +1,4 @@
-"""A look at shards before training: what is in them, in numbers and as a sheet of crops with their parts coloured."""
+"""Shows what shards contain before training: tables of numbers and a sheet of crops with their parts coloured."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ _NAMES_SHOWN = 8  # lines of names below a crop
 
 @dataclass
 class _ClassCounts:
-    """Of one class in one split."""
+    """Counts of one class in one split."""
 
     objects: int = 0
     with_part: Counter[str] = field(default_factory=Counter)
@@ -35,7 +35,7 @@ class _ClassCounts:
 
 
 def inspect_shards(shards: str | Path, picture: Path | None = None) -> None:
-    """Prints the tables and writes the sheet, `SHARDS/contact_sheet.png` unless told otherwise.
+    """Prints the tables and writes the sheet, by default to `SHARDS/contact_sheet.png`.
 
     Raises:
         UserError: no shards there, or the sheet cannot be written.
@@ -56,7 +56,7 @@ def inspect_shards(shards: str | Path, picture: Path | None = None) -> None:
     parts = [row for (split, name), count in sorted(counts.items()) for row in _part_rows(dataset, split, name, count)]
     if parts:
         console.show_table("parts", ("class", "split", "part", "objects with it", "share of object pixels"), parts)
-    if dataset.remote is None:  # a web server does not tell what it has
+    if dataset.remote is None:  # a web server cannot list its files
         caches = sorted(path.parent.name for path in dataset.folder.glob("features/*/manifest.json"))
         console.say(f"features: {', '.join(caches) or 'none'}")
     picture = picture or dataset.folder / "contact_sheet.png"
@@ -104,7 +104,7 @@ def _part_rows(dataset: Dataset, split: str, name: str, count: _ClassCounts) -> 
 
 
 def _tile(photo: Any, labels: Any, names: list[str], title: str) -> Image.Image:
-    """One crop with its parts coloured, and below it their names in two columns."""
+    """One crop with its parts coloured and, below it, their names in two columns."""
     tile = Image.new("RGB", (_TILE, _TILE + _LINE * (1 + _NAMES_SHOWN) + 4), (255, 255, 255))
     tile.paste(overlay(photo, labels).resize((_TILE, _TILE), Image.Resampling.BICUBIC), (0, 0))
     draw, colours = ImageDraw.Draw(tile), voc_palette()

@@ -1,7 +1,7 @@
 """Reads members of shards by index, without streaming: offset, size, crc32, decode.
 
-With `os.pread`, not memory-mapped: a bad sector, or a file cut short meanwhile, is an error then and not the end of
-the process, and the copy of a few KB costs little beside decoding them.
+Files are read with `os.pread` and not memory-mapped. A bad sector, or a file that is cut short meanwhile, is then an
+error and does not kill the process. Copying a few KB costs little compared to decoding them.
 """
 
 import json
@@ -42,14 +42,14 @@ class ShardReader:
 
     @property
     def is_evicted(self) -> bool:
-        """Whether the file has no name any more, and takes room only as long as it is open."""
+        """Whether the file was deleted and takes disk space only because it is still open."""
         return os.fstat(self._file).st_nlink == 0
 
     def read_member(self, row: int, member: str) -> bytes:
-        """The content of one member, its crc32 checked.
+        """The content of one member; its crc32 is checked.
 
         Raises:
-            DamageError: the bytes cannot be read or are not those the index was made for.
+            DamageError: the bytes cannot be read or do not have the crc32 of the index.
         """
         column = MEMBERS.index(member)
         offset, size = int(self.index.offsets[row, column]), int(self.index.sizes[row, column])
@@ -75,7 +75,7 @@ class ShardReader:
         content = self.read_member(row, "jpg")
         try:
             came = decode_jpeg(content, buffer=pixels).shape
-        except ValueError as error:  # larger than the buffer, too
+        except ValueError as error:  # includes crops larger than the buffer
             raise self._damage(row, "jpg", f"is no crop ({first_line(error)})") from None
         if came != pixels.shape:
             raise self._damage(row, "jpg", f"has {came[1]} x {came[0]} pixels, needed {self.size}")
@@ -99,7 +99,7 @@ class ShardReader:
         return description
 
     def _read_map(self, row: int, member: str) -> NDArray[np.uint8]:
-        """(S, S) uint8. The size is looked at before anything is decoded: no small file becomes gigabytes."""
+        """(S, S) uint8. The size is checked before decoding, so that no small file expands to gigabytes."""
         content = self.read_member(row, member)
         try:
             return decode_image(content, (self.size, self.size), "L")

@@ -1,8 +1,8 @@
-"""Shards behind a URL: each file is fetched once a node into a bounded cache, checked by sha256 and read from there.
+"""Shards behind a URL: each file is fetched once per node into a bounded cache, checked by sha256 and read there.
 
-Any URL that fsspec opens: `https://`, `s3://`, `gs://`, ... `SLOTSCOPS_CACHE` names the cache's folder, on a disk
-of the node's own (default: ~/.cache/slotscops); `SLOTSCOPS_CACHE_GB` bounds it (default: 100). It is shared by all
-processes of the node and by all data sets. Beyond the bound, the least recently opened file goes.
+All URLs that fsspec opens will do: `https://`, `s3://`, `gs://`, ... `SLOTSCOPS_CACHE` names the cache's folder, which
+should lie on a local disk of the node (default: ~/.cache/slotscops). `SLOTSCOPS_CACHE_GB` bounds its size (default:
+100). All processes of the node and all data sets share it. Above the bound, the least recently opened file is removed.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ from slotscops.core import console
 from slotscops.core.errors import RunError, UserError, first_line
 from slotscops.core.files import fsync, sha256_of_file, write_bytes
 
-_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before trying again; counted anew whenever something came
-_MOST_AT_ONCE, _LEAST_AT_ONCE = 8 << 20, 64 << 10  # bytes of one request; halved where a transfer breaks
-_CONNECT_SECONDS, _SILENCE_SECONDS = 15, 30  # a server that says nothing for so long is tried again
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each new try; starts again after data has arrived
+_MOST_AT_ONCE, _LEAST_AT_ONCE = 8 << 20, 64 << 10  # bytes of one request; halved when a transfer breaks
+_CONNECT_SECONDS, _SILENCE_SECONDS = 15, 30  # after so many silent seconds the request is tried again
 _WAIT_FOR_ROOM = 0.2  # seconds
-_AT_A_TIME = 8  # transfers of one process
+_AT_A_TIME = 8  # parallel transfers of one process
 
 
 def is_remote(shards: str | Path) -> bool:
-    """Whether shards lie behind a URL."""
+    """Whether the shards are given by a URL."""
     return "://" in str(shards)
 
 
@@ -41,7 +41,7 @@ def shards_argument(text: str) -> str | Path:
 
 
 def check_local(shards: str | Path) -> Path:
-    """A folder to write to. Raises UserError where it is a URL."""
+    """A folder to write to. Raises UserError if it is a URL."""
     if is_remote(shards):
         raise UserError(f"{shards}: shards and features are written to a folder; write them there, then upload it")
     return Path(shards)
@@ -49,7 +49,7 @@ def check_local(shards: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder behind a URL and its copy below the cache, which has the same layout. Travels to worker processes."""
+    """A folder at a URL and its copy in the cache, which has the same layout. It is pickled to worker processes."""
 
     url: str
     cache: Path
@@ -57,7 +57,7 @@ class RemoteFolder:
 
     @staticmethod
     def of(url: str) -> "RemoteFolder":
-        """Raises UserError where the environment's settings of the cache are none."""
+        """Raises UserError if the cache settings in the environment are invalid."""
         cache = Path(os.environ.get("SLOTSCOPS_CACHE") or Path.home() / ".cache" / "slotscops")
         gigabytes = os.environ.get("SLOTSCOPS_CACHE_GB") or "100"
         try:
@@ -70,12 +70,12 @@ class RemoteFolder:
 
     @property
     def copy(self) -> Path:
-        """Where the copies of the folder's files lie."""
+        """Folder of the local copies of the files."""
         readable = re.sub(r"[^A-Za-z0-9]+", "-", self.url.split("://", 1)[1].rpartition("@")[2])[-60:].strip("-")
         return self.cache / f"{readable}-{hashlib.sha256(self.url.encode()).hexdigest()[:12]}"
 
     def fetch_anew(self, name: str) -> Path:
-        """A small file that may have changed, such as `index/dataset.json`. It is never evicted.
+        """Fetches a small file that may have changed, such as `index/dataset.json`. It is never evicted.
 
         Raises:
             FileNotFoundError: the server has none.
@@ -90,13 +90,13 @@ class RemoteFolder:
 
     @contextmanager
     def opened(self, name: str, sha256: str, num_bytes: int | None = None) -> Iterator[Path]:
-        """The copy of a file, fetched if need be; it stays at that path within the body, and open files stay good.
+        """The local copy of a file, fetched if necessary. It stays there in the body; open files stay valid.
 
         Args:
-            num_bytes: of the file; where that is unknown, it comes in one piece.
+            num_bytes: size of the file; if it is unknown, the file is fetched in one request.
 
         Raises:
-            RunError: it cannot be fetched after several tries, or what came has another sha256.
+            RunError: it cannot be fetched after several tries, or its sha256 is wrong.
             UserError: the cache cannot hold it or cannot be written.
         """
         target = self.copy / name
@@ -110,16 +110,16 @@ class RemoteFolder:
                     self._fetch(name, target, sha256, num_bytes)
                 except FileNotFoundError as error:
                     raise RunError(f"{error}; upload the shards again") from None
-            os.utime(target)  # what was opened last is evicted last
+            os.utime(target)  # the most recently opened file is evicted last
             yield target
         finally:
             lock.release()
 
     def fetch_together(self, wanted: list[tuple[str, str, int]]) -> None:
-        """Fetches what is missing of files, each given as in `opened`, several at a time."""
+        """Fetches all missing files, each given as in `opened`, several at a time."""
         missing = [file for file in wanted if not (self.copy / file[0]).is_file()]
         if len(missing) < 2 or sum(num_bytes for _, _, num_bytes in missing) > self.max_bytes / 2:
-            return  # they would evict each other
+            return  # the files would evict each other
         with ThreadPoolExecutor(_AT_A_TIME) as pool:
             list(pool.map(self._fetch_one, missing))
 
@@ -138,10 +138,10 @@ class RemoteFolder:
                 f"{self.url_of(name)}: has {num_bytes / 1e9:.3g} GB, the cache at most {self.max_bytes / 1e9:.3g}; set "
                 "SLOTSCOPS_CACHE_GB to more, best to more than the whole data set"
             )
-        # Its name carries the room that it takes when whole.
+        # Its name holds the size that the file will have when complete.
         partial = target.with_name(f".{target.name}.{num_bytes}.partial")
         came = ""
-        for _ in range(2):  # a broken transfer that was gone on with may have joined two versions of the file
+        for _ in range(2):  # resuming a broken transfer may have joined two versions of the file
             self._make_room(partial, num_bytes)
             if content:
                 partial.write_bytes(content)
@@ -164,11 +164,11 @@ class RemoteFolder:
         while True:
             try:
                 return bytes(files.cat_file(path))
-            except Exception as error:  # each kind of server raises its own
+            except Exception as error:  # each file system raises its own kinds of errors
                 patience.try_again_after(error)
 
     def _transfer(self, name: str, partial: Path, num_bytes: int) -> None:
-        """Appends what is missing of the partial file."""
+        """Appends the missing bytes to the partial file."""
         files, path = self._connect(name)
         patience, at_once = _Patience(self.url_of(name)), _MOST_AT_ONCE
         have = partial.stat().st_size
@@ -176,7 +176,7 @@ class RemoteFolder:
             end = min(have + at_once, num_bytes)
             try:
                 content = files.cat_file(path, start=have, end=end)
-                if len(content) == num_bytes:  # a server that knows no ranges
+                if len(content) == num_bytes:  # the server does not support ranges
                     have = 0
                 elif len(content) != end - have:
                     raise ConnectionError(f"{len(content)} bytes came, asked for {end - have}")
@@ -191,7 +191,7 @@ class RemoteFolder:
             patience = _Patience(self.url_of(name))
 
     def _make_room(self, partial: Path, num_bytes: int) -> None:
-        """Evicts until a file of `num_bytes` fits, and reserves its place; waits where all others are being used."""
+        """Evicts until a file of `num_bytes` fits, and reserves its space; waits while all other files are in use."""
         while True:
             with self._writing(), FileLock(self.cache / ".room.lock"):
                 files = sorted(_files_of(self.cache, except_for=partial))
@@ -228,7 +228,7 @@ class RemoteFolder:
 
 
 class _Patience:
-    """Tries again what may pass, each time after a longer pause, and gives up in one line."""
+    """Retries temporary errors, each time after a longer pause, and gives up with a one-line error."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -254,12 +254,12 @@ def _may_pass(error: Exception) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status in (408, 429)  # timeout, too many requests
-    # botocore has a class of its own for each of its complaints about credentials.
+    # botocore raises a different class for each kind of credentials error.
     return not isinstance(error, PermissionError | ValueError) and "Credential" not in type(error).__name__
 
 
 def _patient_options(protocol: str) -> dict[str, Any]:
-    """What makes a silent server an error, in the words of each file system."""
+    """The options of each file system that turn a silent server into an error."""
     if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
@@ -275,7 +275,7 @@ def _lock_of(path: Path) -> Path:
 
 
 def _files_of(cache: Path, except_for: Path) -> Iterator[tuple[float, int, Path]]:
-    """When last opened, bytes and path of each file that may be evicted; a partial one counts as if whole."""
+    """Time last opened, bytes and path of each file that may be evicted. A partial file counts with its full size."""
     for folder, _, names in os.walk(cache):
         for name in names:
             path = Path(folder, name)
@@ -284,7 +284,7 @@ def _files_of(cache: Path, except_for: Path) -> Iterator[tuple[float, int, Path]
                 continue
             try:
                 status = path.stat()
-            except FileNotFoundError:  # renamed meanwhile; then it is counted by its other name or not yet
+            except FileNotFoundError:  # renamed meanwhile; it is counted under its new name or not at all
                 continue
             yield status.st_mtime, int(partial[1]) if partial else status.st_size, path
 
@@ -293,7 +293,7 @@ _PARTIAL = re.compile(r"\..+\.(\d+)\.partial")
 
 
 def _evict(path: Path) -> bool:
-    """Removes a file that nobody is opening or fetching now."""
+    """Removes a file unless a process is opening or fetching it; returns whether it was removed."""
     name = path.name[1:].rsplit(".", 2)[0] if _PARTIAL.fullmatch(path.name) else path.name
     lock = FileLock(_lock_of(path.with_name(name)), timeout=0)
     try:

@@ -1,8 +1,8 @@
-"""Objects of a source become shards with their index; restartable at any moment, byte-identical each time.
+"""Writes the objects of a source as shards with an index. It can be restarted at any time and gives the same bytes.
 
-Two phases, each split into units whose files appear whole or not at all: scanning decides from the annotations which
-objects are kept, so that every shard's content is known before one is written; then each shard is cropped and written.
-Any number of processes may work on the same folder; see `work`.
+There are two phases. Scanning decides from the annotations which objects are kept, so that the content of every shard
+is known before the first is written. Then each shard is cropped and written. Both phases consist of units whose files
+appear whole or not at all, and any number of processes may work on the same folder (see `slotscops.core.claims`).
 """
 
 import io
@@ -36,7 +36,7 @@ Sample = tuple[str, str, dict[str, bytes]]  # key, class, members
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What decides the shards' bytes, beside the photos and annotations themselves."""
+    """The settings that, with the photos and annotations, determine the bytes of the shards."""
 
     classes: list[str]  # in the class table's order
     size: int  # side of the crops, pixels
@@ -57,15 +57,15 @@ class Outcome:
 def write_shards(
     source: Source, out: Path, settings: ShardSettings, num_workers: int, description: str = "files"
 ) -> Outcome:
-    """Writes whatever is missing of the shards below `out`, and returns the finished data set.
+    """Writes all shards that are missing in `out`, and returns the finished data set.
 
-    Finished shards are taken as they are: whoever changes photos or annotations chooses another folder.
+    Finished shards are not written again. If photos or annotations have changed, choose another folder.
 
     Args:
-        description: what the photos are, to tell apart sources whose images have the same names.
+        description: what the photos are; it distinguishes sources whose images have the same names.
 
     Raises:
-        UserError: the folder holds something else, or no object is left to write (then nothing stays behind).
+        UserError: the folder holds something else, or no object is left to write (then the folder is cleaned up).
         RunError: a worker process died.
     """
     images = source.list_images()
@@ -91,7 +91,7 @@ def write_shards(
 
 
 def _claim_folder(out: Path, plan: dict[str, Any]) -> bool:
-    """Writes down what is made here. False where it is finished already; refuses where it is something else."""
+    """Records the plan in the folder. Returns False if the shards are finished; raises UserError for another plan."""
     path = plan_path(out)
     is_new = not path.is_file()
     if is_new and out.exists() and (not out.is_dir() or any(out.glob("*.tar")) or (out / "index").exists()):
@@ -109,7 +109,7 @@ def plan_path(out: Path) -> Path:
 
 
 def _withdraw(out: Path) -> None:
-    """Takes the claim back, so that nothing stays behind."""
+    """Removes the index folder, and `out` if it is then empty."""
     shutil.rmtree(out / "index")
     if not any(out.iterdir()):
         out.rmdir()
@@ -132,7 +132,7 @@ def _nothing_left(source: Source, left_out: list[LeftOut]) -> str:
 def _scan(
     source: Source, out: Path, settings: ShardSettings, images: list[str], pool: WorkerPool
 ) -> tuple[list[Candidate], list[LeftOut]]:
-    """All kept objects in the order of image and object number, and all left out."""
+    """All kept objects, ordered by image and object number, and all objects and files that were left out."""
     splits = source.splits(settings.classes)
     chunks = [images[start : start + _IMAGES_PER_SCAN] for start in range(0, len(images), _IMAGES_PER_SCAN)]
     folder = out / "index" / "scan"
@@ -193,7 +193,7 @@ def _tar_bytes(samples: Iterable[Sample]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for key, _, members in samples:
             for extension, content in members.items():
-                entry = tarfile.TarInfo(f"{key}.{extension}")  # owner 0, time 0, mode 644: nothing of this machine
+                entry = tarfile.TarInfo(f"{key}.{extension}")  # owner 0, time 0, mode 644: independent of this machine
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
@@ -216,7 +216,7 @@ def _index_tar(path: Path, samples: Sequence[Sample], class_names: list[str]) ->
 def _finish(
     source: Source, out: Path, settings: ShardSettings, candidates: list[Candidate], left_out: list[LeftOut]
 ) -> None:
-    """Writes the table of everything. Any process may: all write the same."""
+    """Writes `dataset.json`. Any process may do it, because all write the same content."""
     splits: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     for name, objects in _shards(candidates, settings):
         path = out / f"{name}.tar"

@@ -1,1 +1,1 @@
-"""The training loop, and what keeps it safe."""
+"""The training loop, with checkpoints, monitors and failure handling."""

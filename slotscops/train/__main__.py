@@ -1,7 +1,7 @@
 """The command line of training: `slotscops train --config toy`, or `accelerate launch -m slotscops.train --config toy`.
 
-Loader workers import the script that started the training once more, and this file with it where that script is
-`launch/train.py`. So the training loop is imported only inside `main`, and workers start without it.
+Each loader worker imports the script that started the training again. If that script is `launch/train.py`, it imports
+this file too. The training loop is therefore imported only inside `main`, so that workers start without it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ Editors complete and check a YAML file of settings after `--print-schema > setti
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "") -> int:
-    """Trains, or prints what it was asked for; `prog` is the program's name in the help, if another script calls."""
+    """Trains, or prints settings or their schema. `prog` is the program's name in the help, if a script calls this."""
     options = _parse(arguments, prog)
     if options.print_schema:
         console.say(json.dumps(TypeAdapter(Config).json_schema(), indent=2))

@@ -11,7 +11,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class WeightAverage(Generic[Network]):
-    """A second copy of the network whose parameters follow those that train.
+    """A second copy of the network whose parameters are the moving average of the trained ones.
 
         average <- decay * average + (1 - decay) * parameter
 
@@ -29,10 +29,10 @@ class WeightAverage(Generic[Network]):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Called after each step of the optimizer."""
+        """Updates the average; call it after each step of the optimizer."""
         # torch's AveragedModel around this function would read its step counter back from the device at each step.
         self._update(list(self.network.parameters()), list(self._followed.parameters()), 1)
 
     def restart(self) -> None:
-        """Takes the present parameters for the average."""
+        """Sets the average to the current parameters."""
         self.network.load_state_dict(self._followed.state_dict())

@@ -1,4 +1,4 @@
-"""Settings become a network and its optimizer, and a checkpoint becomes a trained network again."""
+"""Builds a network and its optimizer from settings, and a trained network from a checkpoint."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +16,12 @@ from slotscops.train.run.published import is_published, read_published
 
 
 def build_model(config: Config, feature_channels: int, pretrained: bool = True, num_classes: int = 1) -> SlotScops:
-    """The network of the settings, on the CPU, the same for the same seed.
+    """Builds the network of the settings on the CPU; the same seed gives the same network.
 
     Args:
         feature_channels: C of the teacher's features.
-        pretrained: False where a checkpoint is loaded right after, so that no weights need to be at hand.
-        num_classes: of objects; told apart only where `slots.per_class` is `own`.
+        pretrained: False if a checkpoint is loaded afterwards, so that no ImageNet weights are needed.
+        num_classes: number of object classes; it matters only if `slots.per_class` is `own`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -36,7 +36,7 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True, 
 
 
 def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
-    """SGD as SCOPS' or AdamW, with a learning rate of its own for encoder, head and basis.
+    """SGD as in SCOPS, or AdamW, with separate learning rates for encoder, head and basis.
 
     Each group keeps its rate as `peak_learning_rate`; the trainer sets `lr` from the step.
     """
@@ -59,11 +59,11 @@ def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
     ]
     if train.optimizer == "sgd":
         return SGD(groups, lr=train.learning_rate, momentum=train.momentum)
-    return AdamW(groups, lr=train.learning_rate, fused=True)  # on a CPU too: half the time of the plain one
+    return AdamW(groups, lr=train.learning_rate, fused=True)  # fused takes half the time of the default, on a CPU too
 
 
 class Trained(NamedTuple):
-    """A network read back from a checkpoint, with what belongs to it."""
+    """A network read from a checkpoint, with its settings, the checkpoint's path and the training state."""
 
     network: SlotScops
     config: Config
@@ -72,10 +72,10 @@ class Trained(NamedTuple):
 
 
 def load_model(run_or_checkpoint: Path) -> Trained:
-    """The trained network of a run, of a checkpoint, or of a model given away on its own.
+    """Loads the trained network of a run, of a checkpoint, or of an exported model.
 
     Raises:
-        UserError: nothing there, damaged, or settings that do not fit the tensors.
+        UserError: the path holds no model, the model is damaged, or its settings do not fit the tensors.
     """
     if is_published(run_or_checkpoint):
         path = run_or_checkpoint
@@ -84,7 +84,7 @@ def load_model(run_or_checkpoint: Path) -> Trained:
         path = resolve_checkpoint(run_or_checkpoint)
         config = read_config(path)
         checkpoint = load_checkpoint(path)
-        # Averaged weights are what was scored while training.
+        # The averaged weights are used if there are any, because training scored those.
         tensors = checkpoint.model if checkpoint.ema is None else checkpoint.ema
         state = checkpoint.state
     if "basis_parameter" not in tensors:

@@ -1,4 +1,4 @@
-"""Damaged samples that a run met: counted over all processes, reported once each, and too many of them end the run."""
+"""Counts damaged samples over all processes, reports each once, and ends the run if there are too many."""
 
 import json
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from slotscops.core.files import write_json
 from slotscops.shard.index import Dataset
 from slotscops.train.run.folder import RunFolder
 
-_NAMED = 3  # in the line that ends the run; each has been reported in a line of its own, and all are in the run folder
+_NAMED = 3  # samples named in the error that ends the run; each was reported before, and the run folder lists all
 
 
 class DamageLedger:
-    """What is wrong with each damaged sample found so far, by key; the same on every process after `agree`."""
+    """The damaged samples found so far: key -> reason. It is the same on every process after `agree`."""
 
     def __init__(self, dataset: Dataset, split: str, max_share: float, folder: RunFolder) -> None:
         """
         Args:
-            max_share: of the split's samples; `agree` raises where more are damaged.
+            max_share: share of the split's samples that may be damaged; `agree` raises RunError if more are.
         """
         self._dataset = dataset
         self._split = split
@@ -30,27 +30,29 @@ class DamageLedger:
         self._folder = folder
         self._known: dict[str, str] = {}
         self._found_at: dict[str, int] = {}  # step, by key
-        self._new: dict[str, str] = {}  # found by this process since all agreed
+        self._new: dict[str, str] = {}  # found by this process since the last `agree`
 
     def note(self, damaged: Mapping[str, str]) -> None:
-        """Takes down what a batch of this process came with. Costs nothing where that is nothing."""
+        """Records the damaged samples of a batch of this process."""
         for key in damaged.keys() - self._known.keys():
             self._new[key] = damaged[key]
 
     def reload(self, step: int) -> None:
-        """What the run had found by the step it goes on from; for one process, the others hear of it in `agree`."""
+        """Reads the damage found up to `step`. One process calls it; `agree` tells the others."""
         try:
             rows = json.loads(self._folder.damaged.read_text())
             self._new = {key: str(row["what"]) for key, row in rows.items() if row["step"] <= step}
             self._found_at = {key: int(rows[key]["step"]) for key in self._new}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none there, or damaged: found again then
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # file missing or damaged
             self._new = {}
 
     def agree(self, accelerator: Accelerator, step: int, write: bool = True) -> int:
-        """How many different samples all processes together found to be damaged. All must call it at the same step.
+        """Shares what each process found, and returns the number of distinct damaged samples over all processes.
+
+        All processes must call it at the same step.
 
         Raises:
-            RunError: on every process, if they are more than allowed.
+            RunError: on every process, if more samples are damaged than allowed.
         """
         num_new = tensor([len(self._new)], device=accelerator.device)
         if int(accelerator.gather(num_new).sum()):

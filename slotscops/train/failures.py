@@ -1,4 +1,4 @@
-"""Errors of a training as one line that names rank, step and cause, even where another process failed first."""
+"""Turns training errors into one line that names rank, step and cause, even if another process failed first."""
 
 import os
 import re
@@ -14,23 +14,23 @@ import torch.distributed as dist
 from slotscops.core import console
 from slotscops.core.errors import RunError, UserError, first_line
 
-# What gloo and NCCL say where another process is gone or does not answer.
+# Messages of gloo and NCCL when another process is gone or does not answer.
 _LOST = re.compile(
     r"connection (closed|reset|refused|was (closed|reset))|closed by peer|timed? ?out|timeout|broken pipe|"
     r"socket|connect failure|remote process exited|watchdog|read error|write error",
     re.IGNORECASE,
 )
-_ASKING_S = 3.0  # how long the others have to say why they leave
+_ASKING_S = 3.0  # seconds to wait for the other processes' reasons
 
 
 @contextmanager
 def named(step: Callable[[], int]) -> Iterator[None]:
-    """Turns what fails inside into a RunError that names step and cause, and tells the other processes why.
+    """Turns errors inside into a RunError that names step and cause, and tells the other processes the reason.
 
-    An error that is neither a lost process nor a lack of memory passes as it is, traceback and all.
+    Errors other than a lost process or a lack of memory are raised unchanged, with their traceback.
 
     Args:
-        step: number of steps done.
+        step: returns the number of steps done.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def named(step: Callable[[], int]) -> Iterator[None]:
 
 
 def _explain(error: Exception) -> str | None:
-    """One line, or None for an unexpected error."""
+    """The cause in one line, or None for an unexpected error."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory; lower train.batch_size or raise train.accumulation_steps"
@@ -61,16 +61,16 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
-# ---- the last words of each process ------------------------------------------------------------------------------
+# ---- why each process failed ------------------------------------------------------------------------------------
 
 
 def _tell(reason: str) -> None:
-    """Leaves a word for the other processes."""
+    """Stores the reason for this process's failure, where the other processes can read it."""
     _within_time(lambda store: store.set(_key(console.rank()), reason))
 
 
 def _who_left() -> str:
-    """Names the processes that failed before this one with the reasons they left, or those that do not answer."""
+    """Names the processes that failed before this one with their reasons, or those that do not answer."""
     _tell(_WAITING)
     others = [number for number in range(console.world_size()) if number != console.rank()]
     reasons: dict[int, str] = {}
@@ -94,13 +94,13 @@ def _who_left() -> str:
 
 
 def _within_time(use: Callable[[Any], None]) -> bool:
-    """Whether the processes' common store could be used; over a dead link it would wait for minutes."""
+    """Whether the processes' shared store can be used. Trying it over a dead network would wait for minutes."""
     if not dist.is_initialized() or console.world_size() == 1:
         return False
     done = threading.Event()
 
     def run() -> None:
-        # Where the store went with the process that kept it, this one has nobody to talk to.
+        # If the process that hosted the store is gone, this process cannot tell the others anything.
         with suppress(RuntimeError, dist.DistError):
             use(dist.distributed_c10d._get_default_store())
             done.set()
@@ -113,5 +113,5 @@ _WAITING = "waits for another process"
 
 
 def _key(rank: int) -> str:
-    # A launcher that restarts its processes keeps the store.
+    # If the launcher restarts its processes, the store is kept from the last start.
     return f"slotscops/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/left/{rank}"

@@ -1,4 +1,4 @@
-"""A whole run: from settings to the exit code."""
+"""Runs a whole training, from settings to the exit code."""
 
 import time
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ from slotscops.train.processes import start_accelerator
 from slotscops.train.run.folder import RunFolder
 from slotscops.train.stopwatch import peak_memory_bytes
 
-_REHEARSED_STEPS = 3  # the first is slower than the rest
+_REHEARSED_STEPS = 3  # the first step is slower than the rest
 
 
 def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: Sequence[str] = ()) -> int:
-    """Trains to `train.total_steps`; a dry run takes a few steps, writes nothing and says what all of it would cost.
+    """Trains to `train.total_steps`; a dry run takes a few steps, writes nothing and prints the run's cost.
 
     Args:
-        resume: `auto` goes on from the run's newest whole checkpoint, `none` refuses where there is one, anything
-            else is the path of a run or checkpoint to go on from.
-        trackers: who is told of the run besides TensorBoard; `wandb`.
+        resume: `auto` continues from the run's newest complete checkpoint, `none` refuses if there is one, and anything
+            else is the path of a run or checkpoint to continue from.
+        trackers: trackers to log to besides TensorBoard, such as `wandb`.
 
     Returns:
         The exit code: 0, or 128 + the number of the signal that asked the run to stop.
 
     Raises:
-        UserError: settings, data, features or checkpoint that do not fit each other.
+        UserError: settings, data, features and checkpoint do not fit each other.
         RunError: a loss or gradient that is not finite, a lost process or loader worker, no room for the last
             checkpoint; names step and cause.
     """
@@ -40,9 +40,9 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
             signal_number = _rehearse(trainer) if dry_run else trainer.train()
     except BaseException as error:
         if trainer is not None and not dry_run and accelerator.is_main_process:
-            with suppress(OSError):  # a folder that cannot be written may be why
+            with suppress(OSError):  # the reason may be a folder that cannot be written
                 trainer.folder.note("failed", trainer.step, repr(error))
-        for tracker in accelerator.trackers:  # not end_training, which would wait for processes that are gone
+        for tracker in accelerator.trackers:  # not end_training, which would wait for lost processes
             tracker.finish()
         raise
     accelerator.end_training()
@@ -50,7 +50,7 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
 
 
 def _rehearse(trainer: Trainer) -> int:
-    """Takes a few steps, writes nothing, says what the whole run would cost."""
+    """Takes a few steps, writes nothing and prints what the whole run would cost."""
     batches = trainer.open_batches(_REHEARSED_STEPS)
     for _ in range(_REHEARSED_STEPS):
         start = time.perf_counter()

@@ -43,12 +43,12 @@ _NO_TRUTH = (
 
 
 class Trainer:
-    """One process of a run: network, optimizer, data, and how far it came."""
+    """One process of a run: its network, optimizer and data, and the number of steps done."""
 
     def __init__(self, config: Config, accelerator: Accelerator, start_from: Path | None = None) -> None:
         """
         Args:
-            start_from: the checkpoint to go on from; None begins anew.
+            start_from: the checkpoint to continue from; None starts a new run.
         """
         self.config = config
         self.accelerator = accelerator
@@ -59,7 +59,7 @@ class Trainer:
         check_same_on_all_ranks(config, self.dataset, self.cache, start_from)
         num_classes = len(self.dataset.class_names)
         self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes)
-        # Part labels are never read. Object masks are read only where the target is masked by them.
+        # Part labels are never read. Object masks are read only if the target is masked by them.
         needs_masks = config.losses.target_mask == "object"
         self._split = Split(
             self.dataset, "train", self.cache, False, replace_damaged=True, with_object_masks=needs_masks
@@ -73,23 +73,23 @@ class Trainer:
         self._wrap()
         self.step = 0  # steps done
         self.samples_seen = 0
-        self._scores: dict[str, float] = {}  # of the last evaluation; empty where val has no true parts
+        self._scores: dict[str, float] = {}  # of the last evaluation; empty if val has no true parts
         self._evaluated_step = 0  # the step of the last evaluation in this start
         self._best: dict[str, Any] = {}  # score, value and step of the best one
         self.finite = monitors.FiniteWatch(accelerator)
         self._terms: dict[str, Tensor] = {}  # of the last step, unweighted, this process's mean
         self.stopwatch = Stopwatch()
         self._watched: tuple[Tensor, Tensor] | None = None  # logits and basis of the last microbatch
-        self._warned: set[str] = set()  # causes of collapse that were named already
-        # Shared-Gaussian slots draw from this: differently on each process, the same at each start.
+        self._warned: set[str] = set()  # causes of collapse that were already reported
+        # Shared-Gaussian slots draw from this generator. Its seed differs between processes but not between starts.
         torch.manual_seed(config.seed * 1000 + accelerator.process_index)
         if start_from is not None:
             self._resume(start_from)
 
     def _wrap(self) -> None:
-        """DDP or a fixed order of summing, mixed precision, compilation, averaging of weights."""
+        """Sets up DDP or fixed-order summing, mixed precision, compilation and weight averaging."""
         train = self.config.train
-        # The bare network and optimizer stay at hand: what is saved bears no trace of DDP or torch.compile.
+        # The unwrapped network and optimizer are kept, so that checkpoints do not depend on DDP or torch.compile.
         model = torch.compile(self.network) if train.compile else self.network
         self._reducer: FixedOrderReducer | None = None
         if train.reduction == "deterministic":
@@ -103,10 +103,10 @@ class Trainer:
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        """From where the run stands to its end, or to `train.stop_after_steps` from here.
+        """Trains from the current step to the end of the run, or for `train.stop_after_steps` steps.
 
         Returns:
-            The number of the signal that asked to stop before; 0 where none did.
+            The number of the signal that stopped the run early, or 0.
         """
         train = self.config.train
         start, last = self.step, train.total_steps
@@ -183,7 +183,7 @@ class Trainer:
         return weighted_sum(terms, self.config.losses, self.step)
 
     def open_batches(self, num_steps: int) -> Iterator[Batch]:
-        """This process's microbatches of the next so many steps."""
+        """This process's microbatches of the next `num_steps` steps."""
         device = self.accelerator.device
         workers = self.config.data.num_workers
         batches = training_batches(self._split, self._plan(num_steps), workers, pin_memory=device.type == "cuda")
@@ -202,10 +202,10 @@ class Trainer:
             mirror=self.config.data.mirror,
         )
 
-    # ---- where it starts -----------------------------------------------------------------------------------------
+    # ---- start and resume ----------------------------------------------------------------------------------------
 
     def _resume(self, path: Path) -> None:
-        """Goes on from a checkpoint, exactly."""
+        """Continues exactly from a checkpoint."""
         saved = checkpoint.load_checkpoint(path)
         check_same_run(saved.state, self.config, self.dataset, self.cache, path)
         checkpoint.restore(saved, self.network, self._average, self.optimizer, self.accelerator.process_index)
@@ -214,7 +214,7 @@ class Trainer:
         console.say(f"{path}: going on from step {self.step}")
 
     def open_run(self) -> None:
-        """Makes the run's folder and opens the trackers."""
+        """Creates the run's folder and opens the trackers."""
         if self.accelerator.is_main_process:
             self.folder.open(self.config, self.step)
             self.folder.note("running", self.step)
@@ -227,7 +227,7 @@ class Trainer:
     # ---- what it writes ------------------------------------------------------------------------------------------
 
     def log(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Writes down the step just taken: metrics.jsonl, TensorBoard, a line."""
+        """Logs the step just taken to metrics.jsonl, the trackers and one printed line."""
         row = self._make_row(loss, grad_norm)
         if self._was_evaluated_now():
             row |= self._scores
@@ -243,7 +243,7 @@ class Trainer:
         self.stopwatch.restart()
 
     def _make_row(self, loss: Tensor, grad_norm: Tensor) -> dict[str, Any]:
-        """What is written down of the step just taken. The only place where a step waits for the device."""
+        """The values to log for the step just taken. This is the only place where a step waits for the device."""
         loss = self.accelerator.reduce(loss, "mean")
         terms = {name: self.accelerator.reduce(term, "mean") for name, term in self._terms.items()}
         self.finite.check()
@@ -262,7 +262,7 @@ class Trainer:
         }
 
     def _watch(self) -> dict[str, float]:
-        """Monitors of collapse, averaged over processes; warns of each likely cause once."""
+        """The collapse monitors, averaged over processes; warns once about each likely cause."""
         assert self._watched is not None
         values = monitors.watch(*self._watched)
         means = self.accelerator.reduce(torch.stack(list(values.values())), "mean").tolist()
@@ -274,7 +274,7 @@ class Trainer:
         return row
 
     def _batch_digest(self) -> str:
-        """Hash of the planned keys of the global batch just trained on, in order; replaced samples do not show."""
+        """Hash of the planned keys of the last global batch, in order. Replacing damaged samples does not change it."""
         samples = self._plan(0).global_batch(self.samples_seen - self.config.train.batch_size)
         return batch_digest(self._split.key(sample) for sample in samples)
 
@@ -285,7 +285,7 @@ class Trainer:
         network = self._average.network if self._average else self.network
         limit = self.config.train.eval_images
         scores = evaluate_split(network, split, self.accelerator, limit, lambda: request.signal_number > 0)
-        if scores is None:  # asked to stop amid it: the coming step is the last
+        if scores is None:  # a stop was requested meanwhile: the coming step is the last
             return
         self._evaluated_step = self.step
         self._scores = {f"val_{name}": score for name, score in scores.pooled().items()}
@@ -300,7 +300,7 @@ class Trainer:
     def _note_best(self) -> None:
         name = self.config.train.best_score
         value = self._scores.get(f"val_{name}")
-        if value is None:  # no score was asked for, or there are no true parts to score against
+        if value is None:  # scoring is off, or there are no true parts to score against
             return
         before = self._best if self._best.get("score") == name else {}
         if value == value and value > before.get("value", float("-inf")):  # NaN: nothing to score

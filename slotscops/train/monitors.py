@@ -1,6 +1,7 @@
-"""Monitors of a training: losses that are not finite, and signs that the slots collapse.
+"""Monitors of a training: they find losses that are not finite and signs that the slots collapse.
 
-Signs of collapse are how the slots share an image and how alike the basis' rows are, with the likely cause of each.
+Signs of collapse are how unevenly the slots share an image and how similar the rows of the basis are. Each has a likely
+cause.
 
 Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher channels, h x w grid of the logits.
 """
@@ -14,28 +15,28 @@ from torch.nn import functional
 
 from slotscops.core.errors import RunError
 
-# A slot that wins less is dead. Of 16 crops on a 16 x 16 grid it is 4 cells: eyes win more.
+# A slot that wins a smaller share is dead. For 16 crops on a 16 x 16 grid this is 4 cells; eyes win more.
 DEAD_SHARE = 0.001
-_ALL = 0.95  # a slot that wins more has taken everything
-_UNDECIDED = 0.98  # entropy of maps that say nothing, as a share of that of equal maps
+_ALL = 0.95  # a slot that wins a larger share has taken everything
+_UNDECIDED = 0.98  # maps with more entropy, as a share of that of equal maps, are undecided
 _ALIKE = 0.98  # cosine of two basis rows that stand for the same part
-_GRACE_STEPS = 100  # before that, and in the first tenth of a run, every run looks collapsed
+_GRACE_STEPS = 100  # in its first 100 steps, and in its first tenth, every run looks collapsed
 
 
 def watch(logits: Tensor, basis: Tensor) -> dict[str, Tensor]:
-    """What to look at, each a float32 scalar on the logits' own device: nothing waits for it here.
+    """The monitored values, each a float32 scalar on the device of the logits; nothing here waits for the device.
 
     Args:
         logits: (B, S, h, w) before the softmax over slots.
-        basis: (K, C); or (B, K, C), of which the worst is taken.
+        basis: (K, C), or (B, K, C), in which case the worst image counts.
 
     Returns:
         slot_share_0 ...: share of the grid's cells that each slot wins; they sum to 1.
-        background_share: that of slot 0.
-        dead_slots: how many slots win less than 0.1 %, the background among them.
-        map_entropy: mean entropy of a cell's maps over that of equal maps: 0 decided, 1 undecided.
+        background_share: share of slot 0.
+        dead_slots: number of slots, including the background, that win less than 0.1 %.
+        map_entropy: mean entropy of the slots at a cell, divided by that of equal maps: 0 decided, 1 undecided.
         basis_cosine: largest cosine between two different basis rows; 0 with a single row.
-        zero_basis_rows: how many rows are all zero: ReLU lets them no gradient.
+        zero_basis_rows: number of rows that are all zero; ReLU passes no gradient to them.
     """
     logits = logits.float()
     num_slots = logits.shape[1]
@@ -57,11 +58,11 @@ def watch(logits: Tensor, basis: Tensor) -> dict[str, Tensor]:
 
 
 def likely_causes(row: dict[str, float], step: int, total_steps: int) -> dict[str, str]:
-    """What looks wrong in a logged step: cause -> what was seen, why, and the setting to change. Usually nothing.
+    """Signs of collapse in a logged step: cause -> what was seen, why, and the setting to change. Usually empty.
 
     Args:
         row: the values of `watch`.
-        step: steps done; nothing is said of a run's first tenth nor of its first 100 steps.
+        step: steps done; the first tenth of a run and its first 100 steps give no warnings.
     """
     if step < max(_GRACE_STEPS, total_steps // 10):
         return {}
@@ -106,19 +107,19 @@ def likely_causes(row: dict[str, float], step: int, total_steps: int) -> dict[st
 
 
 class FiniteWatch:
-    """Since which step the loss of each process, or the gradient, has not been finite."""
+    """Remembers the first step at which the loss of a process, or the gradient, was not finite."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._first_bad_steps = torch.zeros(2, dtype=torch.int64, device=accelerator.device)  # loss, gradient; 0: none
 
     def note(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        # On the device: looking at the numbers here would make every step wait for it.
+        # Kept on the device, because reading the numbers here would make every step wait for it.
         bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(grad_norm)])
         self._first_bad_steps = torch.where(bad & (self._first_bad_steps == 0), step, self._first_bad_steps)
 
     def check(self) -> None:
-        """All processes together, so that none goes on where another stops.
+        """Checks all processes together, so that all stop if one must.
 
         Raises:
             RunError: on every process, if something was not finite; names rank and step.
@@ -127,7 +128,7 @@ class FiniteWatch:
         if not any(bad_losses + bad_gradients):
             return
         since = min(step for step in bad_losses + bad_gradients if step)
-        # A gradient is everyone's: who brought in what is not finite shows in the loss alone.
+        # All processes share the gradient, so only the loss shows which process was not finite.
         ranks = ", ".join(str(rank) for rank, step in enumerate(bad_losses) if step == since)
         what = f"the loss of rank {ranks}" if ranks else "the gradient"
         raise RunError(

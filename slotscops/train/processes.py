@@ -1,4 +1,4 @@
-"""Before the first step: processes as the launcher promised, data and features that fit the settings."""
+"""Before the first step: joins the processes, opens data and features, and checks them against the settings."""
 
 import ctypes
 import os
@@ -32,13 +32,13 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
     """Joins the other processes.
 
     Args:
-        trackers: who is told of the run besides TensorBoard.
+        trackers: trackers to log to besides TensorBoard.
 
     Raises:
         UserError: the launcher started another number of processes than it was asked for, or than the settings want,
-            or the global batch cannot be divided among them, or a tracker is not there.
+            or the global batch cannot be divided among them, or a tracker is missing.
     """
-    # Before the processes meet, and before a GPU is touched.
+    # This is checked before the processes connect and before a GPU is used.
     if config.train.num_processes not in (None, console.world_size()):
         raise UserError(
             f"train.num_processes is {config.train.num_processes}, but {console.world_size()} were started; "
@@ -60,10 +60,11 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
 
 
 def keep_freed_memory() -> None:
-    """Has the C library (glibc) keep what large tensors leave free, for those of the next step.
+    """Makes the C library (glibc) keep the memory of freed large tensors for the next step.
 
-    Otherwise it gives every tensor above 32 MB back to the system, which hands out its pages again one fault at a time:
-    7 % of a step of ResNet-50 at 128 px, batch 16, on two cores. Other C libraries are left as they are.
+    By default, glibc returns every freed tensor above 32 MB to the system, and each page costs a page fault when it is
+    used again. This took 7 % of a step of ResNet-50 at 128 px, batch 16, on two cores. Other C libraries are left as
+    they are.
     """
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "mallopt") and hasattr(allocator, "gnu_get_libc_version"):
@@ -88,10 +89,10 @@ def join_processes(**arguments: Any) -> Accelerator:
 
 
 def microbatches_of_process(config: Config, num_processes: int) -> int:
-    """So many microbatches each process makes of its share of the global batch.
+    """Number of microbatches into which each process divides its share of the global batch.
 
     Raises:
-        UserError: the batch cannot be divided so.
+        UserError: the batch cannot be divided equally.
     """
     train = config.train
     if train.reduction == "ddp":
@@ -111,10 +112,10 @@ def microbatches_of_process(config: Config, num_processes: int) -> int:
 
 
 def check_same_on_all_ranks(config: Config, dataset: Dataset, cache: FeatureCache, start_from: Path | None) -> None:
-    """Refuses to train where the processes were given different things, as by an old copy on one node.
+    """Refuses to train if settings or data differ between processes, such as an old copy on one node.
 
     Raises:
-        UserError: naming what differs on which ranks.
+        UserError: something differs; the message names it and the ranks.
     """
     if console.world_size() == 1:
         return
@@ -146,7 +147,7 @@ def _check_environment() -> None:
 
 
 def open_training_data(config: Config) -> tuple[Dataset, FeatureCache]:
-    """The shards and their feature cache, checked against the settings.
+    """Opens the shards and their feature cache, and checks them against the settings.
 
     Raises:
         UserError: missing or unfinished shards, another crop size, a cache that does not fit.
@@ -154,7 +155,7 @@ def open_training_data(config: Config) -> tuple[Dataset, FeatureCache]:
     dataset = open_dataset_of_size(config)
     network, layer, weights = config.teacher.network, config.teacher.layer, config.teacher.weights
     sha256 = None if weights is None else Teacher(layer, weights, network).fingerprint
-    # Where the cache does not follow an augmentation, this refuses it by name.
+    # If the cache cannot follow an augmentation, this raises an error that names it.
     cache = open_cache(dataset, layer, config.teacher_size, sha256, network, mirrored=config.data.mirror)
     warn_if_random(cache)
     _warn_if_fetched_again_and_again(dataset, cache)
@@ -162,7 +163,7 @@ def open_training_data(config: Config) -> tuple[Dataset, FeatureCache]:
 
 
 def _warn_if_fetched_again_and_again(dataset: Dataset, cache: FeatureCache) -> None:
-    """Training reads shards in no order: with a cache smaller than the data nearly every sample fetches its shard."""
+    """Warns if the cache is smaller than the data. Training reads in random order and would fetch again and again."""
     if dataset.remote is None or not console.is_main():
         return
     entries = dataset.split("train")

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: the YAML files of `configs/`, known by their names without `.yaml`."""
+"""The recipes that come with the package: the YAML files of `configs/`, named without `.yaml`."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ def find_config(name_or_path: str) -> Path:
     """The YAML file behind `--config`, which takes a path or the name of a recipe.
 
     Raises:
-        UserError: no such file, and no recipe of that name.
+        UserError: there is neither such a file nor a recipe of that name.
     """
     path = Path(name_or_path)
     names = recipe_names()
     if name_or_path in names:
         return _folder() / f"{name_or_path}.yaml"
-    # What is clearly meant as a path is left to the reader of settings, which says why it cannot be read.
+    # If it is clearly meant as a path, the reader of settings reports why it cannot be read.
     if path.is_file() or path.suffix or path.name != name_or_path:
         return path
     raise UserError(

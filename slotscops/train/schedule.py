@@ -6,10 +6,10 @@ import math
 def learning_rate_factor(
     step: int, total_steps: int, kind: str = "poly", warmup_steps: int = 0, power: float = 0.9
 ) -> float:
-    """The factor of the peak learning rate in a step.
+    """The factor by which the peak learning rate is multiplied in a step.
 
         warmup    (s + 1) / (w + 1)                 for s < w
-        poly      (1 - t)^power                     with t = (s - w) / (n - w), at most 1, from there on
+        poly      (1 - t)^power                     with t = (s - w) / (n - w), at most 1, for s >= w
         cosine    (1 + cos(pi t)) / 2
         constant  1
 
@@ -17,8 +17,8 @@ def learning_rate_factor(
         step: s, steps done before this one; 0 in the first.
         total_steps: n, steps of the whole run.
         kind: poly, cosine or constant.
-        warmup_steps: w, steps that climb linearly before; step w is the first at the peak.
-        power: of poly.
+        warmup_steps: w, steps over which the factor grows linearly; step w is the first at the peak.
+        power: exponent of poly.
 
     Returns:
         In [0, 1]. Only poly and cosine reach 0, and only after the last step, at s = n.

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 # SIGUSR1 is what schedulers send some time before they take the machine away.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# One Ctrl-C comes twice under a launcher: from the terminal, and passed on by the launcher.
+# Under a launcher, one Ctrl-C arrives twice: from the terminal and from the launcher, which passes it on.
 _SAME_KEYSTROKE_S = 1.0
 
 
@@ -24,7 +24,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.signal_number = 0  # of the first signal; 0: nobody asked
+        self.signal_number = 0  # of the first signal; 0 if there was none
         self._asked_at = 0.0
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
@@ -50,18 +50,18 @@ class StopRequest:
 class Agreement:
     """Lets all processes act on a signal at the same step, although it may reach only one of them.
 
-    Each process gives a number at each step, and one step later all of them learn the largest. The exchange runs
+    Each process gives a number at each step, and one step later all of them receive the largest. The exchange runs
     between the hosts (gloo) while the next step computes, so that no process and no GPU waits for it.
     """
 
     def __init__(self, timeout: timedelta) -> None:
         several = dist.is_initialized() and dist.get_world_size() > 1
-        # A group of its own: its order of calls is then not mixed with that of the gradients.
+        # A separate group keeps the order of its calls independent of that of the gradients.
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
         self._sent: tuple[torch.Tensor, Any] | None = None
 
     def exchange(self, number: int) -> int:
-        """Gives this step's number; returns the largest of all processes, of the step before. 0 at the first."""
+        """Sends this step's number and returns the largest number of the step before, or 0 at the first step."""
         if self._group is None:
             return number
         largest = self.finish()
@@ -71,7 +71,7 @@ class Agreement:
         return largest
 
     def finish(self) -> int:
-        """The answer to what was given last."""
+        """Returns the largest of the numbers that were sent last."""
         if self._sent is None:
             return 0
         numbers, work = self._sent

@@ -1,4 +1,4 @@
-"""How fast training goes, how long it waits for data, and how much memory it took."""
+"""Measures the speed of training, the time it waits for data, and its peak memory."""
 
 import resource
 import sys
@@ -26,14 +26,14 @@ class Stopwatch:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What runs inside is waiting for data."""
+        """Counts the time inside as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited_s += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside is no training: evaluation, writing a checkpoint."""
+        """Excludes the time inside, such as that of evaluation or writing a checkpoint."""
         start = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - start
@@ -45,7 +45,7 @@ class Stopwatch:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Of the device where it is a GPU, else of this process."""
+    """Peak memory of the GPU, or of this process if the device is a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Who else is told of a run's numbers and pictures: TensorBoard always, Weights & Biases where asked, by Accelerate."""
+"""Logs a run's numbers and pictures through Accelerate: always to TensorBoard, on request to Weights & Biases."""
 
 import uuid
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from slotscops.core.files import write_bytes
 from slotscops.train.run.folder import RunFolder
 
 OPTIONAL = ("wandb",)  # what --tracker takes
-_TENSORBOARD = "tensorboard"  # the folder of it in the run's own, too
+_TENSORBOARD = "tensorboard"  # also the name of its folder in the run's folder
 
 
 def choose_trackers(names: Sequence[str], config: Config) -> list[Any]:
@@ -26,7 +26,7 @@ def choose_trackers(names: Sequence[str], config: Config) -> list[Any]:
         names: of `OPTIONAL`.
 
     Raises:
-        UserError: one that is unknown or not installed.
+        UserError: a tracker is unknown or not installed.
     """
     chosen: list[Any] = [_TENSORBOARD]
     for name in names:
@@ -36,24 +36,24 @@ def choose_trackers(names: Sequence[str], config: Config) -> list[Any]:
             raise UserError(f"--tracker {name}: is not installed; pip install 'slotscops[{name}]'")
         folder = RunFolder.of(config)
         settings = {"name": folder.path.resolve().name, "dir": str(folder.path), "config": to_mapping(config)}
-        # Started, and so given its id, in `open_trackers`, when the run's folder is there.
+        # It is started and gets its id in `open_trackers`, when the run's folder exists.
         chosen.append(WandBTracker("slotscops", resume="allow", **settings))
     return chosen
 
 
 def open_trackers(accelerator: Accelerator, folder: RunFolder, step: int) -> None:
-    """Starts them; those of an earlier start of the run go on from `step`."""
+    """Starts the trackers. Logs of an earlier start of the run are continued from `step`."""
     for tracker in accelerator.log_with:
         if isinstance(tracker, WandBTracker) and accelerator.is_main_process:
             if not folder.wandb_id.exists():
                 write_bytes(folder.wandb_id, uuid.uuid4().hex[:12].encode())
             tracker.init_kwargs["id"] = folder.wandb_id.read_text()
-    # What was logged beyond the step is logged again.
+    # What was logged after this step is purged, because it is logged again.
     accelerator.init_trackers(_TENSORBOARD, init_kwargs={_TENSORBOARD: {"purge_step": step + 1}})
 
 
 def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
-    """To all trackers; on the main process."""
+    """Logs a picture to all trackers; call it on the main process."""
     for tracker in accelerator.trackers:
         arguments = {"dataformats": "NHWC"} if tracker.name == _TENSORBOARD else {}
         tracker.log_images({name: np.asarray(picture.convert("RGB"))[None]}, step=step, **arguments)
