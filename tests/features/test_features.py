@@ -113,7 +113,7 @@ def test_features_with_negative_numbers_are_kept_dense_and_warned_of(
 ) -> None:
     arguments = ["--shards", str(own_shards), "--teacher", "resnet18", "--layer", "layer1.0.bn2"]
     assert features.main([*arguments, *TEACHER]) == 0
-    assert "negative numbers" in " ".join(capsys.readouterr().err.split())
+    assert "negative values" in " ".join(capsys.readouterr().err.split())
     assert open_features(own_shards, "train-000000", "resnet18-layer1.0.bn2-64").encoding == "dense"
 
 
