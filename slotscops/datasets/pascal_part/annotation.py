@@ -124,8 +124,7 @@ def _mask(row: dict[str, Any], where: str) -> NDArray[np.bool_]:
     value = row.get("mask")
     if not isinstance(value, np.ndarray) or value.ndim != 2 or value.size == 0:
         raise MatlabError(f"{where} lacks a 'mask' of H x W pixels")
-    kind = value.dtype.kind
-    if kind not in "ui" or value.max() > 1 or (kind == "i" and value.min() < 0):
+    if value.dtype.kind not in "uif" or not ((value == 0) | (value == 1)).all():
         raise MatlabError(f"{where} has a mask of type {value.dtype} with other values than 0 and 1, needed only these")
     return value.view(np.bool_) if value.itemsize == 1 else value.astype(np.bool_)
 

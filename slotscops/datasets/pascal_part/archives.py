@@ -41,6 +41,13 @@ class Place(Protocol):
         """Raises UserError where there is none or it may not be read."""
 
 
+def spellings(name: str) -> list[str]:
+    """The name itself, then the same name with its ending as other programs write it: `.JPG`, `.jpeg`, `.MAT`."""
+    stem, dot, ending = name.rpartition(".")
+    others = ("JPG", "jpeg", "JPEG") if ending == "jpg" else (ending.upper(),)
+    return [name, *(f"{stem}{dot}{other}" for other in others)]
+
+
 @dataclass(frozen=True)
 class FolderPlace:
     """Files in a folder."""
@@ -56,7 +63,7 @@ class FolderPlace:
     def open(self, name: str) -> BinaryIO:
         path = self.path(name)
         try:
-            return path.open("rb")
+            return next(filter(Path.is_file, map(self.path, spellings(name))), path).open("rb")
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; fetch it again") from None
         except OSError as error:
@@ -78,7 +85,8 @@ class ArchivePlace:
         return self.archive / self.folder / name
 
     def open(self, name: str) -> BinaryIO:
-        place = self._members().get(name)
+        members = self._members()
+        place = next((members[spelling] for spelling in spellings(name) if spelling in members), None)
         if place is None:
             raise UserError(f"{self.path(name)}: no such file; {_FETCH}")
         offset, size = place

@@ -41,9 +41,12 @@ def read_matlab_structs(content: bytes, variable: str) -> list[dict[str, Any]]:
     """
     if len(content) > MAX_MATLAB_BYTES:
         raise MatlabError(f"has more than {MAX_MATLAB_BYTES} bytes, as no annotation of PASCAL-Part has")
-    if content[:4] == b"\x89HDF" or content[:10] == b"MATLAB 7.3":
+    # MATLAB puts 512 bytes of text before the HDF5 file, and some versions call themselves 7.0 there.
+    if b"\x89HDF" in (content[:4], content[512:516]) or content[:10] == b"MATLAB 7.3":
         raise MatlabError("is a MATLAB 7.3 file, needed version 5 (MATLAB: save -v7)")
     order = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}.get(content[124:128])
+    if order is None and _is_version_4(content):
+        raise MatlabError("is a MATLAB 4 file, needed version 5 (MATLAB: save -v7)")
     if order is None:
         raise MatlabError("is no MATLAB 5 file")
     elements = _Elements(memoryview(bytearray(content))[128:], order)  # masks are views of it: writable ones
@@ -59,6 +62,20 @@ def read_matlab_structs(content: bytes, variable: str) -> list[dict[str, Any]]:
     if not isinstance(found, list):
         raise MatlabError(f"lacks the struct '{variable}'")
     return found
+
+
+def _is_version_4(content: bytes) -> bool:
+    """Whether a file begins as version 4 does: type, rows, columns, imaginary flag, and length of the first name.
+
+    Source: MATLAB, MAT-File Format, chapter "Level 4 MAT-File Format".
+    """
+    for order in "<>" if len(content) > 20 else "":
+        kind, rows, columns, imaginary, length = struct.unpack(f"{order}5i", content[:20])
+        name = content[20 : 20 + length] if 0 < length < 64 else b""
+        is_type = kind // 1000 in range(5) and kind // 10 % 10 in range(6) and kind % 10 in range(3)
+        if is_type and min(rows, columns) >= 0 and imaginary in (0, 1) and name[-1:] == b"\0" and name[:-1].isalnum():
+            return True
+    return False
 
 
 def _inflate(payload: memoryview) -> bytearray:
@@ -130,7 +147,8 @@ def _read_matrix(data: memoryview, order: str, depth: int) -> tuple[str, Any]:
     if kind not in (_STRUCT, _CHAR, *_NUMERIC) or int(flags[0]) & _COMPLEX:
         return "", None
     shape, name = elements.take_numbers(), elements.take_text()
-    if shape.dtype.kind != "i" or len(shape) < 2 or shape.min() < 0:
+    # The format wants signed numbers here; some writers use unsigned ones, which SciPy reads as well.
+    if shape.dtype.kind not in "iu" or len(shape) < 2 or shape.min() < 0:
         raise MatlabError("is damaged, needed a matrix's size")
     value: Any
     if kind == _STRUCT:
@@ -153,7 +171,9 @@ def _read_structs(elements: _Elements, count: int, depth: int) -> list[dict[str,
     if length < 1 or len(joined) % length or depth > _MAX_DEPTH:
         raise MatlabError("is damaged, needed names of fields")
     names = [bytes(joined[at : at + length]).split(b"\0")[0].decode("latin-1") for at in range(0, len(joined), length)]
-    if count * len(names) * 8 > len(elements.data) or (count and not names):
+    if not names:  # `struct()`: whatever their number, there is nothing in them
+        return []
+    if count * len(names) * 8 > len(elements.data):
         raise MatlabError("is cut short or damaged")
     return [{name: _read_field(elements, depth) for name in names} for _ in range(count)]
 

@@ -126,7 +126,7 @@ def list_images(tree: PascalPartTree) -> list[str]:
     """Names of all annotated images, sorted."""
     # A name with a dot in front is what a Mac's tar leaves beside each file.
     names = tree.annotations.names()
-    return sorted(name.removesuffix(".mat") for name in names if name.endswith(".mat") and not name.startswith("."))
+    return sorted({name[:-4] for name in names if name.lower().endswith(".mat") and not name.startswith(".")})
 
 
 # ---- split lists -------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def _read_list(lists: Place, name: str) -> Iterator[tuple[int, str]]:
     path = lists.path(name)
     try:
         with lists.open(name) as file:
-            lines = file.read().decode("utf-8").split("\n")
+            lines = _decode(file.read()).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); it must be a VOC image list") from None
     for number, line in enumerate(lines, start=1):
@@ -185,4 +185,9 @@ def _read_list(lists: Place, name: str) -> Iterator[tuple[int, str]]:
         if len(columns) > 2 or (len(columns) == 2 and columns[1] not in ("-1", "0", "1")):
             came = " ".join(columns)[:40]
             raise UserError(f"{path}, line {number}: '{came}' came, needed an image name and -1, 0 or 1; mend the line")
-        yield number, columns[0]
+        yield number, columns[0].removesuffix(".jpg")
+
+
+def _decode(content: bytes) -> str:
+    """The text of a list. Some editors begin it with a byte order mark, which is no part of the first name."""
+    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")

@@ -2,6 +2,7 @@
 
 import io
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def test_an_annotation_reads_alike_from_a_path_a_string_and_an_open_file(tmp_pat
             assert found[1].parts == []
 
 
-@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int8, np.uint16, np.int32])
-def test_masks_of_any_integer_type_are_read(dtype: Any) -> None:
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int8, np.uint16, np.int32, np.float32, np.float64])
+def test_masks_of_any_type_of_number_are_read(dtype: Any) -> None:
     (item,) = read_annotation(io.BytesIO(annotation([("boat", HORSE[1].astype(dtype), [])])))
     np.testing.assert_array_equal(item.mask, HORSE[1])
 
@@ -157,9 +158,17 @@ def with_mask(mask: Any) -> bytes:
     return annotation([("horse", mask, [])])
 
 
+def version_4() -> bytes:
+    file = io.BytesIO()
+    scipy.io.savemat(file, {"anno": np.eye(3)}, format="4")
+    return file.getvalue()
+
+
 BROKEN = {
     "is no MATLAB 5 file": b"no MATLAB at all" * 20,
     "is a MATLAB 7.3 file, needed version 5": b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + b"\x89HDF" * 9,
+    "is a MATLAB 7.3 file, needed version 5|": b"MATLAB 7.0 MAT-file, HDF5 schema 0.5".ljust(512) + b"\x89HDF" * 9,
+    "is a MATLAB 4 file, needed version 5": version_4(),
     "lacks the struct 'anno'": matlab_bytes(1, "other"),
     "lacks the struct 'anno'|": matlab_bytes(np.eye(3)),
     "has 2 structs 'anno', needed one": matlab_bytes(structs(("a",), [(1,), (2,)])),
@@ -202,3 +211,19 @@ def test_absurd_sizes_are_refused_before_they_fill_the_memory(monkeypatch: pytes
     assert "decompresses to more than 10000 bytes" in message(with_mask(np.zeros((200, 200), np.uint8)))
     monkeypatch.setattr(matlab, "MAX_MATLAB_BYTES", 300)
     assert "has more than 300 bytes" in message(bytes(301))
+
+
+def test_an_empty_struct_beside_the_annotation_does_no_harm() -> None:
+    file = io.BytesIO()
+    anno = structs(("imname", "objects"), [("a", objects_struct([HORSE]))])
+    scipy.io.savemat(file, {"empty": {}, "anno": anno})
+    file.seek(0)
+    assert [item.class_name for item in read_annotation(file)] == ["horse"]
+
+
+def test_sizes_in_unsigned_numbers_are_read() -> None:
+    content = annotation([HORSE], compress=False)
+    signed, unsigned = struct.pack("<II2i", 5, 8, 40, 60), struct.pack("<II2i", 6, 8, 40, 60)
+    assert content.count(signed) == 2  # of the mask of the object and of its part
+    (item,) = read_annotation(io.BytesIO(content.replace(signed, unsigned)))
+    assert item.mask.shape == (40, 60)

@@ -1,12 +1,13 @@
 """Folders and split lists of a PASCAL-Part tree."""
 
+import tarfile
 from pathlib import Path
 
 import pytest
 from annotations import HORSE, annotation, scan, write_tree
 
 from slotscops.core.errors import UserError
-from slotscops.datasets.pascal_part.tree import find_splits, find_tree, list_images
+from slotscops.datasets.pascal_part.tree import find_splits, find_tree, list_images, open_tree
 
 
 @pytest.mark.parametrize(
@@ -94,3 +95,31 @@ def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
     tree.lists.path("train.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"train\.txt: cannot be read \(UnicodeDecodeError\)"):
         find_splits(tree, ["horse"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path, encoding: str) -> None:
+    tree = write_tree(tmp_path, {"a": annotation([HORSE]), "b": annotation([HORSE])})
+    tree.lists.path("train.txt").write_bytes("a\nb\n".encode(encoding))
+    assert find_splits(tree, ["horse"]).lists == {"horse": {"a": "train", "b": "train"}}
+
+
+def test_a_list_may_name_the_files_of_the_photos(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path, {"a": annotation([HORSE])}, lists={"train.txt": "a.jpg 1\n", "val.txt": ""})
+    assert find_splits(tree, ["horse"]).of_image("a") == {"horse": "train"}
+
+
+@pytest.mark.parametrize(("photo", "annotated"), [("a.JPG", "a.mat"), ("a.jpeg", "a.MAT"), ("a.JPEG", "a.MAT")])
+def test_endings_in_other_letters_are_as_good(tmp_path: Path, photo: str, annotated: str) -> None:
+    tree = write_tree(tmp_path, {"a": annotation([HORSE])})
+    tree.photos.path("a.jpg").rename(tree.photos.path(photo))
+    tree.annotations.path("a.mat").rename(tree.annotations.path(annotated))
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(tmp_path / "VOCdevkit", "VOCdevkit")
+        tar.add(tmp_path / "Annotations_Part", "Annotations_Part")
+    (tmp_path / "archives").mkdir()
+    (tmp_path / "all.tar").rename(tmp_path / "archives" / "all.tar")
+    with open_tree(tmp_path / "archives", tmp_path / "scratch") as archived:
+        for found in (find_tree(tmp_path), archived):
+            assert list_images(found) == ["a"]
+            assert len(scan(found).candidates) == 1
