@@ -1,1 +1,1 @@
-"""Runs and baselines in one table."""
+"""Scores runs and baselines and shows them in one table."""

@@ -1,9 +1,9 @@
-"""Scores of trained networks and of baselines on shards, through one scorer.
+"""Scores trained networks and baselines on shards with the same code.
 
     python -m slotscops.evaluate --checkpoint RUN... --baseline position,kmeans,dff [--shards SHARDS] [--json FILE]
 
-Three protocols side by side, in both paint orders of overlapping parts; see `metrics.protocols`. Works alone or under
-a launcher.
+Reports three protocols, each with two paint orders of overlapping parts; see `metrics.protocols`. It runs as a single
+process or under a launcher.
 """
 
 import math
@@ -65,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class _BaselineSettings:
-    """How the baselines are fit, each option resolved to its value."""
+    """How the baselines are fit, with all defaults filled in."""
 
     teacher: str
     layer: str
-    size: int  # of the features, pixels
-    clusters: int  # background included
+    size: int  # of the photos that the teacher reads, pixels
+    clusters: int  # G, background included
     transform: BaselineTransform
     refine: bool
     seed: int
@@ -78,7 +78,7 @@ class _BaselineSettings:
 
 @dataclass(frozen=True)
 class _Harness:
-    """What all methods of one command share."""
+    """The data and settings that all methods of one command share."""
 
     dataset: Dataset
     split: str
@@ -100,7 +100,7 @@ def _open_harness(options: Namespace) -> _Harness:
 
 
 def _baseline_settings(options: Namespace, runs: list[Trained], dataset: Dataset) -> _BaselineSettings:
-    """The baselines' settings; those not given are the first run's, or the defaults where no run is scored."""
+    """Settings of the baselines. Missing options come from the first run, or are defaults if no run is scored."""
     first = runs[0].config if runs else None
     size = options.size
     if options.layer is None and first:
@@ -140,7 +140,11 @@ def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
 
 
 def _classes_of_network(trained: Trained, dataset: Dataset, path: Path) -> list[int]:
-    """For each class of the data, its number in the network's own."""
+    """For each class of the data, its number in the network.
+
+    Raises:
+        UserError: if the network does not know a class of the data.
+    """
     names = trained.state.class_names
     unknown = [name for name in dataset.class_names if name not in names]
     if unknown:
@@ -163,7 +167,7 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
         title = f"{name} {network}{settings.layer} {settings.size} px{transform}"
     title += " pamr" if settings.refine else ""
     train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", harness.split))
-    # Every process fits the same: samples and starts are drawn from the seed.
+    # Every process fits the same model, because samples and starts are drawn from the seed.
     if name == "supervised":
         predict = ceiling.fit(train, settings.seed, settings.transform, settings.refine)
         return _score(harness, title, predict, train, split, ceiling.num_predicted(split), own_parts=True)

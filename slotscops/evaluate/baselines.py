@@ -1,11 +1,12 @@
-"""What a method without training finds, on the same crops and features and through the same scorer.
+"""Baselines without network training, scored on the same crops and features with the same code as runs.
 
-- `position`: k-means of the coordinates of grid cells. What it scores is what aligned crops give away.
+- `position`: k-means of the coordinates of grid cells. Its score shows how much the alignment of the crops explains.
 - `kmeans`: k-means of the teacher's features.
 - `dff`: non-negative factorisation of the features, Deep Feature Factorization (Collins et al., ECCV 2018).
 
-Each is fit twice on the training split: G clusters on whole crops for the model's own background, which clusters bear
-only by chance, and G - 1 on the objects alone for the protocol that gives the object mask away.
+Each baseline is fit twice on the training split. G clusters on whole crops give the labels with the method's own
+background. No cluster is fit to be the background, so label 0 matches it only by chance. G - 1 clusters on the objects
+alone give the labels for the protocol with a given object mask.
 
 Shapes: B images, C channels on an h x w grid, H x W pixels, G clusters.
 """
@@ -27,7 +28,7 @@ from slotscops.model.target import TargetTransform
 
 NAMES = ("position", "kmeans", "dff")
 _POSITION_GRID = 16
-_NNLS_STEPS = 50  # measured on real faces: beyond 30 fewer than one cell in 2,000 changes its largest factor
+_NNLS_STEPS = 50  # on real faces, after 30 steps fewer than 1 in 2,000 cells change their largest factor
 _EPSILON = 1e-9
 
 
@@ -39,14 +40,18 @@ def fit(
     transform: BaselineTransform = "none",
     refine: bool = False,
 ) -> Predictor:
-    """Clusters the training split's vectors.
+    """Fits a baseline on the training split.
 
     Args:
         name: one of `NAMES`.
-        train: read with labels, whose object masks decide what the second fit sees.
+        train: must be read with labels, because the second fit samples inside the object masks.
         num_clusters: G, at least 2.
-        transform: of the features, as `TargetTransform`; `sqrt` lets a few strong channels decide less.
-        refine: give the labels to `refine_maps`, as a network's maps where `decoder.refinement` is `pamr`.
+        seed: for the sampled vectors and the starts of the clusters.
+        transform: applied to the features, see `TargetTransform`. `sqrt` reduces the weight of a few strong channels.
+        refine: refine the labels with `refine_maps`, as networks do with `decoder.refinement: pamr`.
+
+    Returns:
+        A function that predicts the labels of a batch; see `Prediction`.
     """
     vectors_of = _positions if name == "position" else partial(transformed_features, transform=transform)
     own, parts = (
@@ -75,9 +80,9 @@ def _score_maps(
     vectors_of: Callable[[Batch], Tensor],
     inside_objects: bool,
 ) -> Callable[[Tensor], Tensor]:
-    """A function from (B, C, h, w) vectors to (B, G, h, w) scores, of which the largest wins."""
+    """A function from (B, C, h, w) vectors to (B, G, h, w) scores. The cluster with the largest score wins."""
     if name == "position" and not inside_objects:
-        vectors = _grid().flatten(1).T  # the cells of every crop are the same
+        vectors = _grid().flatten(1).T  # the cells of all crops are the same, so one crop is enough
     else:
         vectors = sample_vectors(train, seed, vectors_of, inside_objects)
     if name == "dff":
@@ -86,18 +91,19 @@ def _score_maps(
 
 
 def nearness(vectors: Tensor, centres: Tensor) -> Tensor:
-    """(B, G, h, w): largest for the nearest of (G, C) centres, and linear in the (B, C, h, w) vectors.
+    """(B, G, h, w) scores that are largest for the nearest of (G, C) centres to each of the (B, C, h, w) vectors f.
 
-    |f - c|^2 = |f|^2 - 2 f.c + |c|^2; the first is the same for all centres and is left out, so that upsampling the
-    scores is upsampling the features.
+    The score is f.c - |c|^2 / 2, from |f - c|^2 = |f|^2 - 2 f.c + |c|^2. The term |f|^2 is the same for all centres.
+    Without it the score is linear in f, so upsampling the scores gives the same result as upsampling the features.
     """
     return torch.einsum("bchw,gc->bghw", vectors, centres) - 0.5 * centres.square().sum(1)[:, None, None]
 
 
 def factor_weights(vectors: Tensor, factors: Tensor) -> Tensor:
-    """(B, G, h, w) non-negative weights W of (G, C) factors H, so that W H is close to the (B, C, h, w) vectors X.
+    """(B, G, h, w) non-negative weights W for (G, C) factors H, such that W H approximates (B, C, h, w) vectors X.
 
-    Multiplicative updates W <- W * (X H^T) / (W H H^T) (Lee and Seung, 2001), which only need products of size G.
+    It runs multiplicative updates W <- W * (X H^T) / (W H H^T) (Lee and Seung, 2001), which only need products of
+    size G.
     """
     wanted = torch.einsum("bchw,gc->bghw", vectors, factors)
     gram = factors @ factors.T
@@ -108,20 +114,23 @@ def factor_weights(vectors: Tensor, factors: Tensor) -> Tensor:
 
 
 def _one_hot(scores: Tensor) -> Tensor:
-    """(B, G, H, W) 1 where a cluster's score is the largest, else 0: scores are no shares that could be averaged."""
+    """(B, G, H, W) 1 for the cluster with the largest score, else 0.
+
+    `refine_maps` averages shares, and the scores themselves are not shares.
+    """
     winner = scores.argmax(dim=1)
     return functional.one_hot(winner, scores.shape[1]).movedim(-1, 1).float()
 
 
 def transformed_features(batch: Batch, transform: BaselineTransform) -> Tensor:
-    """(B, C, h, w) float32"""
+    """(B, C, h, w) float32 cached features of the batch after the transform; see `TargetTransform`."""
     features = cached_features(batch)
     transformed: Tensor = TargetTransform(transform, features.shape[1])(features)
     return transformed
 
 
 def _positions(batch: Batch) -> Tensor:
-    """(B, 2, h, w)"""
+    """(B, 2, h, w) y and x of each grid cell in [0, 1], the same for every image."""
     return _grid().expand(len(batch), -1, -1, -1)
 
 

@@ -1,7 +1,8 @@
-"""What the teacher's features can give at most: a classifier that is taught the true parts.
+"""An upper bound for what the teacher's features can give: a classifier that is trained on the true parts.
 
-No method to compare with, for it sees what all others must find; but a score that it does not reach is hardly to be had
-from these features on this grid. One a class, and it is told the class.
+It is not a competitor of the other methods, because it sees the labels that they have to find. But a score that it
+does not reach can hardly be reached with these features on this grid. There is one classifier for each class of
+objects, and the class of each image is given.
 
 Shapes: B images, C channels on an h x w grid, H x W pixels, T true labels of a class, M sampled cells.
 """
@@ -24,16 +25,21 @@ from slotscops.model.clusters import sample_vectors
 from slotscops.model.refinement import refine_maps
 
 _HIDDEN = 256
-_NUM_PASSES = 15  # over at most 50,000 cells
+_NUM_PASSES = 15  # passes over at most 50,000 cells
 
 
 def fit(train: Split, seed: int = 0, transform: BaselineTransform = "none", refine: bool = False) -> Predictor:
-    """A network of one hidden layer (scikit-learn) on single cells, for each class of the training split.
+    """Fits a network with one hidden layer (scikit-learn) to single cells, for each class of the training split.
 
     Args:
-        train: read with labels. A cell's is that of most of its pixels, the smallest part on top.
-        transform: of the features, as `TargetTransform`.
-        refine: give the maps to `refine_maps`, as a network's where `decoder.refinement` is `pamr`.
+        train: must be read with labels. The label of a cell is that of most of its pixels, with the smallest part on
+            top.
+        seed: for the sampled cells and the networks.
+        transform: applied to the features, see `TargetTransform`.
+        refine: refine the maps with `refine_maps`, as networks do with `decoder.refinement: pamr`.
+
+    Returns:
+        A function that predicts the labels of a batch; see `Prediction`.
     """
 
     def labelled(batch: Batch) -> Tensor:
@@ -65,13 +71,13 @@ def fit(train: Split, seed: int = 0, transform: BaselineTransform = "none", refi
 
 
 def num_predicted(split: Split) -> int:
-    """Labels that `fit`'s predictor knows, 0 = no part: as many as the class of the most parts has."""
+    """Number of labels that the predictor of `fit` uses: the largest number of parts of a class, plus 1 for no part."""
     return 1 + max(1, *(len(names) for names in split.dataset.part_names.values()))
 
 
 def _classifier(cells: NDArray[np.float32], labels: NDArray[np.int64], seed: int) -> Any:
-    """Of (M, C) cells with (M,) labels."""
-    from sklearn.dummy import DummyClassifier  # here, because it takes a second that others need not wait
+    """A scikit-learn classifier, fit to (M, C) cells with (M,) labels."""
+    from sklearn.dummy import DummyClassifier  # imported here, because it takes a second
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline
@@ -81,12 +87,12 @@ def _classifier(cells: NDArray[np.float32], labels: NDArray[np.int64], seed: int
         return DummyClassifier().fit(cells, labels)
     network = MLPClassifier((_HIDDEN,), batch_size=min(256, len(cells)), max_iter=_NUM_PASSES, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # on a bounded number of passes, by intention
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the number of passes is limited on purpose
         return make_pipeline(StandardScaler(), network).fit(cells, labels)
 
 
 def _cell_labels(batch: Batch, height: int, width: int) -> Tensor:
-    """(B, 1, h, w) float: the label of most of a cell's pixels."""
+    """(B, 1, h, w) float32 label of each cell: the one that most of its pixels have."""
     assert batch.parts_small is not None
     one_hot = functional.one_hot(batch.parts_small.long()).movedim(-1, 1).float()  # (B, T, H, W)
     return functional.adaptive_avg_pool2d(one_hot, (height, width)).argmax(dim=1, keepdim=True).float()

@@ -1,4 +1,4 @@
-"""Options of `python -m slotscops.evaluate`."""
+"""The options of `python -m slotscops.evaluate`."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,10 +17,11 @@ _KNOWN = ", ".join(_BASELINES)
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What one command scores, and how.
+    """Parses the options of the command and checks them.
 
     Raises:
-        UserError: an unknown baseline, nothing to score, or no data to score it on.
+        UserError: if a baseline is unknown, there is nothing to score or no data to score it on, options exclude
+            each other, or --clusters is out of range.
     """
     parser = command_parser("evaluate", "Score runs and baselines against the true parts.", _EXAMPLE)
     parser.add_argument(

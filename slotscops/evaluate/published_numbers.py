@@ -1,8 +1,8 @@
-"""Other people's numbers, to stand beside ours where class, number of parts and protocol match. None was measured here.
+"""Published scores, shown beside ours if class, number of parts and protocol match. We measured none of them.
 
 Choudhury et al., "Unsupervised Part Discovery from Contrastive Reconstruction" (NeurIPS 2021, arXiv:2111.06349),
 Table 4: PASCAL-Part, K = 4, one model a class, the true object mask given, first listed part on top. Their crops and
-networks are not ours; the table says where the field stands, not who is better.
+networks differ from ours, so the table shows the state of the field and does not rank methods.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ SOURCE = "Choudhury et al. 2021, Table 4"
 NUM_PARTS = 4
 PROTOCOL, ORDER = "mask", "first"
 _METHODS = ("DFF", "SCOPS", "Choudhury et al.")
-# By class, for each method: NMI, ARI, x 100.
+# For each class and method: NMI and ARI, x 100.
 _TABLE = {
     "sheep": ((12.2, 21.6), (26.5, 46.3), (35.0, 59.8)),
     "horse": ((14.4, 32.3), (29.4, 55.7), (37.4, 68.9)),
@@ -28,12 +28,12 @@ _TABLE = {
 
 class Published(NamedTuple):
     method: str
-    nmi: float  # in 0..1, as ours
+    nmi: float  # NMI and ARI as in our scores, not x 100
     ari: float
 
 
 def published_scores(class_name: str, num_parts: int) -> list[Published]:
-    """What was published for this class and so many parts; nothing where either does not match."""
+    """The published scores for a class and number of parts. Empty if there are none."""
     if num_parts != NUM_PARTS or class_name not in _TABLE:
         return []
     pairs = zip(_METHODS, _TABLE[class_name], strict=True)

@@ -1,4 +1,4 @@
-"""Scores of several methods side by side: the printed tables and the JSON."""
+"""Shows the scores of several methods side by side, in printed tables and in a JSON file."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from slotscops.core.files import json_numbers, write_json
 from slotscops.evaluate import published_numbers as literature
 from slotscops.metrics.protocols import ORDERS, PROTOCOLS
 
-Rows = dict[str, dict[str, dict[str, dict[str, float]]]]  # protocol, paint order, class, score
+Rows = dict[str, dict[str, dict[str, dict[str, float]]]]  # keys: protocol, paint order, class, score
 _SCORES = ("nmi", "ari", "miou", "majority_miou")
 _HEADINGS = {"nmi": "NMI", "ari": "ARI", "miou": "mIoU", "majority_miou": "mIoU maj."}
 _TITLES = {
@@ -24,7 +24,7 @@ _TITLES = {
     "mask": "full image, given object mask (other numbers than with the method's own background)",
     "foreground": "foreground only: pixels of true parts",
 }
-_MAY_DIFFER = {"seed", "run_dir"}  # between the runs of one mean
+_MAY_DIFFER = {"seed", "run_dir"}  # settings in which the runs of one mean may differ
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Scored:
     kind: str  # run, baseline or mean
     num_parts: int  # K
     rows: Rows
-    landmarks: dict[str, float]  # by class; empty where not asked for
-    settings: dict[str, Any] | None = None  # of a run
+    landmarks: dict[str, float]  # error by class, as a share of the box's longer side; empty if not asked for
+    settings: dict[str, Any] | None = None  # of a run; None for other kinds
 
     @property
     def has_scores(self) -> bool:
-        """False where no photo had true parts to compare with."""
+        """False if no photo has true parts to compare with."""
         return any(not math.isnan(row["nmi"]) for row in self.rows["own"]["first"].values())
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean and sample standard deviation (n - 1) of runs that differ in their seed alone."""
+    """Mean and sample standard deviation (divided by n - 1) of runs that differ only in their seed."""
 
     names: list[str]
     mean: Scored
@@ -54,7 +54,7 @@ class Mean:
 
 
 def means(methods: list[Scored]) -> list[Mean]:
-    """One for each two or more runs whose settings are equal but for the seed."""
+    """One mean for each group of two or more runs whose settings differ only in the seed (and the run's folder)."""
     groups: list[list[Scored]] = []
     for method in methods:
         if method.settings is None:
@@ -106,7 +106,7 @@ def _mean(group: list[Scored]) -> Mean:
 
 
 def show(title: str, methods: list[Scored]) -> None:
-    """Prints one table a protocol, never two protocols in one."""
+    """Prints one table for each protocol."""
     averaged = means(methods)
     console.say(title)
     for protocol in PROTOCOLS:
@@ -149,7 +149,7 @@ def _percent(value: float) -> str:
 
 
 def _published(methods: list[Scored]) -> list[tuple[str, literature.Published]]:
-    """Class and published scores, for each class and number of parts that was scored."""
+    """Pairs of a class and its published scores, for each class and number of parts that was scored."""
     wanted = {
         (name, method.num_parts): None for method in methods for name in method.rows[literature.PROTOCOL][ORDERS[0]]
     }
@@ -178,7 +178,7 @@ def _show_landmarks(methods: list[Scored], averaged: list[Mean]) -> None:
 
 
 def write(path: Path, about: dict[str, Any], methods: list[Scored]) -> None:
-    """Everything that `show` prints, in 0..1; None where there was no pixel to score."""
+    """Writes everything that `show` prints to a JSON file, not x 100. A score without pixels is null."""
     content = about | {
         "methods": [_to_json(method) for method in methods],
         "means": [
@@ -194,10 +194,10 @@ def write(path: Path, about: dict[str, Any], methods: list[Scored]) -> None:
 
 
 def read(path: Path) -> list[Scored]:
-    """The methods of a file of `write`, without their settings: no mean is made of them anew.
+    """Reads the methods from a file of `write`. They have no settings, so `means` makes no new means of them.
 
     Raises:
-        UserError: no such file, or not one of `write`.
+        UserError: if there is no such file, or `write` did not write it.
     """
     needed = "needed scores written by python -m slotscops.evaluate --json"
     try:

@@ -1,1 +1,1 @@
-"""Shards and feature cache become batches."""
+"""Reads shards and the feature cache and makes batches of them."""

@@ -1,7 +1,7 @@
-"""Batches: in the plan's order for training, in the shards' order for evaluation.
+"""Batches in the order of the plan for training, and in the order of the shards for evaluation.
 
-A loader worker keeps no state of its own. It is told the numbers to read, so the order and what is mirrored are the
-same with any number of workers.
+A loader worker has no state. It is told which sample numbers to read, so the order and the mirroring are the same for
+any number of workers.
 """
 
 import multiprocessing
@@ -18,12 +18,17 @@ from slotscops.core.records import Batch
 from slotscops.loader.plan import TrainingPlan
 from slotscops.loader.split import Split
 
-_PREFETCHED_BATCHES = 4  # by each worker
-_WORKER_GRACE_S = 15  # for which a worker outlives a SIGTERM
+_PREFETCHED_BATCHES = 4  # for each worker
+_WORKER_GRACE_S = 15  # seconds for which a worker goes on after a SIGTERM
 
 
 def training_batches(split: Split, training_plan: TrainingPlan, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """Microbatches of this process in the plan's order, read ahead by `num_workers` processes."""
+    """The microbatches of this process in the order of the plan, read ahead by `num_workers` worker processes.
+
+    Raises:
+        UserError: if the split holds no samples.
+        RunError: if a worker died, when a batch is asked for.
+    """
     if len(split) == 0:
         raise UserError(
             f"{split.dataset.location}: the split '{split.name}' holds no samples; there is nothing to train on"
@@ -34,7 +39,7 @@ def training_batches(split: Split, training_plan: TrainingPlan, num_workers: int
 def _name_lost_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
-    except (RunError, UserError):  # of the data, found by a worker that is well
+    except (RunError, UserError):  # errors about the data, which a healthy worker reports
         raise
     except (ConnectionError, EOFError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
@@ -46,7 +51,7 @@ def _name_lost_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def move_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on `device`; on a GPU the next one is copied there while the present one is worked on."""
+    """Yields the batches on `device`. On a GPU the next batch is copied while the current one is in use."""
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
@@ -72,10 +77,15 @@ def _copy(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Str
 def evaluation_batches(
     split: Split, batch_size: int, rank: int = 0, num_ranks: int = 1, limit: int | None = None, num_workers: int = 0
 ) -> Iterator[Batch]:
-    """Every sample once over all processes, in the shards' order; the last batch may be smaller.
+    """The evaluation batches of one process. Together the processes read every sample once, in the shards' order.
 
-    The batches are the same for any number of processes, which share them out whole: another batch may change the last
-    bits of a convolution.
+    The batches are the same for any number of processes, because another batch may change the last bits of a
+    convolution. Each process gets a consecutive range of whole batches. The last batch may be smaller.
+
+    Args:
+        batch_size: samples in a batch.
+        rank, num_ranks: number of this process, and number of processes.
+        limit: read only so many samples from the start of the split.
     """
     samples = range(min(len(split), limit or len(split)))
     starts = range(0, len(samples), batch_size)
@@ -91,10 +101,10 @@ def _data_loader(split: Split, batches: Any, num_workers: int, pin_memory: bool)
         collate_fn=_already_a_batch,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        # Of its own, because each start of a loader draws a number, and a resumed run starts one more.
+        # Each start of a loader draws a number. With the global generator, a resumed run would draw one more.
         generator=torch.Generator(),
         prefetch_factor=_PREFETCHED_BATCHES if num_workers else None,
-        # A forked copy of a process that runs PyTorch's threads can hang.
+        # Forking a process that runs PyTorch's threads can hang.
         multiprocessing_context=_worker_context() if num_workers else None,
         worker_init_fn=outlive_signals,
     )
@@ -111,9 +121,9 @@ def _already_a_batch(batch: Any) -> Any:
 
 
 def outlive_signals(_worker: int = 0) -> None:
-    """For loader workers: a signal to the whole process group must not take the data away from the last step.
+    """Makes a loader worker ignore signals to the process group, so that the last step still gets its data.
 
-    SIGTERM still ends them, some seconds later: it is also how Python ends workers at its own exit.
+    SIGTERM still ends the worker, 15 seconds later, because Python also ends workers with SIGTERM when it exits.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,10 @@
-"""The order of training, as a pure function: which sample stands at which place of the endless stream.
+"""The order of training as a pure function: which sample is at which place of an endless stream.
 
-The stream is one permutation of all samples after the other, a fresh one each epoch, drawn from (seed, epoch). Step s
-of global batch G takes places [s G, (s + 1) G); each process takes its equal share of them, in order. So the order
-does not depend on the number of processes or workers, the tail of an epoch that fills no batch opens the next one,
-and `samples_seen` is all the state there is. Which samples are mirrored is drawn from (seed, epoch, sample) alike.
+The stream concatenates one permutation of all samples for each epoch, drawn from (seed, epoch). With a global batch of
+G samples, step s takes places [s G, (s + 1) G), and each process takes an equal share of them, in order. The order
+therefore does not depend on the number of processes or workers. If an epoch does not end with a full batch, the batch
+is filled from the next epoch. The only state is `samples_seen`. Which samples are mirrored depends on (seed, epoch,
+sample).
 """
 
 import hashlib
@@ -16,12 +17,12 @@ from numpy.typing import NDArray
 
 from slotscops.core.errors import UserError
 
-NUM_SUBSTITUTES = 64  # drawn for a damaged sample; where all are damaged too, hardly anything is whole
+NUM_SUBSTITUTES = 64  # tried for a damaged sample; if all of them are damaged too, nearly the whole split is
 
 
 @lru_cache(maxsize=2)  # a batch touches at most two epochs unless it is larger than the data set
 def permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """(N,) order of all samples in one epoch. Philox is counter-based and the same on every machine."""
+    """(N,) int64 order of all samples in one epoch. Philox gives the same numbers on every machine."""
     key = np.random.SeedSequence([seed, epoch])
     order = np.random.Generator(np.random.Philox(key)).permutation(num_samples)
     order.setflags(write=False)
@@ -29,7 +30,7 @@ def permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def samples_at(places: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.int64]:
-    """The samples standing at the given places of the stream. Same shape as `places`."""
+    """The samples at the given places of the stream, in the shape of `places`."""
     epochs, within = np.divmod(places, num_samples)
     samples = np.empty_like(places)
     for epoch in np.unique(epochs):
@@ -40,7 +41,7 @@ def samples_at(places: NDArray[np.int64], num_samples: int, seed: int) -> NDArra
 
 @lru_cache(maxsize=2)
 def mirrored_in(num_samples: int, seed: int, epoch: int) -> NDArray[np.bool_]:
-    """(N,) whether each sample is mirrored in one epoch: one bit a sample, half of them set."""
+    """(N,) bool, whether each sample is mirrored in one epoch. Each is mirrored with probability 1/2."""
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch, 1])).random_raw(-(-num_samples // 64))
     mirrored = np.unpackbits(bits.astype("<u8").view(np.uint8))[:num_samples].astype(np.bool_)
     mirrored.setflags(write=False)
@@ -48,7 +49,7 @@ def mirrored_in(num_samples: int, seed: int, epoch: int) -> NDArray[np.bool_]:
 
 
 def mirrored_at(places: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.bool_]:
-    """Whether the samples standing at the given places of the stream are mirrored there. Same shape as `places`."""
+    """Whether the sample at each of the given places of the stream is mirrored: bool, in the shape of `places`."""
     epochs, samples = places // num_samples, samples_at(places, num_samples, seed)
     mirrored = np.empty(places.shape, np.bool_)
     for epoch in np.unique(epochs):
@@ -58,10 +59,10 @@ def mirrored_at(places: NDArray[np.int64], num_samples: int, seed: int) -> NDArr
 
 
 def share_of_rank(samples_seen: int, batch_size: int, rank: int, num_ranks: int) -> NDArray[np.int64]:
-    """(G / ranks,) places of the stream that one process takes of the next global batch.
+    """(G / num_ranks,) int64 places of the stream that one process takes from the next global batch.
 
     Raises:
-        UserError: the batch cannot be divided evenly.
+        UserError: if the batch cannot be divided evenly among the processes.
     """
     check_divisible(batch_size, num_ranks, 1)
     share = batch_size // num_ranks
@@ -70,6 +71,7 @@ def share_of_rank(samples_seen: int, batch_size: int, rank: int, num_ranks: int)
 
 
 def check_divisible(batch_size: int, num_ranks: int, accumulation_steps: int) -> None:
+    """Raises a UserError if the global batch cannot be divided into equal microbatches."""
     if batch_size % (num_ranks * accumulation_steps):
         raise UserError(
             f"train.batch_size is {batch_size}, which {num_ranks} processes x {accumulation_steps} accumulation steps "
@@ -80,7 +82,15 @@ def check_divisible(batch_size: int, num_ranks: int, accumulation_steps: int) ->
 def microbatches(
     first: int, last: int, batch_size: int, rank: int, num_ranks: int, accumulation_steps: int
 ) -> Iterator[NDArray[np.int64]]:
-    """Places of one process's microbatches, from `first` to `last` samples seen, in the order they are trained on."""
+    """Yields the places (n,) of each microbatch of one process, in the order of training.
+
+    Args:
+        first, last: samples seen before the first microbatch and at the end.
+        batch_size: G, over all processes.
+
+    Raises:
+        UserError: if the batch cannot be divided into equal microbatches.
+    """
     check_divisible(batch_size, num_ranks, accumulation_steps)
     for samples_seen in range(first, last, batch_size):
         share = share_of_rank(samples_seen, batch_size, rank, num_ranks)
@@ -88,7 +98,7 @@ def microbatches(
 
 
 def substitutes(sample: int, num_samples: int) -> list[int]:
-    """Samples to take, the first whole one, in the place of a damaged one; the same on every process and worker."""
+    """Samples to try, in order, in place of a damaged one. They are the same on every process and worker."""
     key = np.random.SeedSequence([sample, NUM_SUBSTITUTES])
     drawn: list[int] = np.random.Generator(np.random.Philox(key)).integers(num_samples, size=NUM_SUBSTITUTES).tolist()
     return [other for other in drawn if other != sample]
@@ -96,20 +106,20 @@ def substitutes(sample: int, num_samples: int) -> list[int]:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Which samples this process trains on, from `samples_seen` on.
+    """The samples that this process trains on, starting at `samples_seen`.
 
-    Iterates over microbatches; number N + i among N samples is sample i mirrored.
+    Iterating yields one list of sample numbers for each microbatch. Of N samples, number N + i is sample i mirrored.
     """
 
     num_samples: int
     seed: int
-    batch_size: int  # global
+    batch_size: int  # over all processes
     rank: int
     num_ranks: int
     accumulation_steps: int
     samples_seen: int
     last: int  # samples seen at the end of training
-    mirror: bool = False  # each sample with probability 1/2
+    mirror: bool = False  # mirror each sample with probability 1/2
 
     def __iter__(self) -> Iterator[list[int]]:
         for places in microbatches(
@@ -121,7 +131,7 @@ class TrainingPlan:
             yield samples.tolist()
 
     def global_batch(self, samples_seen: int) -> list[int]:
-        """The samples of all processes at a step, in order, mirrored or not."""
+        """The samples of all processes in the step after `samples_seen` samples, in order, without mirroring."""
         places = share_of_rank(samples_seen, self.batch_size, 0, 1)
         samples: list[int] = samples_at(places, self.num_samples, self.seed).tolist()
         return samples

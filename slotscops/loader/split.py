@@ -1,7 +1,7 @@
-"""Shards and feature cache read by sample number.
+"""Reads samples of shards and of the feature cache by their number.
 
-Samples are numbered through a split in the order of its shards, and once more mirrored: of N samples, number N + i is
-sample i turned left to right.
+The samples of a split are numbered in the order of its shards. Of N samples, number N + i is sample i mirrored left to
+right.
 """
 
 from collections.abc import Sequence
@@ -26,39 +26,48 @@ from slotscops.shard.reader import ShardReader, ShardReaders
 
 @dataclass
 class Split(Dataset[Batch]):
-    """All samples of one split, read by number. Cheap to send to a worker: files are opened where they are read."""
+    """All samples of one split, read by number.
+
+    It is cheap to send to a worker, because each process opens files only when it reads them.
+    """
 
     dataset: ShardDataset
     name: str  # train or val
     cache: FeatureCache | None  # None: batches without features
     with_labels: bool  # read part labels and object masks, for evaluation; training never reads part labels
-    replace_damaged: bool = False  # training goes on with others; evaluation must not, or its scores would change
-    with_object_masks: bool = False  # read object masks even without part labels, for losses.target_mask=object
+    replace_damaged: bool = False  # for training; evaluation must fail, as its scores would change
+    with_object_masks: bool = False  # read object masks without part labels, for target_mask=object
 
     def __len__(self) -> int:
         return self.dataset.num_samples(self.name)
 
     def key(self, sample: int) -> str:
+        """The record key of a sample."""
         shard, row = self._locate(np.array([sample]))
         return self._index(int(shard[0])).key(int(row[0]))
 
     def class_ids(self) -> NDArray[np.int64]:
-        """(N,) row of the data set's class table, of every sample."""
+        """(N,) class id of every sample: its row in the class table of the data set."""
         return np.concatenate([self._index(shard).class_ids for shard in range(len(self._entries))])
 
     def read_member(self, sample: int, member: str) -> bytes:
-        """The bytes of one member, its crc32 checked."""
+        """The bytes of one member of a sample, for example `parts.png`. Its crc32 is checked."""
         shard, row = self._locate(np.array([sample]))
         return self._readers[int(shard[0])].read_member(int(row[0]), member)
 
     def read(self, samples: NDArray[np.int64]) -> Batch:
-        """The samples as one batch, in the order asked for; where asked to, others in the place of damaged ones.
+        """Reads samples as one batch, in the given order.
+
+        If `replace_damaged` is set, other samples replace damaged ones, and `Batch.damaged` lists the reasons by key.
+
+        Args:
+            samples: (B,) int64 sample numbers.
 
         Raises:
-            DamageError: a damaged sample that is not to be replaced.
-            RunError: there is hardly a sample that is whole.
+            DamageError: if a sample is damaged and `replace_damaged` is not set.
+            RunError: if all substitutes for a damaged sample are damaged too.
         """
-        if self._faults:  # so that what is known to be damaged is not read again and again
+        if self._faults:  # do not read samples again that are known to be damaged
             samples, damaged = self._replace(samples)
         else:
             damaged = {}
@@ -75,13 +84,13 @@ class Split(Dataset[Batch]):
         return replace(batch, damaged=damaged)
 
     def _replace(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], dict[str, str]]:
-        """The samples with whole ones in the place of those known to be damaged, and these by key."""
+        """Replaces samples known to be damaged. Returns the new samples, and the reasons by key of the damaged ones."""
         damaged = {self.key(sample): self._faults[sample] for sample in samples.tolist() if sample in self._faults}
         whole = [self._find_substitute(s) if s in self._faults else s for s in samples.tolist()]
         return np.array(whole, np.int64), damaged
 
     def _find_substitute(self, sample: int) -> int:
-        """Another sample: a pure function of the sample and of what is damaged, whoever asks and whenever."""
+        """A whole sample to use instead. It depends only on the sample and on which samples are damaged."""
         for other in substitutes(sample, len(self)):
             if other not in self._faults:
                 self._look_for_fault(other)
@@ -119,7 +128,7 @@ class Split(Dataset[Batch]):
             array[mirrored] = array[mirrored, :, ::-1]
         tensors = {member: torch.from_numpy(array) for member, array in maps.items()}
         return Batch(
-            images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # laid out channels last
+            images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # channels last in memory
             features=self._read_features(shards, rows, mirrored),
             parts=tensors.get("parts.png"),
             object_masks=tensors.get("object.png"),
@@ -130,13 +139,16 @@ class Split(Dataset[Batch]):
 
     @property
     def _map_members(self) -> tuple[str, ...]:
-        """The members that are read besides the photo."""
+        """Names of the members that are read besides the photo."""
         if self.with_labels:
             return ("parts.png", "parts_small.png", "object.png")
         return ("object.png",) if self.with_object_masks else ()
 
     def _fetch_together(self, shards: NDArray[np.int64]) -> None:
-        """Of a batch of remote samples, what is not at hand yet; the rest is left to where it is opened."""
+        """Downloads the missing files of a batch of remote samples, several at a time.
+
+        Files that this leaves out are downloaded when they are opened. It does nothing for local shards.
+        """
         if self.dataset.remote is None:
             return
         wanted = []
@@ -148,7 +160,7 @@ class Split(Dataset[Batch]):
         self.dataset.remote.fetch_together(wanted)
 
     def __getitems__(self, samples: Sequence[int]) -> Batch:
-        """One batch, called by the DataLoader with all its numbers at once."""
+        """One batch. The DataLoader calls this with all sample numbers of a batch at once."""
         return self.read(np.asarray(samples, np.int64))
 
     def _read_features(
@@ -163,7 +175,7 @@ class Split(Dataset[Batch]):
         return features
 
     def _locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard number and row of each sample, mirrored or not."""
+        """Shard number and row in the shard of each sample. Mirroring does not matter."""
         samples = samples % len(self)
         shards = np.searchsorted(self._shard_ends, samples, side="right")
         starts = np.concatenate([[0], self._shard_ends])
@@ -188,7 +200,7 @@ class Split(Dataset[Batch]):
         return np.cumsum([entry.num_samples for entry in self._entries], dtype=np.int64)
 
     def _index(self, shard: int) -> ShardIndex:
-        # Read when first needed: a million records are ready to serve before their indices are.
+        # An index is read when it is first needed, so that a large data set can start before all are read.
         if shard not in self._indices:
             self._indices[shard] = self.dataset.read_index(self._entries[shard])
         return self._indices[shard]
@@ -199,7 +211,7 @@ class Split(Dataset[Batch]):
 
     @cached_property
     def _faults(self) -> dict[int, str]:
-        """What is wrong with each sample that this process found to be damaged."""
+        """The reason for each sample that this process found to be damaged."""
         return {}
 
     @cached_property
@@ -211,12 +223,12 @@ class Split(Dataset[Batch]):
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker opens its own files; memory maps do not travel.
+        # Send only the fields: a worker opens its own files, and memory maps cannot be sent.
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def _read_map(reader: ShardReader, member: str, row: int) -> NDArray[Any]:
-    """(S, S) uint8 part labels, or bool of the object."""
+    """(S, S) uint8 part labels, or the (S, S) bool object mask, S the side of the crop in pixels."""
     if member == "object.png":
         return reader.read_object_mask(row)
     return reader.read_parts(row, smallest_on_top=member == "parts_small.png")

@@ -1,4 +1,4 @@
-"""Part maps become one number to minimise."""
+"""The training losses: they turn part maps into one number to minimise."""
 
 from slotscops.losses.semantic import semantic_consistency
 

@@ -1,4 +1,4 @@
-"""What is minimised: the terms of the settings, from the model's output and the batch.
+"""The training objective: computes the loss terms that the settings ask for, and their weighted sum.
 
 Shapes: B images, S slots, H x W pixels.
 """
@@ -24,18 +24,19 @@ _NAMES = tuple(field.name for field in fields(LossWeights))
 
 
 def weights(losses: Losses) -> dict[str, float]:
-    """The weights that are not 0, by the name of their term."""
+    """The loss weights that are not 0, by the name of their term."""
     return {name: getattr(losses, name) for name in _NAMES if getattr(losses, name)}
 
 
 def check_objective(config: Config, num_processes: int, microbatches: int) -> None:
-    """
+    """Checks that the objective can be computed with these settings.
+
     Args:
-        microbatches: of each process in a step.
+        microbatches: number of microbatches that each process computes in one step.
 
     Raises:
-        UserError: no term at all, one that needs photos where the encoder reads features, pairs that a process's share
-            of the batch would split.
+        UserError: if all weights are 0, a term needs photos but the encoder reads features, the range of scales is
+            empty, or a process's share of the batch would split the pairs of `part_contrast`.
     """
     wanted = weights(config.losses)
     if not wanted:
@@ -59,12 +60,17 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
 def compute_terms(
     forward: Callable[..., ModelOutput], target: TargetTransform, batch: Batch, config: Config, step: int
 ) -> tuple[ModelOutput, dict[str, Tensor]]:
-    """The model's output, and every term with a weight, unweighted: scalars by name.
+    """Runs the model and computes every loss term whose weight is not 0.
 
     Args:
-        forward: the model; called once, on plain and warped photos together where a term needs both.
-        target: what turns cached features into what the parts rebuild.
-        step: number of the step, from which warps are drawn.
+        forward: the model. It is called once; if a term needs warped photos, they follow the plain ones in the input.
+        target: transforms cached features into the target that the parts rebuild.
+        batch: must hold features.
+        step: number of the training step. It seeds the random warps.
+
+    Returns:
+        output: the model's output, for the plain and then the warped photos.
+        terms: scalar tensors by the name of the term, not yet multiplied by their weights.
     """
     assert batch.features is not None
     wanted = weights(config.losses)
@@ -96,9 +102,9 @@ def compute_terms(
 
 
 def weighted_sum(terms: Mapping[str, Tensor], losses: Losses, step: int) -> Tensor:
-    """The terms times their weights at a step.
+    """Scalar sum of the terms, each multiplied by its weight at the given step.
 
-    The classification of own classes has weight 1: it trains nothing but itself.
+    The classification term always has weight 1. Its gradient reaches only the class head.
     """
     factors = {name: getattr(losses, name, 1.0) for name in terms}
     if "entropy" in factors and step < losses.entropy_ramp_steps:

@@ -1,7 +1,7 @@
-"""Terms that look at the part maps or the basis alone, as pure functions. All in float32, also under autocast.
+"""Loss terms that need only the part maps or only the basis, as pure functions in float32, even under autocast.
 
-Each term over images is a mean over B of what each image gives alone, so that the mean over processes of equal shares
-is that of the whole batch.
+Each term over images is the mean over B of a number computed for each image alone. If processes hold equally many
+images, the mean over processes is therefore the mean over the whole batch.
 
 Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher channels, H x W pixels.
 """
@@ -9,16 +9,19 @@ Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher ch
 import torch
 from torch import Tensor
 
-_EPSILON = 1e-8  # keeps a part without mass, or a row of zeros, finite
+_EPSILON = 1e-8  # avoids division by 0 for a part without mass or a row of zeros
 
 
 def part_centres(parts: Tensor) -> Tensor:
-    """(B, K, 2) mean x, y of each part in [-1, 1] across the image; 0, the middle, for a part without mass.
+    """The centre of mass of each part.
 
         c_bk = sum_yx p_bk(y,x) (x, y) / sum_yx p_bk(y,x)
 
     Args:
         parts: (B, K, H, W) soft part maps in [0, 1].
+
+    Returns:
+        (B, K, 2) mean x and y, [-1, 1] across the image. A part without mass gets 0, the middle of the image.
     """
     with torch.autocast(parts.device.type, enabled=False):
         parts = _at_least_float32(parts)
@@ -36,7 +39,7 @@ def concentration(parts: Tensor) -> Tensor:
         parts: (B, K, H, W) soft part maps in [0, 1], background already dropped.
 
     Returns:
-        Scalar, in squared half-image units ([-1, 1] across the image). 0 for a part without mass.
+        Scalar, in squared half-image units ([-1, 1] across the image). A part without mass contributes 0.
 
     Source: SCOPS (arXiv:1905.01298), geometric concentration loss. Their code divides by B twice; we do not.
     """
@@ -44,7 +47,7 @@ def concentration(parts: Tensor) -> Tensor:
         parts = _at_least_float32(parts)
         x, y = _axes(parts)
         centres = part_centres(parts)  # (B, K, 2)
-        # Around the centre, not as E x^2 - (E x)^2: the difference of two near numbers would lose what is small.
+        # We do not use E x^2 - (E x)^2, because subtracting two nearly equal numbers loses precision.
         across = (parts.sum(2) * (x - centres[:, :, :1]).square()).sum(2)  # (B, K)
         down = (parts.sum(3) * (y - centres[:, :, 1:]).square()).sum(2)
         mean: Tensor = ((across + down) / (parts.sum((2, 3)) + _EPSILON)).mean()
@@ -60,7 +63,7 @@ def entropy(maps: Tensor) -> Tensor:
         maps: (B, S, H, W) soft maps that sum to 1 over slots, background included.
 
     Returns:
-        Scalar in nats, 0 (every pixel sure) to log S.
+        Scalar in nats, from 0 (every pixel belongs to one slot) to log S.
     """
     with torch.autocast(maps.device.type, enabled=False):
         maps = _at_least_float32(maps)
@@ -74,12 +77,12 @@ def orthonormality(basis: Tensor) -> Tensor:
         L = 1/K^2 |w w^T - I|_F^2,   w_k = W_k / |W_k|
 
     Args:
-        basis: (K, C) part basis; or (B, K, C), of which the mean is taken.
+        basis: (K, C) part basis, or (B, K, C), one for each image. The loss is then the mean over images.
 
     Returns:
-        Scalar in [0, 1]. A row of zeros counts as a row of length 0, not as NaN.
+        Scalar in [0, 1]. A row of zeros stays a row of zeros and does not give NaN.
 
-    Source: SCOPS (arXiv:1905.01298), orthonormal constraint; theirs is the sum, ours the mean over the K^2 products.
+    Source: SCOPS (arXiv:1905.01298), orthonormal constraint. They sum over the K^2 products; we take the mean.
     """
     with torch.autocast(basis.device.type, enabled=False):
         rows = torch.nn.functional.normalize(_at_least_float32(basis), dim=-1, eps=_EPSILON)
@@ -93,7 +96,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _axes(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """x (W,) and y (H,) of the pixels, [-1, 1] from the first pixel's centre to the last one's."""
+    """Coordinates x (W,) and y (H,) of the pixels: -1 at the centre of the first pixel, 1 at that of the last one."""
     height, width = parts.shape[-2:]
     return (
         torch.linspace(-1, 1, width, dtype=parts.dtype, device=parts.device),

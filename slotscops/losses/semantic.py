@@ -1,7 +1,7 @@
-"""The training losses of SCOPS as pure functions.
+"""The semantic consistency loss of SCOPS as a pure function, computed exactly at pixel resolution.
 
-Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher channels, logits and features each on an
-h x w grid of their own, H x W pixels.
+Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher channels, logits and features on
+h x w grids, which may differ from each other, H x W pixels.
 """
 
 import torch
@@ -19,35 +19,35 @@ def semantic_consistency(
     mask: Tensor | None = None,
     align_corners: bool = True,
 ) -> Tensor:
-    """How far the part maps times the part basis are from the teacher's features, at pixel resolution.
+    """Mean squared error between the features that the parts rebuild and the teacher's, at pixel resolution.
 
         L = 1/(B H W C) sum |P W - m U f|^2
 
-    P are the part maps, W the basis, U the bilinear upsampling to H x W, f the features, m the mask. U is linear, so
-    the same number comes without any tensor of B C H W numbers from
+    P are the part maps, W the basis, U the bilinear upsampling to H x W, f the features, m the mask. Because U is
+    linear, we can compute the same number without a tensor of B C H W numbers:
 
         sum |P W - m U f|^2 = <W W^T, P P^T> - 2 <U^T m P, W f> + sum m^2 |U f|^2.
 
-    The three terms are summed apart, so what rounding leaves is relative to the largest of them, not to L.
+    The three terms are summed separately, so the rounding error is relative to the largest of them, not to L.
 
     Args:
-        logits: (B, S, h, w) slot logits. They and the basis receive gradients.
+        logits: (B, S, h, w) slot logits. Both the logits and the basis receive gradients.
         features: (B, C, h, w) teacher features of any floating dtype; their grid may differ from that of the logits.
             They are a target and receive no gradient, even if they require one.
-        basis: (K, C) part basis, non-negative: already through its ReLU; or (B, K, C), one for each image.
+        basis: (K, C) part basis, after its ReLU if it has one, or (B, K, C), one for each image.
         size: H, W in pixels.
-        mask: (B, H, W) or (B, 1, H, W), bool or floating weights. It masks the target only, as in SCOPS: outside it
-            the parts have to rebuild zeros. It receives no gradient.
-        align_corners: how both grids lie on the pixels, as in `torch.nn.functional.interpolate`.
+        mask: (B, H, W) or (B, 1, H, W), bool or floating weights. As in SCOPS it multiplies the target only,
+            so outside the mask the parts have to rebuild zeros. It receives no gradient.
+        align_corners: how the two grids are aligned with the pixels, as in `torch.nn.functional.interpolate`.
 
     Returns:
-        Scalar, in squared units of the features. float64 if any of the first three inputs is, else float32, also
-        under autocast.
+        Scalar, in squared units of the features. It is float64 if any of the first three inputs is float64, else
+        float32, even under autocast.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: if the shapes do not fit each other, or the mask is neither bool nor floating point.
 
-    Source: SCOPS (arXiv:1905.01298), semantic consistency loss; the low-rank form is ours.
+    Source: SCOPS (arXiv:1905.01298), semantic consistency loss. The low-rank form is our own.
     """
     _check_shapes(logits, features, basis, size, mask)
     dtype = torch.float32
@@ -72,7 +72,7 @@ def semantic_consistency(
 
 
 def _gather_onto_grid(maps: Tensor, grid: tuple[int, ...], align_corners: bool) -> Tensor:
-    """U^T maps: (..., H, W) -> (..., h, w), the adjoint of bilinear upsampling."""
+    """Computes U^T maps, (..., H, W) -> (..., h, w). U^T is the adjoint of bilinear upsampling."""
     height, width = maps.shape[-2:]
     down, across = both_matrices(grid, (height, width), align_corners, maps.dtype, maps.device)
     return (down.T @ maps) @ across
@@ -80,10 +80,10 @@ def _gather_onto_grid(maps: Tensor, grid: tuple[int, ...], align_corners: bool) 
 
 @torch.no_grad()
 def _target_energy(features: Tensor, size: tuple[int, int], weights: Tensor | None, align_corners: bool) -> Tensor:
-    """sum over images, pixels and channels of m^2 |U f|^2, from inner products of neighbouring grid cells.
+    """Sum of m^2 |U f|^2 over images, pixels and channels, from inner products of neighbouring grid cells.
 
-    Along one axis a pixel mixes cells i and i + 1 with shares a_i and a_i+1, so that its squared norm is
-    sum_i a_i^2 <f_i, f_i> + 2 a_i a_i+1 <f_i, f_i+1>: linear in the products, and separable in the two axes.
+    Along one axis a pixel mixes cells i and i + 1 with shares a_i and a_i+1. Its squared norm is therefore
+    sum_i a_i^2 <f_i, f_i> + 2 a_i a_i+1 <f_i, f_i+1>. This is linear in the products, and the two axes separate.
 
     Args:
         features: (B, C, h, w).
@@ -99,17 +99,21 @@ def _target_energy(features: Tensor, size: tuple[int, int], weights: Tensor | No
 
 
 def _pair_shares(matrix: Tensor) -> Tensor:
-    """(out, in) shares of cells -> (out, 2 in) shares of pairs: a_i^2 of i with itself, 2 a_i a_i+1 with the next."""
+    """(out, in) shares of cells -> (out, 2 in) shares of pairs: a_i^2 for (i, i), then 2 a_i a_i+1 for (i, i + 1)."""
     with_next = functional.pad(2 * matrix[:, :-1] * matrix[:, 1:], (0, 1))
     return torch.cat([matrix.square(), with_next], dim=1)
 
 
 def _neighbour_products(features: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, 2h, 2w) inner products over C: with itself and right | below and diagonally."""
+    """(B, C, h, w) -> (B, 2h, 2w) inner products over C of each cell with its neighbours.
+
+    The four h x w blocks are: with itself (top left), with the cell to the right (top right), with the cell below
+    (bottom left), and the mean of the two diagonal products (bottom right).
+    """
     padded = functional.pad(features, (0, 1, 0, 1))
     here, right = padded[:, :, :-1, :-1], padded[:, :, :-1, 1:]
     below, diagonal = padded[:, :, 1:, :-1], padded[:, :, 1:, 1:]
-    # Both diagonals of a square of cells carry the same shares.
+    # The two diagonals of a 2 x 2 square of cells have the same shares, so their mean is enough.
     crossed = ((here * diagonal).sum(1) + (below * right).sum(1)) / 2
     upper = torch.cat([(here * here).sum(1), (here * right).sum(1)], dim=2)
     lower = torch.cat([(here * below).sum(1), crossed], dim=2)

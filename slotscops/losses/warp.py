@@ -1,7 +1,7 @@
-"""Random warps of photos, and how far part maps are from following them; in float32, also under autocast.
+"""Random warps of photos, and losses for part maps that do not follow them. In float32, even under autocast.
 
 Points are (x, y) in [-1, 1] across the image, as `torch.nn.functional.grid_sample` takes them with align_corners=True.
-A warp says where each point of the new photo lies in the old one, so that new(u) = old(g(u)).
+A warp maps each point of the warped photo to its place in the original: warped(u) = original(g(u)).
 
 Shapes: B images, S slots, K parts, P = points^2 control points, N points, H x W pixels.
 """
@@ -21,15 +21,18 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class Warp(NamedTuple):
-    """g(u) = A [u, 1] + sum_i w_i r_i^2 log r_i^2 + the spline's affine part, r_i = |u - c_i|; and other colours."""
+    """One random warp for each photo: an affine map plus a thin-plate spline, and a change of colours.
+
+    g(u) = A [u, 1] + sum_i w_i r_i^2 log r_i^2 + the spline's affine part,   r_i = |u - c_i|
+    """
 
     affine: Tensor  # (B, 2, 3)
-    bend: Tensor  # (B, P + 3, 2) weights of the spline, then of 1, x, y
+    bend: Tensor  # (B, P + 3, 2) weights w_i of the spline, then those of its affine part: 1, x, y
     centres: Tensor  # (P, 2) control points
     jitter: Tensor  # (B, 3) factors of brightness, contrast, saturation
 
     def move(self, points: Tensor) -> Tensor:
-        """(B, N, 2) points of the new photo -> (B, N, 2) where they lie in the old one."""
+        """(B, N, 2) points of the warped photo -> (B, N, 2) the same points in the original photo."""
         with torch.autocast(points.device.type, enabled=False):
             straight = points @ self.affine[:, :, :2].mT + self.affine[:, None, :, 2]
             return straight + _spline_terms(points, self.centres) @ self.bend
@@ -50,14 +53,21 @@ def draw_warps(
     max_scale: float = 2.0,
     jitter: float = 0.3,
 ) -> Warp:
-    """One warp a sample, drawn from (seed, step, key) alone: the same on any number of processes and workers.
+    """Draws one warp for each sample.
+
+    A warp depends on (seed, step, key) only, so it is the same for any number of processes and workers.
 
     Args:
         keys: B record keys.
-        bend: deviation of the control points' shifts, half-image units.
-        rotation, translation: degrees and half-image units, uniform in +-.
-        min_scale, max_scale: uniform; 2 shows the object twice as large.
-        jitter: factors are uniform in 1 +- jitter.
+        points: number of control points along each axis, P = points^2.
+        bend: standard deviation of the shifts of the control points, in half-image units.
+        rotation: the angle is uniform in [-rotation, rotation], in degrees.
+        translation: both offsets are uniform in [-translation, translation], in half-image units.
+        min_scale, max_scale: the scale is uniform between them. 2 shows the object twice as large.
+        jitter: the factors of the colours are uniform in [1 - jitter, 1 + jitter].
+
+    Returns:
+        A warp of B photos, on the CPU.
 
     Source: SCOPS (arXiv:1905.01298) for the ranges; Bookstein (1989) for the spline.
     """
@@ -83,14 +93,14 @@ def draw_warps(
 
 
 def warp_maps(maps: Tensor, warp: Warp) -> tuple[Tensor, Tensor]:
-    """The maps as the new photo would show them, and where they come from inside the old one.
+    """Applies the warp to maps.
 
     Args:
         maps: (B, C, H, W) floating point.
 
     Returns:
-        warped: (B, C, H, W), bilinear; zero outside the old photo.
-        inside: (B, H, W) bool.
+        warped: (B, C, H, W), sampled bilinearly. Points from outside the original photo are zero.
+        inside: (B, H, W) bool, true where a pixel comes from inside the original photo.
     """
     height, width = maps.shape[-2:]
     y = torch.linspace(-1, 1, height, device=maps.device)[:, None].expand(height, width)
@@ -103,7 +113,7 @@ def warp_maps(maps: Tensor, warp: Warp) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def warp_images(images: Tensor, warp: Warp) -> Tensor:
-    """(B, 3, H, W) uint8 RGB -> the same, warped and with other colours; black outside the old photo."""
+    """(B, 3, H, W) uint8 RGB -> the same shape and type, warped and with changed colours. Outside is black."""
     with torch.autocast(images.device.type, enabled=False):
         warped, _ = warp_maps(images.float() / 255, warp)
         brightness, contrast, saturation = (factor[:, None, None, None] for factor in warp.jitter.unbind(1))
@@ -117,18 +127,19 @@ def warp_images(images: Tensor, warp: Warp) -> Tensor:
 
 
 def equivariance(plain: Tensor, of_warped: Tensor, warp: Warp) -> Tensor:
-    """How far the maps of the warped photo are from the warped maps of the plain one.
+    """Divergence between the maps of the warped photo and the warped maps of the plain photo.
 
         L = 1/B sum_b  mean over pixels u inside of  sum_s q_bs(u) log( q_bs(u) / p_bs(u) )
 
-    q = plain maps, warped; p = maps of the warped photo. Both receive gradients. An image's pixels count as its own
-    mean, so that no image's share depends on the others.
+    q are the maps of the plain photo after warping, p the maps of the warped photo. Both receive gradients. The mean
+    over pixels is taken for each image first, so every image has the same weight.
 
     Args:
-        plain, of_warped: (B, S, H, W) soft maps that sum to 1 over slots.
+        plain: (B, S, H, W) soft maps of the plain photos, which sum to 1 over slots.
+        of_warped: (B, S, H, W) soft maps of the warped photos, likewise.
 
     Returns:
-        Scalar in nats, 0 where the maps follow the warp.
+        Scalar in nats. It is 0 if the maps follow the warp exactly.
 
     Source: SCOPS (arXiv:1905.01298), equivariance loss.
     """
@@ -142,15 +153,16 @@ def equivariance(plain: Tensor, of_warped: Tensor, warp: Warp) -> Tensor:
 
 
 def landmark_equivariance(centres: Tensor, centres_of_warped: Tensor, warp: Warp) -> Tensor:
-    """How far the parts' centres are from following the warp, averaged over parts and images.
+    """Squared distance between the centres of the parts and where the warp puts them, over parts and images.
 
         L = 1/(B K) sum_bk |g(c'_bk) - c_bk|^2
 
     Args:
-        centres, centres_of_warped: (B, K, 2) of the plain and the warped photo.
+        centres: (B, K, 2) centres c of the parts in the plain photo.
+        centres_of_warped: (B, K, 2) centres c' of the parts in the warped photo.
 
     Returns:
-        Scalar in squared half-image units of the plain photo.
+        Scalar, in squared half-image units of the plain photo.
 
     Source: SCOPS (arXiv:1905.01298), equivariance of the parts' centres.
     """
@@ -159,9 +171,9 @@ def landmark_equivariance(centres: Tensor, centres_of_warped: Tensor, warp: Warp
 
 
 def _spline_terms(points: Tensor, centres: Tensor) -> Tensor:
-    """(..., N, 2) and (P, 2) -> (..., N, P + 3): r^2 log r^2 to each control point, then 1, x, y."""
+    """(..., N, 2) points and (P, 2) centres -> (..., N, P + 3): r^2 log r^2 for each centre, then 1, x, y."""
     square = (points[..., :, None, :] - centres).square().sum(-1)  # (..., N, P)
-    # Where r is 0 the gradient of r^2 log r^2 is 0 too, but the log's is not finite.
+    # At r = 0 the gradient of r^2 log r^2 is 0, but that of the log alone is not finite.
     radial = square * square.clamp_min(1e-12).log()
     return torch.cat([radial, torch.ones_like(points[..., :1]), points], dim=-1)
 

@@ -1,4 +1,4 @@
-"""Part maps against true parts, as papers count."""
+"""Scores of part maps against true parts, with the protocols that papers use."""
 
 from slotscops.metrics.scores import PartScores
 

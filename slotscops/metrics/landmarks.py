@@ -1,12 +1,12 @@
-"""Landmarks: centres of the true parts, regressed linearly from the centres of the predicted ones.
+"""Landmark error: predicts the centres of the true parts from those of the predicted parts by linear regression.
 
-SCOPS and Lorenz et al. report this error. It says little about masks: the regression may weigh centres as it likes, so
-maps that lie nowhere near a part still score well if they move with the object, and on crops around the object a
-constant guess is already close. Never read it without the `position` baseline beside it, whose centres never move: its
-error is that of the constant guess.
+SCOPS and Lorenz et al. report this error. It says little about masks. The regression may combine the centres with any
+weights, so maps far from a part still score well if they move with the object. On crops around the object even a
+constant guess is close. Always compare with the `position` baseline: its centres never move, so its error is that of
+the constant guess.
 
-Everything is summed in whole numbers, so that neither the order of images nor the number of processes changes a digit,
-and memory does not grow with the images.
+All sums are sums of integers. The result therefore does not depend on the order of images or the number of processes,
+and the memory does not grow with the number of images.
 
 Shapes: B images, H x W pixels, P predicted labels, T true parts of a class, F = 3 P + 1 regressors.
 """
@@ -18,23 +18,24 @@ from torch import Tensor
 from slotscops.core.records import Batch
 from slotscops.metrics.protocols import ALL_CLASSES, Prediction
 
-_UNITS = 1024  # centres are counted in so many units a crop's side: an eighth of a pixel at 128 px
-_RIDGE = 1e-4  # of the regressors' own square, so that few images with many labels still have one solution
-_FINE = 2**20  # distances are summed in so many units a crop's side
+_UNITS = 1024  # units per side of the crop in which centres are rounded: an eighth of a pixel at 128 px
+_RIDGE = 1e-4  # relative to the mean square of the regressors; makes the solution unique with few images
+_FINE = 2**20  # units per side of the crop in which distances are summed
 
 
 def label_centres(labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
-    """Where each label lies.
+    """The centre of the pixels of each label.
 
     Args:
         labels: (B, H, W) in 0 .. num_labels - 1.
 
     Returns:
-        centres: (B, num_labels, 2) int64 y and x from the crop's middle, 1/1024 of its side; 0 for a label not there.
-        present: (B, num_labels) bool.
+        centres: (B, num_labels, 2) int64 y and x from the middle of the crop, in units of 1/1024 of its side. They are
+            0 for an absent label.
+        present: (B, num_labels) bool, true where the image has the label.
     """
     num_images, height, width = labels.shape
-    # Twice the distance from the middle in pixels, so that it is whole: -(W - 1), ..., W - 1.
+    # Twice the distance from the middle in pixels, which is an integer: -(W - 1), ..., W - 1.
     y = (2 * torch.arange(height) - (height - 1))[:, None].expand(height, width)
     x = (2 * torch.arange(width) - (width - 1))[None, :].expand(height, width)
     cells = (labels.long() + num_labels * torch.arange(num_images)[:, None, None]).flatten()
@@ -51,34 +52,37 @@ def label_centres(labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
 
 
 def regressors(labels: Tensor, num_labels: int) -> Tensor:
-    """(B, F) int64: centres of the predicted labels, whether each is there, and a constant."""
+    """(B, F) int64 inputs of the regression: the centre of each predicted label, its presence, and a constant."""
     centres, present = label_centres(labels, num_labels)
     constant = torch.full((len(labels), 1), _UNITS)
     return torch.cat([centres.flatten(1), present * _UNITS, constant], dim=1)
 
 
 class LandmarkRegression:
-    """A linear map from predicted to true centres for each part of each class; fit on one split, scored on another."""
+    """One linear map from predicted to true centres for each part of each class.
+
+    The maps are fit on one split and scored on another.
+    """
 
     def __init__(self, part_names: dict[str, list[str]], num_predicted: int, side_per_box: float) -> None:
         """
         Args:
-            part_names: by class, in the order of class ids.
-            num_predicted: P, background included: its centre is one regressor among the others.
-            side_per_box: a crop's side over the longer side of its object's box.
+            part_names: names of the true parts by class, in the order of class ids.
+            num_predicted: P, background included. The centre of the background is a regressor too.
+            side_per_box: the crop's side divided by the longer side of the object's box.
         """
         self.class_names = list(part_names)
         self._num_predicted = num_predicted
         self._side_per_box = side_per_box
         self._starts = np.cumsum([0, *(len(names) for names in part_names.values())]).tolist()
         num_parts, size = self._starts[-1], 3 * num_predicted + 1
-        self._squares = torch.zeros(num_parts, size, size, dtype=torch.int64)  # sum of x x^T where the part is seen
-        self._products = torch.zeros(num_parts, size, 2, dtype=torch.int64)  # sum of x (y, x of the true centre)
-        self._distances = torch.zeros(num_parts, dtype=torch.int64)  # sum over images, 1 / _FINE of the crop's side
-        self._seen = torch.zeros(num_parts, dtype=torch.int64)  # images that the distances are of
+        self._squares = torch.zeros(num_parts, size, size, dtype=torch.int64)  # sum of x x^T, images with the part
+        self._products = torch.zeros(num_parts, size, 2, dtype=torch.int64)  # sum of x times its true centre (y, x)
+        self._distances = torch.zeros(num_parts, dtype=torch.int64)  # sum over images, in 1 / _FINE of the side
+        self._seen = torch.zeros(num_parts, dtype=torch.int64)  # number of images in that sum
 
     def fit(self, prediction: Prediction, batch: Batch) -> None:
-        """Adds a batch to what the map is fit to."""
+        """Adds a batch, read with labels, to the data that the maps are fit to."""
         inputs = regressors(prediction.labels.cpu(), self._num_predicted)
         for part, chosen, centres in self._true_centres(batch):
             x = inputs[chosen]
@@ -86,7 +90,7 @@ class LandmarkRegression:
             self._products[part] += x.T @ centres
 
     def score(self, prediction: Prediction, batch: Batch) -> None:
-        """Adds the distances between true and regressed centres of a batch."""
+        """Adds the distances between the true and the regressed centres of a batch that was read with labels."""
         inputs = regressors(prediction.labels.cpu(), self._num_predicted).double()
         for part, chosen, centres in self._true_centres(batch):
             off = (inputs[chosen] @ self._map(part) - centres).norm(dim=1) / _UNITS
@@ -94,25 +98,28 @@ class LandmarkRegression:
             self._seen[part] += len(off)
 
     def fit_counts(self) -> Tensor:
-        """(N,) int64: what processes sum after fitting."""
+        """(N,) int64 counts to sum over processes after fitting."""
         return torch.cat([self._squares.flatten(), self._products.flatten()])
 
     def set_fit_counts(self, counts: Tensor) -> None:
+        """Replaces the counts of `fit_counts`, for example by their sum over processes."""
         self._squares = counts[: self._squares.numel()].view(self._squares.shape)
         self._products = counts[self._squares.numel() :].view(self._products.shape)
 
     def score_counts(self) -> Tensor:
-        """(N,) int64: what processes sum after scoring."""
+        """(N,) int64 counts to sum over processes after scoring."""
         return torch.cat([self._distances, self._seen])
 
     def set_score_counts(self, counts: Tensor) -> None:
+        """Replaces the counts of `score_counts`, for example by their sum over processes."""
         self._distances, self._seen = counts.view(2, -1).unbind()
 
     def errors(self) -> dict[str, float]:
-        """By class, and over all if there are several: the mean over parts of the mean distance over images.
+        """The landmark error by class, and over all classes if there are several.
 
-        As a share of the longer side of the object's box, painted with the smallest part on top. A part that was never
-        seen in one of the two splits is left out; a class without any is, too.
+        The error is the mean over parts of the mean distance over images, as a share of the longer side of the
+        object's box. True parts are painted with the smallest part on top. A part that does not occur in both splits
+        is left out, and so is a class without any part left.
         """
         means: dict[str, list[float]] = {}
         for number, name in enumerate(self.class_names):
@@ -126,7 +133,7 @@ class LandmarkRegression:
         return rows
 
     def _true_centres(self, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
-        """Of each part in the batch: its number, the images (n,) that show it, its centres (n, 2) int64 there."""
+        """For each true part in the batch: its number, the n images that show it (n,), its centres (n, 2) int64."""
         assert batch.parts_small is not None
         found = []
         for class_id in sorted(set(batch.class_ids.tolist())):
@@ -140,7 +147,7 @@ class LandmarkRegression:
         return found
 
     def _map(self, part: int) -> Tensor:
-        """(F, 2) float64 least squares; zero, the crop's middle, for a part that was not there to fit to."""
+        """(F, 2) float64 least-squares map. For a part without data it is zero, which gives the crop's middle."""
         squares = self._squares[part].double()
         ridge = _RIDGE * squares.diagonal().mean() + 1
         solution: Tensor = torch.linalg.solve(

@@ -1,13 +1,13 @@
-"""Three ways to count found parts against true parts, side by side and never mixed, in both paint orders.
+"""Three protocols that compare found parts with true parts, each with two paint orders. Do not mix their numbers.
 
-- `own`: full image, own background. Every pixel of every crop counts, the prediction's label 0 is its background.
+- `own`: full image, own background. Every pixel of every crop counts, and label 0 of the prediction is its background.
 - `mask`: full image, given object mask, as Choudhury et al. (NeurIPS 2021) score. Inside the true mask a pixel takes
-  the best part label, outside it is background: who is given the mask cannot mistake the background, so these numbers
-  are far higher. Pixels of the object that belong to no true part count as "no part" in truth.
-- `foreground`: only pixels of true parts count, with the labels of `own`: FG-NMI and FG-ARI.
+  the best part label, outside it is background. The method is given the true background, so these numbers are far
+  higher. Pixels of the object that belong to no true part have the true label "no part".
+- `foreground`: only pixels of true parts count, with the labels of `own`. This gives FG-NMI and FG-ARI.
 
-Paint order says which part a pixel has where true masks overlap: `first`, the one listed first in the file, as
-Choudhury et al. paint; `small`, the one of the fewest pixels, so that eyes lie on the head.
+The paint order decides which part a pixel belongs to if true masks overlap. `first` takes the part listed first in the
+file, as Choudhury et al. do. `small` takes the part with the fewest pixels, so that eyes lie on top of the head.
 
 Shapes: B images, H x W pixels, P predicted labels, T true labels of a class.
 """
@@ -27,28 +27,30 @@ from slotscops.metrics.scores import PartScores, score_table
 PROTOCOLS = ("own", "mask", "foreground")
 ORDERS = ("first", "small")
 ALL_CLASSES = "all classes"
-_COUNTED = ("own", "mask")  # foreground is a part of own's table
+_COUNTED = ("own", "mask")  # the table of foreground is part of own's
 
 
 class Prediction(NamedTuple):
-    """What a method says of a batch."""
+    """What a method predicts for a batch."""
 
     labels: Tensor  # (B, H, W) 0 = background, 1 .. P - 1 parts
-    parts: Tensor  # (B, H, W) best part of each pixel, 1 .. P - 1, as if all lay on the object
+    parts: Tensor  # (B, H, W) 1 .. P - 1, the best part of each pixel if background is excluded
 
 
 Predictor = Callable[[Batch], Prediction]
 
 
 class ProtocolScores:
-    """One streaming contingency table a class, protocol and paint order: memory does not grow with the images."""
+    """Contingency tables, one for each class, protocol and paint order. Memory does not grow with the images."""
 
     def __init__(self, part_names: dict[str, list[str]], num_predicted: int, own_parts: bool = False) -> None:
         """
         Args:
-            part_names: by class, in the order of class ids; a class with n parts has T = n + 1 true labels.
+            part_names: names of the true parts by class, in the order of class ids. A class with n parts has
+                T = n + 1 true labels.
             num_predicted: P, background included.
-            own_parts: each class has found parts of its own: label 1 of one is not label 1 of another.
+            own_parts: True if each class has predicted parts of its own, so that label 1 of one class differs from
+                label 1 of another.
         """
         self._part_names, self._own_parts = part_names, own_parts
         self.class_names = list(part_names)
@@ -72,11 +74,11 @@ class ProtocolScores:
                 tables[class_id].update(predicted[protocol][chosen], true[order][chosen])
 
     def counts(self) -> Tensor:
-        """(N,) int64: every table, one after the other. What processes sum, to all have the same scores."""
+        """(N,) int64: all tables in one vector. Processes sum it, so that all of them get the same scores."""
         return torch.cat([scores.table.flatten() for tables in self._tables.values() for scores in tables])
 
     def set_counts(self, counts: Tensor) -> None:
-        """Takes the counts of `counts`, such as their sum over processes, in place of its own."""
+        """Replaces the counts of `counts`, for example by their sum over processes."""
         start = 0
         for tables in self._tables.values():
             for place, scores in enumerate(tables):
@@ -86,9 +88,10 @@ class ProtocolScores:
         assert start == len(counts)
 
     def table(self, protocol: str, order: str, class_name: str = ALL_CLASSES) -> NDArray[np.int64]:
-        """(P, T) pixel counts of a class; of all, every class's parts are labels of their own and no part is one.
+        """(P, T) pixel counts of one class or of all classes; the protocol `foreground` drops the column "no part".
 
-        Where classes have found parts of their own, of all there are 1 + (P - 1) N_c rows: one background.
+        The table of all classes has one column for each part of each class and one shared column "no part". If classes
+        have predicted parts of their own, it has 1 + (P - 1) N_c rows, with one shared background.
         """
         tables = [scores.table for scores in self._tables["own" if protocol == "foreground" else protocol, order]]
         if class_name == ALL_CLASSES:
@@ -98,13 +101,14 @@ class ProtocolScores:
         return table[:, int(protocol == "foreground") :].numpy()
 
     def seen_classes(self) -> list[str]:
-        """Classes of which there was a pixel."""
+        """Names of the classes of which at least one pixel was counted."""
         return [name for name in self.class_names if self.table("own", "first", name).any()]
 
     def scores(self, protocol: str, order: str) -> dict[str, dict[str, float]]:
-        """By class and, of several, pooled over all: `nmi, ari, miou, majority_miou` in 0..1.
+        """`nmi`, `ari`, `miou` and `majority_miou` by class, and pooled over all classes if there are several.
 
-        All are NaN for a class of which no pixel belongs to a true part: there is nothing to compare with.
+        All but `ari` lie in 0..1; `ari` lies in -0.5..1. All are NaN for a class without any pixel of a true part,
+        because there is nothing to compare with.
         """
         names = self.seen_classes()
         rows = names if len(names) == 1 else [*names, ALL_CLASSES]
@@ -112,11 +116,11 @@ class ProtocolScores:
         return {name: row if self.has_truth(name) else dict.fromkeys(row, math.nan) for name, row in scores.items()}
 
     def has_truth(self, class_name: str = ALL_CLASSES) -> bool:
-        """True where at least one counted pixel belongs to a true part. Without any, there are no scores."""
+        """True if at least one counted pixel belongs to a true part. Otherwise there are no scores."""
         return bool(self.table("foreground", "first", class_name).any())
 
     def confusion(self) -> dict[str, dict[str, Any]]:
-        """By class: `parts`, names of the true parts, none first; by paint order, pixels of each label in each part."""
+        """By class: `parts`, the names of the true labels, and the (P, T) pixel counts of each paint order."""
         return {
             name: {"parts": ["no part", *self._part_names[name]]}
             | {order: self.table("own", order, name).tolist() for order in ORDERS}
@@ -124,9 +128,10 @@ class ProtocolScores:
         }
 
     def pooled(self) -> dict[str, float]:
-        """A run's scores while it trains, over all classes, first listed on top: own background, FG-, given mask.
+        """The scores that a run reports during training, over all classes, in the paint order `first`.
 
-        Empty where no pixel belongs to a true part.
+        These are the scores of `PartScores.compute` with the method's own background, and NMI and ARI with the given
+        object mask. The result is empty if no pixel belongs to a true part.
         """
         if not self.has_truth():
             return {}
@@ -136,7 +141,7 @@ class ProtocolScores:
 
 
 def _pool(tables: list[Tensor], own_parts: bool) -> Tensor:
-    """One table of all classes': their true parts side by side, and their found parts below each other if their own."""
+    """Joins the classes' tables into one: true parts in columns of their own, and predicted parts in rows if own."""
     nothing = torch.stack([table[:, 0] for table in tables]).sum(0)
     if not own_parts:
         return torch.cat([nothing[:, None], *(table[:, 1:] for table in tables)], dim=1)

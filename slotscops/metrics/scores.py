@@ -1,6 +1,6 @@
-"""Scores of found parts against true parts, from one table of pixel counts.
+"""Scores of predicted parts against true parts, from one table of pixel counts.
 
-Shapes: P predicted labels, T true labels, label 0 of either is background or no part.
+Shapes: P predicted labels, T true labels. Label 0 is background or no part.
 """
 
 import math
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class PartScores:
-    """Counts pixels by predicted and true label, as many images as one likes, and scores the counts.
+    """Counts pixels by predicted and true label over any number of images, and scores the counts.
 
-    The counts are whole numbers, so that scores do not depend on the order of images or on how they were spread over
-    processes: sum the tables and score the sum.
+    The counts are integers, so the scores do not depend on the order of images or on their distribution over
+    processes. To score several processes, sum their tables and score the sum.
     """
 
     def __init__(self, num_predicted: int, num_true: int) -> None:
@@ -25,6 +25,9 @@ class PartScores:
         Args:
             num_predicted: predicted labels are 0 .. num_predicted - 1.
             num_true: true labels are 0 .. num_true - 1, 0 for no part.
+
+        Raises:
+            ValueError: if either number is below 1.
         """
         if num_predicted < 1 or num_true < 1:
             raise ValueError(f"{num_predicted} predicted and {num_true} true labels: needed at least one of each")
@@ -32,7 +35,11 @@ class PartScores:
 
     @classmethod
     def from_table(cls, table: Tensor) -> "PartScores":
-        """Scores of (P, T) counts, such as a sum of other scores' tables over processes."""
+        """Makes scores from (P, T) counts, for example from a sum of tables over processes.
+
+        Raises:
+            ValueError: if the table is not two-dimensional, or its numbers are not integers of at least 0.
+        """
         if (
             table.ndim != 2
             or table.is_floating_point()
@@ -48,14 +55,14 @@ class PartScores:
 
     @property
     def table(self) -> Tensor:
-        """(P, T) int64 pixel counts on the CPU; a copy, safe to sum into."""
+        """A copy of the (P, T) int64 pixel counts, on the CPU."""
         return self._table.clone()
 
     def update(self, predicted: Tensor | NDArray[Any], true: Tensor | NDArray[Any]) -> None:
-        """Adds the pixels of two label maps of the same shape, whatever it is.
+        """Adds the pixels of two label maps of the same shape. Any shape will do.
 
         Raises:
-            ValueError: shapes that differ, labels that are not whole or lie outside the table. Nothing is added then.
+            ValueError: if the shapes differ, or labels are not integers or lie outside the table. Nothing is added.
         """
         if tuple(predicted.shape) != tuple(true.shape):
             raise ValueError(f"predicted {tuple(predicted.shape)}, true {tuple(true.shape)}: needed the same shape")
@@ -67,7 +74,11 @@ class PartScores:
         self._table += counts.cpu().view(num_predicted, num_true)
 
     def merge(self, other: "PartScores") -> None:
-        """Adds the pixels that another one counted."""
+        """Adds the counts of another `PartScores`.
+
+        Raises:
+            ValueError: if its table has another shape.
+        """
         if self._table.shape != other._table.shape:
             raise ValueError(
                 f"table {tuple(other._table.shape)}: needed {tuple(self._table.shape)}, as that which it is added to"
@@ -75,12 +86,12 @@ class PartScores:
         self._table += other._table
 
     def compute(self) -> dict[str, float]:
-        """All scores; NaN where there is no pixel to score.
+        """Computes all scores. A score is NaN if there is no pixel to score.
 
         Returns:
             nmi: normalised mutual information in [0, 1], see `normalized_mutual_information`.
             ari: adjusted Rand index in [-0.5, 1], see `adjusted_rand_index`.
-            fg_nmi, fg_ari: the same over the pixels of true parts only. Never compare them with the former two.
+            fg_nmi, fg_ari: the same over the pixels of true parts only. Do not compare them with nmi and ari.
             miou: mean intersection over union in [0, 1], see `mean_iou`.
 
         Source: Locatello et al. (arXiv:2006.15055) for FG-ARI.
@@ -97,7 +108,7 @@ class PartScores:
 
 
 def score_table(table: NDArray[np.int64]) -> dict[str, float]:
-    """The four numbers that every protocol reports; NaN without pixels.
+    """The four scores that every protocol reports: `nmi`, `ari`, `miou`, `majority_miou`. NaN without pixels.
 
     Args:
         table: (P, T) pixel counts of the pixels that the protocol looks at.
@@ -111,11 +122,11 @@ def score_table(table: NDArray[np.int64]) -> dict[str, float]:
 
 
 def normalized_mutual_information(table: NDArray[np.int64]) -> float:
-    """What the predicted label tells about the true one, 0 (nothing) to 1 (everything).
+    """How much the predicted label tells about the true one, from 0 (nothing) to 1 (everything).
 
         NMI = I(predicted; true) / ((H(predicted) + H(true)) / 2)
 
-    1 if there is a single label on both sides, 0 if on one side only, NaN without pixels.
+    It is 1 if both sides have a single label, 0 if only one side has, and NaN without pixels.
 
     Args:
         table: (P, T) pixel counts.
@@ -137,12 +148,12 @@ def normalized_mutual_information(table: NDArray[np.int64]) -> float:
 
 
 def adjusted_rand_index(table: NDArray[np.int64]) -> float:
-    """How far pairs of pixels are together or apart alike, 1 if all are, 0 as expected by chance.
+    """How well prediction and truth agree on which pairs of pixels have the same label.
 
         ARI = (n_11 - E) / ((n_1. + n_.1) / 2 - E),   E = n_1. n_.1 / n
 
-    over n ordered pairs of two pixels: n_1. together in the prediction, n_.1 in truth, n_11 in both. 1 if prediction
-    and truth agree on every pair, NaN without pixels.
+    There are n ordered pairs of two pixels. n_1. have the same label in the prediction, n_.1 in truth, n_11 in both.
+    The index is 1 if prediction and truth agree on every pair, 0 on average by chance, and NaN without pixels.
 
     Args:
         table: (P, T) pixel counts.
@@ -152,21 +163,21 @@ def adjusted_rand_index(table: NDArray[np.int64]) -> float:
     total = int(table.sum())
     if total == 0:
         return math.nan
-    # Python's integers: the products below reach 1e48 for 1e12 pixels.
+    # We use Python's integers, because the products below reach 1e48 for 1e12 pixels.
     together = _ordered_pairs(table.ravel())
     predicted, true = _ordered_pairs(table.sum(1)), _ordered_pairs(table.sum(0))
     if predicted == true == together:
         return 1.0
     pairs = total * (total - 1)
-    expected = predicted * true  # both times the number of pairs
+    expected = predicted * true  # E times the number of pairs, like all terms below
     return 2 * (together * pairs - expected) / ((predicted + true) * pairs - 2 * expected)
 
 
 def mean_iou(table: NDArray[np.int64]) -> float:
-    """Mean intersection over union of the true labels that occur, background among them, in [0, 1].
+    """Mean intersection over union in [0, 1] of the true labels that occur, including background.
 
-    Each true label is matched to at most one predicted label and the other way round, so that the mean is largest; a
-    true label that finds none counts 0. NaN without pixels.
+    Labels are matched one to one so that the mean is largest. A true label without a match counts as 0. The result is
+    NaN without pixels.
 
     Args:
         table: (P, T) pixel counts.
@@ -175,16 +186,16 @@ def mean_iou(table: NDArray[np.int64]) -> float:
     if not occurring.size:
         return math.nan
     union = table.sum(1)[:, None] + occurring.sum(0)[None, :] - occurring
-    iou = occurring / union  # a column that occurs makes every union positive
+    iou = occurring / union  # no union is 0, because every column has pixels
     rows, columns = linear_sum_assignment(iou, maximize=True)
     return float(iou[rows, columns].sum() / occurring.shape[1])
 
 
 def majority_mean_iou(table: NDArray[np.int64]) -> float:
-    """Mean intersection over union of the true labels that occur, in [0, 1], when predicted labels may join.
+    """Mean intersection over union in [0, 1] of the true labels that occur, with predicted labels merged.
 
-    Each predicted label is taken for the true label that most of its pixels have (of equal ones the first), so that
-    several may make up one part. A true label that no predicted one is taken for counts 0. NaN without pixels.
+    Each predicted label is assigned to the true label that most of its pixels have, or to the first of several such.
+    Several predicted labels may thus form one part. A true label without any counts as 0. NaN without pixels.
 
     Args:
         table: (P, T) pixel counts.
@@ -192,31 +203,31 @@ def majority_mean_iou(table: NDArray[np.int64]) -> float:
     occurring = table[:, table.sum(0) > 0]  # (P, labels that occur)
     if not occurring.size:
         return math.nan
-    merged = np.zeros((occurring.shape[1], occurring.shape[1]), np.int64)  # row: the true label that is claimed
+    merged = np.zeros((occurring.shape[1], occurring.shape[1]), np.int64)  # row: the true label that is assigned
     np.add.at(merged, occurring.argmax(1), occurring)
     found = np.diag(merged)
     return float(np.mean(found / (merged.sum(1) + merged.sum(0) - found)))
 
 
 def _entropy(counts: NDArray[np.int64]) -> float:
-    """Entropy in nats of a distribution given by its counts."""
+    """Entropy in nats of the distribution that the counts describe."""
     shares = counts[counts > 0] / counts.sum()
     return float(-np.sum(shares * np.log(shares)))
 
 
 def _ordered_pairs(counts: NDArray[Any]) -> int:
-    """Ordered pairs of two pixels of the same label."""
+    """Number of ordered pairs of two pixels that have the same label, from the pixel count of each label."""
     return sum(count * (count - 1) for count in counts.tolist())
 
 
 def _as_labels(labels: Tensor | NDArray[Any], name: str, num_labels: int) -> Tensor:
-    """(N,) int64 labels, all of them in 0 .. num_labels - 1."""
+    """Flattens labels to (N,) int64 and raises a ValueError if one is not an integer in 0 .. num_labels - 1."""
     if isinstance(labels, Tensor):
         is_whole = not (labels.is_floating_point() or labels.is_complex())
         flat = labels.detach().flatten().long()
     else:
         is_whole = labels.dtype.kind in "iub"
-        flat = torch.from_numpy(labels.ravel().astype(np.int64))  # a copy: torch warns of arrays it must not write to
+        flat = torch.from_numpy(labels.ravel().astype(np.int64))  # a copy, because torch warns about read-only arrays
     if not is_whole:
         raise ValueError(f"{name} labels of {labels.dtype}: needed whole numbers")
     if flat.numel():

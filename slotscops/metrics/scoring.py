@@ -1,4 +1,4 @@
-"""Predictions over a whole split, counted by the protocols; the same numbers for any number of processes.
+"""Scores the predictions over a whole split. The scores are the same for any number of processes.
 
 Shapes: B images, S slots, H x W pixels.
 """
@@ -23,14 +23,16 @@ from slotscops.shard.index import Dataset
 
 BATCH_SIZE = 16
 _PICTURED_IMAGES = 8
-_MAX_LANDMARK_IMAGES = 10_000  # of the training split, to fit 3 S + 1 numbers a coordinate to
+_MAX_LANDMARK_IMAGES = 10_000  # images of the training split, which suffice to fit 3 S + 1 numbers for each coordinate
 
 
 def network_predictor(network: SlotScops, device: torch.device, classes: Sequence[int] | None = None) -> Predictor:
-    """The slot that takes the largest share of each pixel, among all and among the parts.
+    """A predictor that labels each pixel with the slot of the largest share.
 
     Args:
-        classes: for each class of the data the network's own, where they differ and each has slots of its own.
+        device: where the network is, and where the predictions are computed.
+        classes: for each class id of the data, that of the network. Needed if each class has slots of its own and the
+            two numberings differ.
     """
     lookup = None if classes is None else torch.tensor(classes)
 
@@ -49,7 +51,7 @@ def network_predictor(network: SlotScops, device: torch.device, classes: Sequenc
 def score_predictions(
     predict: Predictor, batches: Iterable[Batch], dataset: Dataset, num_predicted: int, own_parts: bool = False
 ) -> ProtocolScores:
-    """Counts predicted against true labels over all batches; labels are compared at the crops' own size."""
+    """Compares predicted and true labels over all batches, at the size of the crops. See `ProtocolScores`."""
     scores = ProtocolScores(_part_names(dataset), num_predicted, own_parts)
     for batch in batches:
         scores.update(predict(batch), batch)
@@ -63,10 +65,15 @@ def evaluate_split(
     limit: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> ProtocolScores | None:
-    """Scores on one split, or on its first `limit` crops; the same for any number of processes.
+    """Scores a network on one split, or on its first `limit` crops. The same for any number of processes.
 
     Args:
-        should_stop: asked before each batch; where it answers True on any process, all get None and no scores.
+        split: must be read with labels.
+        accelerator: None for a single process.
+        should_stop: called before each batch. If it returns True on any process, the evaluation ends early.
+
+    Returns:
+        The scores over all processes, or None on every process if the evaluation ended early.
     """
     device = accelerator.device if accelerator else next(network.parameters()).device
     was_training = network.training
@@ -85,7 +92,7 @@ def evaluate_split(
 def landmark_errors(
     predict: Predictor, train: Split, split: Split, num_predicted: int, accelerator: Accelerator | None = None
 ) -> dict[str, float]:
-    """By class: error of the true parts' centres, regressed on `train` from the predicted ones; see `landmarks`."""
+    """The landmark error by class on `split`, with the regression fit on `train`. See `metrics.landmarks`."""
     regression = LandmarkRegression(_part_names(split.dataset), num_predicted, SIDE_PER_BOX)
     for batch in scored_batches(train, accelerator, _MAX_LANDMARK_IMAGES):
         regression.fit(predict(batch), batch)
@@ -97,7 +104,7 @@ def landmark_errors(
 
 
 def picture_of_split(network: SlotScops, split: Split) -> Any:
-    """PIL image of the split's first crops: photos, parts found, true parts."""
+    """A PIL image of the first crops of the split: photos, predicted parts and true parts."""
     batch = next(iter(evaluation_batches(split, _PICTURED_IMAGES)))
     device = next(network.parameters()).device
     return comparison(batch.images, network_predictor(network, device)(batch).labels, batch.parts)
@@ -109,12 +116,13 @@ def _part_names(dataset: Dataset) -> dict[str, list[str]]:
 
 
 def scored_batches(split: Split, accelerator: Accelerator | None, limit: int | None = None) -> Iterable[Batch]:
+    """This process's batches of the split, or of its first `limit` crops. See `evaluation_batches`."""
     rank, num_ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     return evaluation_batches(split, BATCH_SIZE, rank, num_ranks, limit)
 
 
 def sum_over_processes(counts: Tensor, accelerator: Accelerator | None) -> Tensor:
-    """Whole numbers summed over all processes."""
+    """Sums integer counts over all processes. The result is on the CPU if there is an accelerator."""
     if accelerator is None:
         return counts
     summed: Tensor = accelerator.reduce(counts.to(accelerator.device), "sum")

@@ -1,4 +1,4 @@
-"""A batch becomes part maps: encoder, slots, decoder and part basis."""
+"""The model: encoder, slots, decoder and part basis turn a batch into part maps."""
 
 from slotscops.model.slots import SlotAttention
 

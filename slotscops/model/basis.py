@@ -1,4 +1,4 @@
-"""The part basis: what teacher features each part stands for, and how it starts.
+"""The part basis: one vector of teacher features for each part, and how it is initialised.
 
 Shapes: B images, K parts, C teacher channels, G classes of objects.
 """
@@ -15,7 +15,7 @@ from slotscops.model.target import TargetTransform
 
 
 class PartBasis(nn.Module):
-    """K learned rows of C channels. Part maps times the basis are the teacher's features as the parts rebuild them.
+    """K learned rows of C channels. The part maps times the basis should rebuild the teacher's features.
 
     Source: SCOPS (arXiv:1905.01298), semantic part basis.
     """
@@ -25,15 +25,15 @@ class PartBasis(nn.Module):
     ) -> None:
         """
         Args:
-            kind: `relu` sets negative numbers to 0; `free` lets them be.
-            num_classes: G; each class of objects has rows of its own. None: all classes share them.
+            kind: `relu` sets negative numbers to 0; `free` keeps them.
+            num_classes: G, if each class of objects has rows of its own. None if all classes share them.
         """
         super().__init__()
         self.num_parts, self.kind, self.num_classes = num_parts, kind, num_classes
         self.basis_parameter = nn.Parameter(torch.randn((num_classes or 1) * num_parts, feature_channels).abs())
 
     def forward(self, class_ids: Tensor | None = None) -> Tensor:
-        """(K, C); or (B, K, C) for class_ids (B,) where each class has rows of its own."""
+        """Returns the basis (K, C). If each class has rows of its own, class_ids (B,) are needed; returns (B, K, C)."""
         rows = self.basis_parameter if self.kind == "free" else functional.relu(self.basis_parameter)  # (G * K, C)
         if self.num_classes is None:
             return rows
@@ -42,13 +42,14 @@ class PartBasis(nn.Module):
 
 
 def start_from_features(basis: PartBasis, target: TargetTransform, split: Split, config: Config) -> None:
-    """Sets the target's scales and the basis, which lies in the target's space, from a sample of the cached features.
+    """Initialises the target's scales and the basis from a sample of the cached features.
 
-    Every process computes the same, because the sample and the clusters follow from `config.seed`.
+    The basis holds vectors of the transformed target. The sample and the clusters depend only on the data, the
+    settings and `config.seed`, so every process computes the same basis.
     """
     if config.basis.init == "random" and config.teacher.transform != "channel_standardised":
         return
-    # Where the target is masked by the objects, the parts have to rebuild nothing else.
+    # If object masks multiply the target, the parts rebuild only features inside the objects.
     inside_objects = config.losses.target_mask == "object"
     vectors = sample_vectors(split, config.seed, inside_objects=inside_objects)
     target.measure(vectors)
@@ -58,5 +59,5 @@ def start_from_features(basis: PartBasis, target: TargetTransform, split: Split,
     for class_id, rows in enumerate(basis.basis_parameter.data.split(basis.num_parts)):
         if basis.num_classes is not None:
             vectors = sample_vectors(split, config.seed, inside_objects=inside_objects, class_id=class_id)
-        if len(vectors) >= basis.num_parts:  # A class without photos to train on keeps its random rows.
+        if len(vectors) >= basis.num_parts:  # A class with fewer vectors than parts keeps its random rows.
             rows.copy_(find(target(vectors), basis.num_parts, config.seed))

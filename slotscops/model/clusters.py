@@ -1,4 +1,4 @@
-"""Clusters of the teacher's feature vectors: baselines, and a start for the part basis.
+"""Clusters of the teacher's feature vectors, used by the baselines and to initialise the part basis.
 
 Shapes: B images, M sampled vectors of C channels on an h x w grid, G clusters.
 """
@@ -17,12 +17,12 @@ from slotscops.loader.plan import permutation
 from slotscops.loader.split import Split
 
 _BATCH_SIZE = 32
-_MAX_IMAGES = 2_000  # a fixed sample of the split: reading a million images would take minutes
+_MAX_IMAGES = 2_000  # size of a fixed sample of the split, because reading a million images would take minutes
 _MAX_VECTORS = 50_000
 _NMF_ITERATIONS = 200
-_NUM_STARTS = 20  # of which the least even is taken
-_MAX_COMPARED = 20_000  # vectors, of which each start makes its own partition
-_INERTIA_SLACK = 1.005  # how much more than the lowest inertia it may have
+_NUM_STARTS = 20  # runs of k-means, of which the one with the least even clusters is taken
+_MAX_COMPARED = 20_000  # vectors that each run of k-means clusters
+_INERTIA_SLACK = 1.005  # a run may have at most this multiple of the lowest inertia
 
 
 def cached_features(batch: Batch) -> Tensor:
@@ -38,12 +38,17 @@ def sample_vectors(
     inside_objects: bool = False,
     class_id: int | None = None,
 ) -> Tensor:
-    """(M, C) float32 vectors of grid cells, the same ones for the same seed, from at most 2,000 images.
+    """Samples feature vectors of grid cells from at most 2,000 images of the split.
 
     Args:
-        vectors_of: batch -> (B, C, h, w).
-        inside_objects: only from cells at least half covered by the object; needs a split read with labels.
-        class_id: only from images of this class.
+        seed: the same seed gives the same vectors.
+        vectors_of: maps a batch to (B, C, h, w).
+        inside_objects: sample only cells that the object covers at least half (or the best covered cells of an image
+            that has none). The split must be read with object masks.
+        class_id: sample only images of this class.
+
+    Returns:
+        (M, C) float32 vectors, or (0, 0) if there are no images.
     """
     images = permutation(len(split), seed, epoch=0)
     if class_id is not None:
@@ -62,7 +67,8 @@ def sample_vectors(
             assert batch.object_masks is not None
             height, width = maps.shape[-2:]
             covered = functional.adaptive_avg_pool2d(batch.object_masks.float(), (height, width))
-            is_wanted = covered >= covered.amax(dim=(1, 2), keepdim=True).clamp(max=0.5)  # at least one of each image
+            # Every image keeps at least one cell.
+            is_wanted = covered >= covered.amax(dim=(1, 2), keepdim=True).clamp(max=0.5)
         for cells, wanted in zip(maps.flatten(2).transpose(1, 2), is_wanted.flatten(1), strict=True):
             inside = cells[wanted]
             vectors.append(inside[generator.permutation(len(inside))[:per_image]])
@@ -70,27 +76,28 @@ def sample_vectors(
 
 
 def find_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """(G, C) float32 centres of k-means (scikit-learn, best of ten starts).
+    """(G, C) float32 centres of k-means (scikit-learn) on (M, C) vectors, the best of ten starts.
 
-    Of four starts, samples of the same real faces ended in different partitions.
+    With only four starts, samples of the same real faces gave different partitions.
     """
-    from sklearn.cluster import KMeans  # here, because it takes a second that a usual training need not wait
+    from sklearn.cluster import KMeans  # imported here: it takes a second, and most runs do not need it
 
     centres = KMeans(num_clusters, n_init=10, random_state=seed).fit(vectors.numpy()).cluster_centers_
     return torch.from_numpy(centres).float()
 
 
 def find_uneven_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """(G, C) float32 centres of the run of k-means whose clusters differ most in size.
+    """(G, C) float32 centres of the run of k-means on (M, C) vectors whose clusters differ most in size.
 
-    K-means of the same vectors ends in partitions of nearly the same inertia that mean quite different things; by its
-    nature it cuts what is large into even pieces, while parts of an object are of unlike sizes. Of twenty runs, each
-    from one start, those within 0.5 % of the lowest inertia are compared by the entropy of their clusters' sizes, and
-    the lowest is taken.
+    Runs of k-means on the same vectors give partitions of nearly the same inertia but of quite different meaning.
+    K-means tends to cut large regions into even pieces, while the parts of an object have unequal sizes. We run it
+    twenty times with one start each, keep the runs within 0.5 % of the lowest inertia, and take the one whose cluster
+    sizes have the lowest entropy.
     """
-    from sklearn.cluster import KMeans  # as above
+    from sklearn.cluster import KMeans  # imported here, as above
 
-    some = vectors[:: -(-len(vectors) // _MAX_COMPARED)].numpy()  # in the order of the photos: the same share of each
+    # The vectors are in the order of the photos. We take every n-th one, so each photo keeps its share.
+    some = vectors[:: -(-len(vectors) // _MAX_COMPARED)].numpy()
     seeds = range(_NUM_STARTS * seed, _NUM_STARTS * (seed + 1))
     runs = [KMeans(num_clusters, n_init=1, random_state=start).fit(some) for start in seeds]
     highest = min(run.inertia_ for run in runs) * _INERTIA_SLACK
@@ -99,25 +106,26 @@ def find_uneven_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor
 
 
 def _entropy_of_sizes(labels: NDArray[np.int32]) -> float:
-    """Of the share of each cluster, in nats."""
+    """Entropy in nats of the clusters' shares, for (M,) cluster numbers."""
     shares = np.bincount(labels) / len(labels)
     shares = shares[shares > 0]
     return float(-(shares * np.log(shares)).sum())
 
 
 def find_factors(vectors: Tensor, num_factors: int, seed: int) -> Tensor:
-    """(G, C) float32 rows of H in the non-negative factorisation vectors = W H, each of length 1.
+    """(G, C) float32 rows of H, scaled to length 1, in the non-negative factorisation W H of (M, C) vectors.
 
-    scikit-learn's mini-batches, from non-negative double SVD. Collins et al. (ECCV 2018) factorise all vectors of a few
-    images at once; here it is a sample of the split, so that factors mean the same in every photo.
+    This uses scikit-learn's mini-batch algorithm, started from a non-negative double SVD. Collins et al. (ECCV 2018)
+    factorise all vectors of a few images at once. We factorise a sample of the whole split, so that a factor means the
+    same in every photo.
     """
-    from sklearn.decomposition import MiniBatchNMF  # as above
+    from sklearn.decomposition import MiniBatchNMF  # imported here, as above
     from sklearn.exceptions import ConvergenceWarning
 
     factorisation = MiniBatchNMF(
         num_factors, init="nndsvda", batch_size=2048, max_iter=_NMF_ITERATIONS, random_state=seed
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # on a bounded number of passes, by intention
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the number of passes is limited on purpose
         factors = torch.from_numpy(factorisation.fit(vectors.numpy()).components_).float()
     return functional.normalize(factors, dim=1)

@@ -1,4 +1,4 @@
-"""The decoder: each slot alone, broadcast over a small grid, becomes one map of logits.
+"""The decoder: turns each slot on its own into a map of logits by broadcasting it over a small grid.
 
 Shapes: B images, S slots, D slot dimension, G x G decoder grid.
 """
@@ -16,11 +16,12 @@ DILATIONS = (6, 12, 18, 24)
 
 
 class DilatedHead(nn.Module):
-    """Four 3x3 convolutions side by side, of different dilations, summed.
+    """The sum of four parallel 3x3 convolutions with different dilations.
 
-    On an 8 x 8 grid all but the centre taps of dilations 12, 18 and 24 only ever see the padding, and are left out.
+    On an 8 x 8 grid, only the centre taps of dilations 12, 18 and 24 ever see anything but padding. The other taps are
+    not computed.
 
-    Source: DeepLab (arXiv:1606.00915), ASPP-L, which SCOPS (arXiv:1905.01298) keeps as its head.
+    Source: DeepLab (arXiv:1606.00915), ASPP-L. SCOPS (arXiv:1905.01298) uses it as its head.
     """
 
     def __init__(self, in_channels: int, out_channels: int = 1, dilations: Sequence[int] = DILATIONS) -> None:
@@ -36,7 +37,7 @@ class DilatedHead(nn.Module):
 
 
 def _convolve(branch: nn.Module, maps: Tensor) -> Tensor:
-    """What the 3x3 convolution gives, without the taps that lie beyond the maps wherever it stands."""
+    """Applies a 3x3 convolution. If all taps but the centre always fall into the padding, only the centre is used."""
     assert isinstance(branch, nn.Conv2d)
     if branch.dilation[0] < max(maps.shape[2:]):
         convolved: Tensor = branch(maps)
@@ -45,11 +46,12 @@ def _convolve(branch: nn.Module, maps: Tensor) -> Tensor:
 
 
 class SlotDecoder(nn.Module):
-    """Spatial broadcast of each slot, positional encoding, a head.
+    """Broadcasts each slot over a grid, adds a positional encoding and applies a head.
 
-        scops          SCOPS' dilated head. Linear up to the softmax over slots, in which what positions add cancels: it
-                       cannot place a slot, but for its padding. `mixing` puts a 1x1 convolution and a ReLU before it.
-        mlp_broadcast  each position alone: three 1x1 convolutions with ReLUs between
+        scops          SCOPS' dilated head. It is linear, so the contribution of the positions is the same for every
+                       slot and cancels in the softmax over slots. Apart from its padding, the head therefore cannot
+                       tell where a slot lies. `mixing` puts a 1x1 convolution and a ReLU before it.
+        mlp_broadcast  three 1x1 convolutions with ReLUs between them, which see one position at a time
         conv           the same with 3x3 convolutions
 
     Source: Watters et al. (arXiv:1901.07017), spatial broadcast, as in Locatello et al. (arXiv:2006.15055).
@@ -58,7 +60,10 @@ class SlotDecoder(nn.Module):
     def __init__(self, dim: int = 64, grid: int | None = 8, kind: DecoderKind = "scops", mixing: bool = False) -> None:
         """
         Args:
-            grid: G; None takes the grid of the call.
+            dim: D, the slot dimension.
+            grid: G. None: use the grid that is given to `forward`.
+            kind: the head, see above.
+            mixing: put a 1x1 convolution and a ReLU before the `scops` head.
         """
         super().__init__()
         self.grid = grid
@@ -75,10 +80,10 @@ class SlotDecoder(nn.Module):
         """
         Args:
             slots: (B, S, D).
-            grid: height and width, for a decoder without a grid of its own.
+            grid: height and width, used only by a decoder that was made with grid None.
 
         Returns:
-            broadcast: (B * S, D, G, G), what the head sees: the slot at every position, plus the positions.
+            broadcast: (B * S, D, G, G) input of the head: the slot at every position, plus the positional encoding.
             slot_logits: (B * S, 1, G, G) float32.
         """
         height, width = (self.grid, self.grid) if self.grid is not None else grid or (8, 8)

@@ -1,4 +1,4 @@
-"""Encoders: a ResNet at stride 8 that reads photos, or cached teacher features as they are.
+"""Encoders: a ResNet at stride 8 that reads photos, or a pass-through of cached teacher features.
 
 Shapes: B images of H x W pixels; C channels on an h x w grid (17 x 17 at 128 pixels, 29 x 29 at 224).
 """
@@ -18,7 +18,7 @@ from slotscops.core import pretrained
 from slotscops.core.errors import UserError
 from slotscops.core.pixels import normalise_images
 
-# The first ImageNet weights: the only ones that exist for all four networks.
+# torchvision's first ImageNet weights, because only these exist for all four networks.
 _PRETRAINED: dict[str, Any] = {
     "resnet18": ResNet18_Weights.IMAGENET1K_V1,
     "resnet34": ResNet34_Weights.IMAGENET1K_V1,
@@ -29,14 +29,14 @@ _NUM_STAGES = 4
 
 
 class Encoder(nn.Module):
-    """What the model needs of an encoder: (B, C, h, w) maps of `out_channels` channels."""
+    """Base class of encoders, which return (B, C, h, w) maps with C = `out_channels`."""
 
     out_channels: int
-    takes_features: bool  # reads cached teacher features, not photos
+    takes_features: bool  # True if the input is cached teacher features, False if it is photos
 
 
 class FeatureEncoder(Encoder):
-    """Cached teacher features as the encoding: no backbone, no photos."""
+    """Uses cached teacher features as the encoding. It needs neither a backbone nor photos."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class FeatureEncoder(Encoder):
         self.takes_features = True
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) features of any floating point type, as they are but float32."""
+        """(B, C, h, w) features of any floating point type -> the same features as float32."""
         return features.float()  # (B, C, h, w)
 
 
 class ResNetEncoder(Encoder):
-    """ResNet trunk at stride 8, as in DeepLab: ceil-mode max-pool, layer3 and layer4 dilated, BatchNorm frozen.
+    """ResNet trunk at stride 8 as in DeepLab, with ceil-mode max-pool, dilated layer3 and layer4, frozen BatchNorm.
 
     Sources: He et al. (arXiv:1512.03385); DeepLab (arXiv:1606.00915), atrous convolution.
     """
@@ -59,11 +59,11 @@ class ResNetEncoder(Encoder):
         Args:
             name: resnet18, resnet34, resnet50 or resnet101.
             weights: `imagenet` (torchvision's own), a `.safetensors` or `.pth` state dict under torchvision's names,
-                `random:SEED`, or None where a checkpoint is loaded right after: then all tensors are zero.
-            frozen_stages: so many of the four stages, and the stem before them, do not train; 0: everything does.
+                `random:SEED`, or None to fill all tensors with zeros because a checkpoint is loaded right after.
+            frozen_stages: the stem and this many of the four stages are not trained. 0: everything is trained.
 
         Raises:
-            UserError: no such network or stage; weights that cannot be had or do not fit.
+            UserError: if there is no such network or stage, or the weights cannot be obtained or do not fit.
         """
         super().__init__()
         if name not in _PRETRAINED:
@@ -87,7 +87,7 @@ class ResNetEncoder(Encoder):
             self.trunk[: last + 1].requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, h, w) of (B, 3, H, W) RGB, uint8 or floating point in [0, 1]; normalised here."""
+        """(B, 3, H, W) RGB, uint8 or floating point in [0, 1] -> (B, C, h, w). Normalises the photos itself."""
         encoded: Tensor = self.trunk(normalise_images(images))
         return encoded  # (B, C, h, w)
 
@@ -100,9 +100,9 @@ class ResNetEncoder(Encoder):
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's, but in the type of its input.
+    """torchvision's FrozenBatchNorm2d, but the output has the type of the input.
 
-    With its float32 scale torchvision's turns bfloat16 maps into float32 ones, which doubles the memory of training.
+    torchvision's float32 scale turns bfloat16 maps into float32 maps, which doubles the memory of training.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision h
 
 
 def _build_trunk(name: str) -> nn.Sequential:
-    """torchvision's ResNet without pooling and classifier, on the meta device, under torchvision's names."""
+    """torchvision's ResNet without pooling and classifier, on the meta device, with torchvision's tensor names."""
     with torch.device("meta"):
         resnet = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm)
     resnet.maxpool.ceil_mode = True
@@ -123,11 +123,12 @@ def _build_trunk(name: str) -> nn.Sequential:
 
 
 def _dilate(stage: nn.Module, dilation: int) -> None:
-    """Trades a stage's stride of 2 for taps that lie `dilation` apart.
+    """Replaces a stage's stride of 2 by convolutions with the given dilation.
 
-    The old outputs stay what they were, bit by bit where they were computed; new ones come in between. That is why the
-    convolution that had the stride takes the dilation of the stage before: its input is not any finer. torchvision's
-    `replace_stride_with_dilation` does the same, but only for networks of bottlenecks.
+    The outputs that the strided stage computed stay the same bit for bit, and new outputs come in between. The
+    convolution that had the stride gets half the dilation, which is that of the stage before, because the grid of its
+    input has not become finer. torchvision's `replace_stride_with_dilation` does the same, but only for networks of
+    bottleneck blocks.
     """
     for convolution in (module for module in stage.modules() if isinstance(module, nn.Conv2d)):
         had_stride = convolution.stride == (2, 2)
@@ -149,10 +150,10 @@ def _fill_with_zeros(trunk: nn.Sequential) -> None:
 
 @torch.no_grad()
 def measure_statistics(trunk: nn.Sequential, seed: int) -> None:
-    """Sets the mean and variance of each BatchNorm to those of its input, on noise that looks a little like photos.
+    """Sets the mean and variance of each BatchNorm to those of its input, for noise that roughly resembles photos.
 
-    A trained ResNet brings its statistics along; without any, each residual block would double the variance. Measured
-    once and in float64, so that the number of threads cannot change the float32 result.
+    Without such statistics, which random weights lack, each residual block would double the variance. They are
+    measured once and in float64, so that the number of threads cannot change the float32 result.
     """
 
     def measure(norm: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -170,10 +171,11 @@ def measure_statistics(trunk: nn.Sequential, seed: int) -> None:
 
 
 def _noise_octaves(seed: int, num_images: int = 8, size: int = 48) -> Iterator[Tensor]:
-    """(B, 3, size, size) noise, from plain colours down to single pixels; their sum spreads like normalised photos.
+    """Yields (B, 3, size, size) noise, from plain colours to single pixels. The sum varies like normalised photos.
 
-    Each image has its own strength of each octave. With one strength for all, the statistics hold for that spectrum
-    only: white noise then left a ResNet-50 with a standard deviation of 480, real photos with 60; so, with 3 and 2.
+    Each image has its own strength of each octave. With the same strengths for all images, the statistics fit that one
+    spectrum only: the output of a ResNet-50 then had a standard deviation of 480 for white noise and 60 for real
+    photos. With a strength for each image, these are 3 and 2.
     """
     generator = torch.Generator().manual_seed(seed)
     for side in (1, 2, 4, 8, 16, 32, size):

@@ -1,4 +1,4 @@
-"""Part maps at pixel resolution: logits upsampled bilinearly, then softmax over slots.
+"""Part maps at pixel resolution: upsamples the logits bilinearly, then takes the softmax over slots.
 
 Shapes: B images, S slots (slot 0 the background), logits on an h x w grid, H x W pixels.
 """
@@ -8,26 +8,26 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Pairs of sizes in one run: rows and columns of the logits and of the features, in training and in evaluation.
+# Enough for all pairs of sizes in one run: rows and columns of logits and features, in training and evaluation.
 _CACHED_MATRICES = 64
 
 
 def part_maps(logits: Tensor, size: tuple[int, int], align_corners: bool = True) -> Tensor:
-    """Each slot's share of each pixel: softmax over slots of the upsampled logits.
+    """The share of each slot in each pixel: the softmax over slots of the upsampled logits.
 
     Args:
         logits: (B, S, h, w) slot logits.
         size: H, W in pixels.
 
     Returns:
-        (B, S, H, W) in [0, 1], summing to 1 over slots; float32 or, for float64 logits, float64, also under autocast.
+        (B, S, H, W) in [0, 1], summing to 1 over slots. float64 for float64 logits, else float32, even under autocast.
 
     Source: SCOPS (arXiv:1905.01298).
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     with torch.autocast(logits.device.type, enabled=False):
-        # Two products are 5 times as fast as F.interpolate, forward and backward, for 8 x 6 maps of 8 x 8 to 128 x 128
-        # on two CPU cores. The small grid is widened first, so that the long product is the one with long rows.
+        # Two matrix products are 5 times as fast as F.interpolate, forward and backward (8 x 6 maps from 8 x 8 to
+        # 128 x 128, on two CPU cores). We widen the small grid first, so that the larger product has long rows.
         down, across = both_matrices(logits.shape[2:], size, align_corners, dtype, logits.device)
         return (down @ (logits.to(dtype) @ across.T)).softmax(dim=1)
 
@@ -46,11 +46,11 @@ def interpolation_matrix(
         M[o, floor x] = 1 - (x - floor x),   M[o, floor x + 1] = x - floor x
 
     Returns:
-        (out_size, in_size), rows sum to 1: what `torch.nn.functional.interpolate` does without antialiasing. Every
-        caller gets the same tensor, so do not write to it.
+        (out_size, in_size), rows sum to 1. It gives the result of `torch.nn.functional.interpolate` without
+        antialiasing. All callers share one cached tensor, so do not write to it.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: if a size is below 1.
     """
     if in_size < 1 or out_size < 1:
         raise ValueError(f"interpolation from {in_size} to {out_size}: both sizes must be at least 1")
@@ -61,10 +61,10 @@ def interpolation_matrix(
 def _interpolation_matrix(
     in_size: int, out_size: int, align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    # The first caller may be an evaluation in inference mode, whose tensors training could not use.
+    # Training cannot use tensors made in inference mode, and the first caller may be an evaluation.
     with torch.inference_mode(False), torch.no_grad():
         output = torch.arange(out_size, device="cpu")
-        # x as a fraction of whole numbers, so that a position on a grid cell is exactly there.
+        # x is a fraction of integers, so that a position at the centre of a cell is exact.
         if align_corners:
             numerator, denominator = output * (in_size - 1), max(out_size - 1, 1)
         else:
@@ -74,14 +74,14 @@ def _interpolation_matrix(
         share = (numerator - left * denominator).double() / denominator
         matrix = torch.zeros(out_size, in_size, dtype=torch.float64, device="cpu")
         matrix[output, left] += 1 - share
-        matrix[output, right] += share  # at the far edge left and right are one cell, which then gets all
+        matrix[output, right] += share  # at the far edge left and right are the same cell, which gets both shares
         return matrix.to(device, dtype)
 
 
 def both_matrices(
     grid: tuple[int, ...], size: tuple[int, int], align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(H, h) and (W, w)."""
+    """The interpolation matrices (H, h) for rows and (W, w) for columns, from a grid (h, w) to a size (H, W)."""
     (h, w), (height, width) = grid, size
     return (
         interpolation_matrix(h, height, align_corners, dtype, device),

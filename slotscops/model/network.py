@@ -1,4 +1,4 @@
-"""The network, composed: encoder, slots, decoder, part basis.
+"""The whole network, composed of encoder, slots, decoder and part basis.
 
 Shapes: B images; S = K + 1 slots, background first; C_e encoder channels on an h x w grid of N = h * w positions;
 D slot dimension; G x G decoder grid; C teacher channels; H x W pixels; N_c classes of objects.
@@ -23,25 +23,32 @@ from slotscops.model.target import TargetTransform
 
 
 class ModelOutput(NamedTuple):
-    """Everything that was computed on the way, in its order. A tuple, so that DDP and Accelerate see the tensors."""
+    """All results of a forward pass, in the order of their computation.
+
+    It is a tuple, so that DDP and Accelerate find the tensors in it.
+    """
 
     encoded: Tensor  # (B, C_e, h, w) the encoder's maps, without positions
-    tokens: Tensor | None  # (B, N, D) what the slots attend to; None without slots, as the next two
+    tokens: Tensor | None  # (B, N, D) input of the slots; tokens, slots and attention are None without slots
     slots: Tensor | None  # (B, S, D)
     attention: Tensor | None  # (B, S, N) of the last iteration; sums to 1 over slots
-    broadcast: Tensor | None  # (B * S, D, G, G) each slot at every position, plus the positions; None without decoder
-    slot_logits: Tensor | None  # (B * S, 1, G, G) the head's answer to each slot; None without decoder
-    logits: Tensor  # (B, S, G, G) the same, or (B, S, h, w) the log of the attention; slot 0 the background
-    basis: Tensor  # (K, C) part basis, non-negative unless free; row k belongs to slot k + 1; (B, K, C) of own classes
-    class_logits: Tensor | None  # (B, N_c) guess of the class, where each has slots of its own; else None
+    broadcast: Tensor | None  # (B * S, D, G, G) input of the decoder's head; None without decoder
+    slot_logits: Tensor | None  # (B * S, 1, G, G) output of the decoder's head; None without decoder
+    logits: Tensor  # (B, S, G, G) from a decoder, else (B, S, h, w); slot 0 is the background
+    basis: Tensor  # (K, C), or (B, K, C) if each class has its own rows; row k belongs to slot k + 1
+    class_logits: Tensor | None  # (B, N_c), if each class has slots of its own; else None
 
     def maps(self, size: Sequence[int]) -> Tensor:
-        """(B, S, H, W) float32 soft maps for size (H, W): upsampled, then softmax over slots; channel 0 background."""
+        """(B, S, H, W) float32 soft maps for a size (H, W) in pixels; slot 0 is the background. See `part_maps`."""
         height, width = size
         return part_maps(self.logits, (height, width))
 
     def attention_maps(self) -> Tensor:
-        """(B, S, h, w): the last attention on the encoder's grid."""
+        """(B, S, h, w) attention of the last iteration, on the encoder's grid.
+
+        Raises:
+            ValueError: if the model has no slots.
+        """
         if self.attention is None:
             raise ValueError("this model has no slots, so there is no attention")
         height, width = self.encoded.shape[-2:]
@@ -49,13 +56,13 @@ class ModelOutput(NamedTuple):
 
 
 class SlotScops(nn.Module):
-    """Part segmentation: S logit maps per image, and the basis that turns part maps into teacher features.
+    """Part segmentation: S logit maps for each image, and the basis that turns part maps into teacher features.
 
-    It only composes: encoder -> (tokens -> slots -> maps, or a head -> maps) -> basis. `build_network` makes one from
-    settings.
+    This class only composes: encoder -> (tokens -> slots -> maps, or a head -> maps) -> basis. `build_network` makes
+    one from the settings.
 
-    Sources: SCOPS (arXiv:1905.01298) for head, basis and what they are trained for; Locatello et al.
-    (arXiv:2006.15055) for the slots in between.
+    Sources: SCOPS (arXiv:1905.01298) for the head, the basis and the losses; Locatello et al. (arXiv:2006.15055) for
+    the slots between encoder and head.
     """
 
     def __init__(
@@ -70,15 +77,17 @@ class SlotScops(nn.Module):
     ) -> None:
         """
         Args:
-            encoder: what turns the input into (B, C_e, h, w).
-            tokens: what turns its maps into the input of `SlotLogits`; None for `HeadLogits`, which takes the maps.
-            target: what is done to the teacher's features before the parts rebuild them.
-            class_head: guesses the class from the mean token where each class has slots and basis rows of its own.
-            refinement: what `segment_maps` does to the maps; `pamr`, see `refine_maps`.
+            encoder: turns the input into maps (B, C_e, h, w).
+            tokens: turns these maps into the input of `SlotLogits`. None for `HeadLogits`, which takes the maps.
+            part_logits: turns tokens or maps into logits of the parts.
+            basis: the part basis.
+            target: transforms the teacher's features before the parts rebuild them.
+            class_head: predicts the class from the mean token, if each class has slots and basis rows of its own.
+            refinement: how `segment_maps` refines the maps. `pamr` calls `refine_maps`, `none` leaves them.
         """
         super().__init__()
         self.num_slots, self.num_classes, self.refinement = basis.num_parts + 1, basis.num_classes, refinement
-        # In this order, because norms and sums over all parameters follow it.
+        # Keep this order: sums over all parameters, such as the gradient norm, depend on it.
         self.basis = basis
         self.encoder = encoder
         self.tokens = tokens
@@ -91,10 +100,11 @@ class SlotScops(nn.Module):
     def forward(self, inputs: Tensor, noise: Tensor | None = None, class_ids: Tensor | None = None) -> ModelOutput:
         """
         Args:
-            inputs: what the encoder reads: (B, 3, H, W) RGB photos, uint8 or floating point in [0, 1], or
+            inputs: input of the encoder: (B, 3, H, W) RGB photos, uint8 or floating point in [0, 1], or
                 (B, C_e, h, w) cached features.
-            noise: (B, S, D) standard normal numbers for `shared_gaussian`; drawn if not given.
-            class_ids: (B,) int64, which class' slots to take where each has its own; guessed if not given.
+            noise: (B, S, D) standard normal numbers for `shared_gaussian`. They are drawn if not given.
+            class_ids: (B,) int64 class of each image, used if each class has slots of its own. If not given, the
+                class head predicts them.
         """
         encoded = self.encoder(inputs)  # (B, C_e, h, w)
         if self.tokens is None:
@@ -103,7 +113,8 @@ class SlotScops(nn.Module):
         tokens = self.tokens(encoded)  # (B, N, D)
         class_logits = None
         if self.class_head is not None:
-            class_logits = self.class_head(tokens.detach().mean(dim=1))  # (B, N_c); trains nothing but itself
+            # Detached, so that the classification term trains the class head only.
+            class_logits = self.class_head(tokens.detach().mean(dim=1))  # (B, N_c)
             class_ids = class_logits.argmax(dim=1) if class_ids is None else class_ids
         found = self.part_logits(tokens, encoded.shape[2:], noise, class_ids)
         return ModelOutput(
@@ -115,21 +126,22 @@ class SlotScops(nn.Module):
         )
 
     def segment_maps(self, output: ModelOutput, photos: Tensor) -> Tensor:
-        """(B, S, H, W) float32 soft maps to score and to draw: upsampled to the photos, refined where so set.
+        """(B, S, H, W) float32 soft maps for scores and pictures, upsampled to the photos and refined if so set.
 
         Args:
-            photos: (B, 3, H, W) RGB that the output is of, uint8 or floating point in [0, 1].
+            output: what `forward` returned for these photos.
+            photos: (B, 3, H, W) RGB, uint8 or floating point in [0, 1].
         """
         maps = output.maps(photos.shape[-2:])
         return refine_maps(maps, photos) if self.refinement == "pamr" else maps
 
     @property
     def takes_features(self) -> bool:
-        """True where the input is cached teacher features, False where it is photos."""
+        """True if the input is cached teacher features, False if it is photos."""
         return self.encoder.takes_features
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """What trains, by what takes a learning rate of its own: the encoder, the basis, and the head between."""
+        """Trainable parameters by group: `encoder`, `basis`, and `head` for all others. Each has its learning rate."""
         groups: dict[str, list[nn.Parameter]] = {"encoder": [], "head": [], "basis": []}
         for name, child in self.named_children():
             group = groups[name if name in ("encoder", "basis") else "head"]
@@ -138,21 +150,21 @@ class SlotScops(nn.Module):
 
 
 def build_network(encoder: Encoder, config: Config, feature_channels: int, num_classes: int | None = None) -> SlotScops:
-    """The network of the settings around an encoder, with random weights drawn from the global generator.
+    """Builds the network of the settings around an encoder. Its random weights come from the global generator.
 
     Args:
-        config: the sections slots, decoder, basis, and teacher.transform are read.
-        feature_channels: C of the teacher.
-        num_classes: N_c; each class of objects has slot starts and basis rows of its own. None: all share them.
+        config: of these settings, the sections slots, decoder and basis and teacher.transform are used.
+        feature_channels: C, the number of channels of the teacher's features.
+        num_classes: N_c, if each class of objects has slot starts and basis rows of its own. None if all share them.
 
     Raises:
-        UserError: choices that exclude each other.
+        UserError: if settings exclude each other.
     """
     slots, decoder = config.slots, config.decoder
     _check_choices(decoder.maps, slots.iterations, slots.init, num_classes)
     tokens: Tokens | None = None
     part_logits: SlotLogits | HeadLogits
-    # The weights are drawn in this order: another one would give another network for the same seed.
+    # Keep this order: in another order the same seed would draw other weights.
     if decoder.maps == "head_only":
         part_logits = HeadLogits(encoder.out_channels, slots.num_parts + 1)
     else:
@@ -176,7 +188,7 @@ def build_network(encoder: Encoder, config: Config, feature_channels: int, num_c
 
 
 def _check_choices(maps_from: MapsFrom, num_iterations: int, slot_init: SlotInit, num_classes: int | None) -> None:
-    if maps_from == "attention" and num_iterations < 2:  # which would leave the slots' update untrained
+    if maps_from == "attention" and num_iterations < 2:  # with one iteration the slots' update would get no gradient
         raise UserError("decoder.maps is attention, which needs slots.iterations of 2 or more, came 1")
     if num_classes is not None and (maps_from == "head_only" or slot_init == "shared_gaussian"):
         other = "decoder.maps is head_only" if maps_from == "head_only" else "slots.init is shared_gaussian"

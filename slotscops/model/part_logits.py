@@ -1,4 +1,4 @@
-"""From the encoder's maps to logits of parts: through slots, or by SCOPS' head alone.
+"""Turns the encoder's maps into logits of parts, either through slots or with SCOPS' head alone.
 
 Shapes: B images; S = K + 1 slots, background first; C_e encoder channels on an h x w grid of N = h * w positions;
 D slot dimension; G x G decoder grid.
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from slotscops.model.decoder import DilatedHead, SlotDecoder
 from slotscops.model.slots import SlotAttention, SoftPositionEncoding
 
-_EPSILON = 1e-8  # keeps the log of an attention that rounds to 0 finite
+_EPSILON = 1e-8  # keeps the log finite if an attention rounds to 0
 
 
 class PartLogits(NamedTuple):
-    """Logits of parts, and what was computed on the way to them."""
+    """Logits of parts, and the intermediate results."""
 
     logits: Tensor  # (B, S, G, G), or (B, S, h, w) without decoder; slot 0 is the background
-    slots: Tensor | None = None  # (B, S, D); None without slots, as the next
+    slots: Tensor | None = None  # (B, S, D); slots and attention are None without slots
     attention: Tensor | None = None  # (B, S, N) of the last iteration; sums to 1 over slots
-    broadcast: Tensor | None = None  # (B * S, D, G, G) each slot at every position, plus the positions
-    slot_logits: Tensor | None = None  # (B * S, 1, G, G) the head's answer to each slot; None without decoder
+    broadcast: Tensor | None = None  # (B * S, D, G, G) input of the decoder's head; None without decoder
+    slot_logits: Tensor | None = None  # (B * S, 1, G, G) output of the decoder's head; None without decoder
 
 
 class HeadLogits(nn.Module):
-    """SCOPS' head on the encoder's normalised maps, without any slots: what slots have to beat."""
+    """SCOPS' head on the encoder's normalised maps, without slots. It is the baseline for the slots."""
 
     def __init__(self, in_channels: int, num_slots: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class HeadLogits(nn.Module):
 
 
 class Tokens(nn.Module):
-    """The encoder's maps with positions added, normalised and mapped to the slots' width: what slots attend to.
+    """Input of the slots: adds positions to the encoder's maps, normalises them and projects them to D channels.
 
     Source: Locatello et al. (arXiv:2006.15055), appendix E.2.
     """
@@ -48,7 +48,9 @@ class Tokens(nn.Module):
     def __init__(self, in_channels: int, dim: int, hidden: int = 0) -> None:
         """
         Args:
-            hidden: width of a ReLU layer between normalised maps and tokens, as in the paper; 0: one linear map.
+            in_channels: C_e, channels of the encoder's maps.
+            dim: D, the slot dimension.
+            hidden: width of a hidden ReLU layer in the projection, as in the paper. 0: one linear map.
         """
         super().__init__()
         self.norm = nn.LayerNorm(in_channels)
@@ -67,12 +69,12 @@ class Tokens(nn.Module):
 
 
 class SlotLogits(nn.Module):
-    """Slot Attention on the tokens; then each slot is decoded to a map, or the last attention is the maps."""
+    """Runs Slot Attention on the tokens, then decodes each slot to a map or uses the last attention as the maps."""
 
     def __init__(self, slot_attention: SlotAttention, decoder: SlotDecoder | None) -> None:
         """
         Args:
-            decoder: None takes the log of the last attention as the logits, on the encoder's grid.
+            decoder: None uses the log of the last attention as logits, on the encoder's grid.
         """
         super().__init__()
         self.slot_attention = slot_attention

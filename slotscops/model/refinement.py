@@ -1,4 +1,4 @@
-"""Part maps drawn after the photo: where a map's cells are coarse, borders move to where colours change.
+"""Refines coarse part maps with the photo, so that their borders move to where the colours change.
 
 Shapes: B images, S slots, H x W pixels, P neighbours of a pixel.
 """
@@ -11,30 +11,31 @@ from torch.nn import functional
 
 _DILATIONS = (1, 2, 4, 8)  # pixels
 _NUM_ITERATIONS = 10
-_BANDWIDTH = 0.1  # of the deviation of a pixel's neighbourhood
-_EPSILON = 1e-8  # in a neighbourhood of one colour all neighbours count the same
+_BANDWIDTH = 0.1  # as a share of the standard deviation of the colours around a pixel
+_EPSILON = 1e-8  # avoids division by 0 where all neighbours have one colour; they then get equal weights
 
 
 def refine_maps(
     maps: Tensor, images: Tensor, num_iterations: int = _NUM_ITERATIONS, dilations: Sequence[int] = _DILATIONS
 ) -> Tensor:
-    """Each pixel takes, again and again, the mean of its neighbours' shares, those of its own colour counting most.
+    """Repeatedly replaces each pixel's shares by a mean over its neighbours, weighted by similarity of colour.
 
         a_ij = softmax over j of  mean over colours of -|I_i - I_j| / (0.1 s_i),    m_i <- sum_j a_ij m_j
 
-    The neighbours j of a pixel are the eight around it, at each of the dilations; s_i is their colours' deviation.
-    Nothing is trained. The shares still sum to 1 over slots.
+    The neighbours j of a pixel are the eight around it, at each of the dilations. s_i is the standard deviation of the
+    colours of the pixel and its neighbours. Nothing is trained. The shares still sum to 1 over slots.
 
     Args:
         maps: (B, S, H, W) soft maps.
         images: (B, 3, H, W) RGB, uint8, or floating point in [0, 1].
-        dilations: pixels from a pixel to its neighbours; beyond the border lies the border's pixel.
+        num_iterations: how often the shares are replaced.
+        dilations: distances in pixels from a pixel to its neighbours. The border's pixels repeat beyond the border.
 
     Returns:
         (B, S, H, W) float32.
 
-    Source: pixel-adaptive mask refinement (PAMR), Araslanov and Roth (CVPR 2020, arXiv:2005.08104). The tenth of the
-    deviation is ours, as are the dilations.
+    Source: pixel-adaptive mask refinement (PAMR), Araslanov and Roth (CVPR 2020, arXiv:2005.08104). The bandwidth
+    of a tenth of the deviation and the dilations are our choice.
     """
     colours = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     with torch.autocast(maps.device.type, enabled=False):
@@ -49,7 +50,7 @@ def refine_maps(
 
 
 def _affinities(colours: Tensor, dilations: Sequence[int]) -> Tensor:
-    """(B, P, H, W): how much each neighbour counts, 1 in total."""
+    """(B, P, H, W) weight of each neighbour of a pixel, summing to 1 over P, for colours (B, 3, H, W)."""
     around = torch.stack(list(_neighbours(colours, dilations)), dim=1)  # (B, P, 3, H, W)
     deviation = torch.cat([around, colours[:, None]], dim=1).std(dim=1, keepdim=True)  # (B, 1, 3, H, W)
     likeness = -(around - colours[:, None]).abs() / (_EPSILON + _BANDWIDTH * deviation)
@@ -57,7 +58,7 @@ def _affinities(colours: Tensor, dilations: Sequence[int]) -> Tensor:
 
 
 def _neighbours(maps: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """The maps (B, C, H, W) moved so that each neighbour lies on its pixel, P times."""
+    """Yields the maps (B, C, H, W) P times, each time shifted so that one neighbour lies on its pixel."""
     height, width = maps.shape[-2:]
     margin = max(dilations)
     padded = functional.pad(maps, (margin,) * 4, mode="replicate")

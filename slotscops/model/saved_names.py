@@ -1,4 +1,4 @@
-"""Keeps the names of saved tensors as they are when a module's tensors move into a child of it."""
+"""Keeps the names of saved tensors unchanged after tensors of a module have moved into one of its children."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 
 def save_as_own(module: nn.Module, child: str) -> None:
-    """From now on `module.state_dict()` names the tensors of `module.child` as if they were the module's own.
+    """Makes `module.state_dict()` name the tensors of `module.child` as if they were the module's own.
 
-    Checkpoints from before the tensors moved into the child still load, and new ones have the same names.
+    Checkpoints written before the tensors moved into the child still load, and new checkpoints use the same names.
 
     Args:
-        child: name of an attribute that is a module. Its tensors' names must differ from those of the other children.
+        child: name of an attribute that is a module. No other child may have tensors of the same names.
     """
 
     def rename_when_saving(module: nn.Module, tensors: dict[str, Any], prefix: str, _: Any) -> None:
         entries = list(tensors.items())
-        tensors.clear()  # and filled again, so that the order of the tensors stays
+        tensors.clear()  # cleared and filled again, to keep the order of the tensors
         start = f"{prefix}{child}."
         tensors.update({prefix + name[len(start) :] if name.startswith(start) else name: t for name, t in entries})
 
@@ -31,6 +31,6 @@ def save_as_own(module: nn.Module, child: str) -> None:
 
 
 def saved_parameter_names(module: nn.Module) -> Mapping[Tensor, str]:
-    """For each parameter, the name under which it is saved."""
+    """Maps each parameter to the name under which it is saved."""
     tensors = module.state_dict(keep_vars=True)
     return {tensor: name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}

@@ -1,4 +1,4 @@
-"""Slot Attention and the soft positional encoding before it.
+"""Slot Attention, and the soft positional encoding of its input.
 
 Shapes: B images, S slots, N = h * w positions, C channels, D slot dimension, G classes of objects.
 """
@@ -12,7 +12,7 @@ from slotscops.model.starts import build_starts
 
 
 class SoftPositionEncoding(nn.Module):
-    """Adds a linear map of [y, x, 1 - y, 1 - x] to every position; y and x run from 0 to 1 over the grid.
+    """Adds a linear map of [y, x, 1 - y, 1 - x] to every position. y and x run from 0 to 1 over the grid.
 
     Source: Locatello et al. (arXiv:2006.15055), appendix E.2.
     """
@@ -23,27 +23,27 @@ class SoftPositionEncoding(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
-        batch, _, height, width = maps.shape  # not len(): that fixes the batch size of an exported model
+        batch, _, height, width = maps.shape  # len() would fix the batch size of an exported model
         y = torch.linspace(0, 1, height, device=maps.device)[:, None].expand(height, width)  # (h, w)
         x = torch.linspace(0, 1, width, device=maps.device)[None].expand(height, width)  # (h, w)
         grid = torch.stack([y, x, 1 - y, 1 - x, torch.ones_like(y)], dim=-1).flatten(0, 1)  # (N, 5)
         rows = torch.cat([self.project.weight.T, self.project.bias[None]])  # (5, C)
-        # As a product, because the gradient of a broadcast sum is a sum over the batch, which took a third of the
-        # time of all that stands between a ResNet-50 and its slots (CPU, batch 16).
+        # This is a matrix product, because the gradient of a broadcast sum is a sum over the batch. That sum took a
+        # third of the time of everything between a ResNet-50 and its slots (CPU, batch 16).
         tokens = maps.flatten(2).transpose(1, 2)  # (B, N, C)
         placed = torch.baddbmm(tokens, grid.expand(batch, -1, -1), rows.expand(batch, -1, -1))  # (B, N, C)
         return placed.transpose(1, 2).reshape(maps.shape)
 
 
 class SlotAttention(nn.Module):
-    """Slots compete for the input positions and are updated by what they win.
+    """Slots compete for the input positions, and each slot is updated from the positions that it wins.
 
         attn = softmax_over_slots(k(x) q(slots)^T / sqrt(D))
         updates = weighted mean over positions of v(x), weights attn + epsilon
         slots = GRU(state=slots, input=updates);  slots += MLP(LayerNorm(slots))
 
-    Source: Locatello et al. (arXiv:2006.15055), Algorithm 1. Where we depart: `learned` gives each slot a start of its
-    own instead of a draw from one Gaussian that all share, so that slot s means the same in every image.
+    Source: Locatello et al. (arXiv:2006.15055), Algorithm 1. Difference: with `learned`, each slot has a learned start
+    of its own instead of a draw from one shared Gaussian, so that slot s means the same in every image.
     """
 
     def __init__(
@@ -60,24 +60,26 @@ class SlotAttention(nn.Module):
     ) -> None:
         """
         Args:
-            dim: D, of inputs and slots.
+            num_slots: S.
+            dim: D, the dimension of inputs and slots.
+            num_iterations: how often the slots are updated.
             hidden_dim: width of the residual MLP.
-            init: `learned`, one start per slot; `shared_gaussian`, the paper's; or `image_conditioned`, `learned` plus
-                a linear map, zero at first, of the mean of the normalised inputs.
-            epsilon: added to every attention weight, so that a slot that wins nothing still has a mean.
-            gradient: through how much of the iterations it flows: `full`; `last_iteration`, as if the iterations
-                before had found a fixed point (Chang et al., arXiv:2207.00787), so that the starts do not train; or
-                `bilevel`, the same but straight through to the starts (Jia et al., arXiv:2210.08990).
-            attached_iterations: so many at the end count as the last: 2 where the attention is what is read out,
-                because the update that it follows from lies in the iteration before.
-            num_classes: G; each class of objects has starts of its own. None: all share them.
+            init: `learned`: one start for each slot. `shared_gaussian`: as in the paper. `image_conditioned`: as
+                `learned`, plus a linear map of the mean of the normalised inputs, which is zero at first.
+            epsilon: added to every attention weight, so that the mean of a slot that wins nothing is defined.
+            gradient: the iterations through which the gradient flows. `full`: all. `last_iteration`: only the last,
+                as if the earlier ones had found a fixed point (Chang et al., arXiv:2207.00787); the starts are then
+                not trained. `bilevel`: the last, and straight through to the starts (Jia et al., arXiv:2210.08990).
+            attached_iterations: how many iterations at the end count as the last one. Use 2 if the attention is the
+                output, because it depends on the update of the iteration before.
+            num_classes: G, if each class of objects has starts of its own. None if all classes share them.
         """
         super().__init__()
         self.num_slots, self.dim, self.num_iterations, self.epsilon = num_slots, dim, num_iterations, epsilon
         self.gradient, self.attached_iterations = gradient, attached_iterations
         self.starts = build_starts(init, num_slots, dim, num_classes)
         save_as_own(self, "starts")
-        if gradient == "last_iteration":  # The starts never receive a gradient, for which DDP would wait.
+        if gradient == "last_iteration":  # DDP would wait for a gradient that the starts never receive.
             self.starts.requires_grad_(False)
         self.norm_inputs = nn.LayerNorm(dim)
         self.norm_slots = nn.LayerNorm(dim)
@@ -94,15 +96,15 @@ class SlotAttention(nn.Module):
         """
         Args:
             inputs: (B, N, D).
-            noise: (B, S, D) standard normal numbers for `shared_gaussian`; drawn here if not given.
-            class_ids: (B,) int64, where classes have starts of their own.
+            noise: (B, S, D) standard normal numbers for `shared_gaussian`. They are drawn here if not given.
+            class_ids: (B,) int64 class of each image, needed if classes have starts of their own.
 
         Returns:
             slots: (B, S, D) float32.
             attention: (B, S, N) float32 of the last iteration; sums to 1 over slots.
         """
-        # float32 under autocast too: bfloat16 is too coarse for the softmax and the recurrent state, and next to the
-        # encoder all this costs nothing.
+        # We compute in float32 even under autocast. bfloat16 is too coarse for the softmax and the recurrent state,
+        # and the cost is negligible beside the encoder's.
         with torch.autocast(inputs.device.type, enabled=False):
             inputs = self.norm_inputs(inputs.float())
             keys, values = self.key(inputs), self.value(inputs)  # (B, N, D) both
@@ -118,12 +120,12 @@ class SlotAttention(nn.Module):
         return slots, attention
 
     def _attend(self, slots: Tensor, keys: Tensor) -> Tensor:
-        """(B, S, N): how the slots share each position."""
+        """(B, S, N) share of each slot in each position, summing to 1 over slots."""
         queries = self.query(self.norm_slots(slots)) * self.dim**-0.5  # (B, S, D)
         return torch.softmax(queries @ keys.transpose(1, 2), dim=1)
 
     def _update(self, slots: Tensor, attention: Tensor, values: Tensor) -> Tensor:
-        """(B, S, D): the next slots, from what each has won."""
+        """(B, S, D) slots after one update from the positions that they won."""
         weights = attention + self.epsilon
         updates = weights / weights.sum(dim=2, keepdim=True) @ values  # (B, S, D)
         state: Tensor = self.gru(updates.flatten(0, 1), slots.flatten(0, 1))  # (B * S, D)

@@ -1,4 +1,4 @@
-"""What of the teacher's features the parts must rebuild: the features as they are, or with their large values tamed.
+"""The target that the parts rebuild: the teacher's features, unchanged or with their large values reduced.
 
 Shapes: B images, C teacher channels on an h x w grid, M sampled vectors.
 """
@@ -9,21 +9,21 @@ from torch.nn import functional
 
 from slotscops.config import Transform
 
-_EPSILON = 1e-6  # VGG19 gives positions, and channels, that are all zero on real photos
+_EPSILON = 1e-6  # on real photos VGG19 has positions and channels that are all zero
 
 
 class TargetTransform(nn.Module):
-    """Cached features -> target of the semantic loss, on the teacher's own grid.
+    """Turns cached features f into the target of the semantic loss, on the teacher's own grid.
 
     none                  f
     sqrt                  sign(f) sqrt |f|
-    channel_standardised  f_c / std_c over a sample of the cache; nothing is subtracted, so that what is not
-                          negative stays so and a ReLU basis can rebuild it
+    channel_standardised  f_c / std_c, with std_c over a sample of the cache. No mean is subtracted, so that
+                          non-negative features stay non-negative and a ReLU basis can rebuild them
     l2                    f / |f| at each position
-    sqrt_l2               both: sqrt, then to length 1
+    sqrt_l2               sqrt first, then l2
     """
 
-    scale: Tensor  # (C,) 1 / std of each channel; a buffer, so that a resumed or loaded model has the training's
+    scale: Tensor  # (C,) 1 / std of each channel; a buffer, so that it is saved and loaded with the model
 
     def __init__(self, kind: Transform, num_channels: int) -> None:
         super().__init__()
@@ -33,15 +33,16 @@ class TargetTransform(nn.Module):
 
     @torch.no_grad()
     def measure(self, vectors: Tensor) -> None:
-        """Takes the channels' deviations from a sample (M, C) of feature vectors; of no effect on the other kinds."""
+        """Measures the channels' deviations on (M, C) feature vectors. It does nothing for the other kinds."""
         if self.kind == "channel_standardised":
-            deviation = vectors.double().std(dim=0, correction=0)  # float64: the same number in any order of sums
-            # A channel that never fires in the sample keeps its scale: one stray value must not become a huge target.
+            # In float64, so that the order of summation does not change the float32 result.
+            deviation = vectors.double().std(dim=0, correction=0)
+            # A channel that is constant in the sample keeps scale 1, so that a rare value cannot become a huge target.
             self.scale.copy_(torch.where(deviation > _EPSILON, 1 / deviation.clamp_min(_EPSILON), 1.0))
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) of any floating dtype -> (B, C, h, w) float32; or (M, C) -> (M, C)."""
+        """(B, C, h, w) features or (M, C) vectors of any floating dtype -> the same shape in float32."""
         features = features.float()
         if self.kind in ("sqrt", "sqrt_l2"):
             features = features.sign() * features.abs().sqrt()

@@ -1,1 +1,1 @@
-"""Photos in, parts out."""
+"""Finds the parts in photos with a trained model."""

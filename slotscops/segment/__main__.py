@@ -1,13 +1,14 @@
-"""Photos in, parts out, and a page to look at them all.
+"""Finds the parts in photos and makes a page that shows them all.
 
     python -m slotscops.segment --checkpoint RUN --out DIR PHOTO_OR_FOLDER...
 
-For each photo: `NAME.parts.png` (indexed, pixel value = part label, VOC colours), `NAME.overlay.jpg`, and with
-`--soft` `NAME.maps.safetensors` (`maps`: (S, H, W) float32). `DIR/index.html` shows them all, straight from disk.
+For each photo it writes `NAME.parts.png` (indexed, pixel value = part label, VOC colours), `NAME.overlay.jpg`, and with
+`--soft` also `NAME.maps.safetensors` (`maps`: (S, H, W) float32). `DIR/index.html` shows all of them and opens from
+disk.
 
-Exit code: 0 if at least one photo was segmented; 1 if none could be, or with `--strict` if any file was passed over; 2
-for a mistake in the command. Files that were passed over are listed with the reason, on stderr and in the page. Litter
-of operating systems and hidden files are only counted.
+The exit code is 0 if at least one photo was segmented. It is 1 if no photo could be segmented, or with `--strict` if
+any file was passed over. It is 2 for a mistake in the command. Files that were passed over are listed with the reason,
+on stderr and in the page. Hidden files and files of operating systems are only counted.
 """
 
 import errno
@@ -30,14 +31,14 @@ from slotscops.core.pool import usable_cores
 from slotscops.segment.gallery import Entry, Gallery, Skipped, write_pictures
 from slotscops.segment.segmenter import Parts, Segmenter, load
 
-_BATCH_PIXELS = 50_000_000  # a batch of huge photos is cut short here, so that it fits into memory
+_BATCH_PIXELS = 50_000_000  # pixels at which a batch ends early, so that huge photos fit into memory
 _ERRORS_OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
 
 
 def _batches(
     named: Iterable[tuple[Path, str]], size: int, skipped: list[Skipped]
 ) -> Iterator[list[tuple[Path, Image.Image, str]]]:
-    """Photos that could be read, `size` at a time; the others go to `skipped` with the reason."""
+    """Yields the readable photos, `size` at a time. Adds the others to `skipped` with the reason."""
     batch: list[tuple[Path, Image.Image, str]] = []
     num_pixels = 0
     for path, name in named:
@@ -56,7 +57,7 @@ def _batches(
 
 
 def _write(out: Path, name: str, parts: Parts, num_slots: int, soft: bool) -> Entry:
-    """One photo's files."""
+    """Writes the files of one photo."""
     write_bytes(out / f"{name}.parts.png", picture_bytes(label_image(parts.labels)))
     overlay = io.BytesIO()
     parts.overlay().save(overlay, "JPEG", quality=92)
@@ -75,11 +76,20 @@ def segment_all(
     soft: bool,
     class_name: str | None = None,
 ) -> list[Skipped]:
-    """Segments the photos, writes their files and adds them to the gallery; returns those passed over."""
+    """Segments the photos, writes their files and adds them to the gallery.
+
+    Args:
+        batch_size: photos that the model sees at once.
+        soft: write the soft maps too.
+        class_name: class of all photos, see `Segmenter.segment`.
+
+    Returns:
+        The photos that could not be read or written, with the reasons.
+    """
     skipped: list[Skipped] = []
     names = unique_names(photos, ".maps.safetensors" if soft else ".overlay.jpg")
     named = console.track(zip(photos, names, strict=True), len(photos), "photos")
-    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow packs pictures without holding the interpreter
+    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow releases the GIL while it compresses pictures
         for batch in _batches(named, batch_size, skipped):
             found = model.segment_batch([image for _, image, _ in batch], class_name)
             jobs = [
@@ -89,9 +99,9 @@ def segment_all(
             for (path, _, _), job in zip(batch, jobs, strict=True):
                 try:
                     gallery.add(job.result())
-                except Exception as error:  # Pillow raises anything; photos too large for JPEG, for example
+                except Exception as error:  # Pillow raises many kinds, for example for photos too large for JPEG
                     if isinstance(error, OSError) and error.errno not in (None, *_ERRORS_OF_ONE_NAME):
-                        raise  # a full disk is no fault of the photo
+                        raise  # for example a full disk, which the photo did not cause
                     skipped.append(
                         Skipped(str(path), f"{shown_name(path)}: cannot be written ({first_line(error)[:200]})")
                     )
@@ -108,7 +118,7 @@ def _read_part_names(text: str | None, num_parts: int) -> list[str]:
 
 
 def _tell_passed_over(passed_over: Sequence[PassedOver]) -> list[Skipped]:
-    """A line for each reason with its count and an example. Returns those that the page lists, which are faults."""
+    """Prints one line for each reason, with its count and an example. Returns the faults, which the page lists."""
     counts = Counter(item.kind for item in passed_over)
     for kind, count in sorted(counts.items()):
         first = next(item for item in passed_over if item.kind == kind)

@@ -1,14 +1,15 @@
-"""A trained model as one file for other programs: ONNX, or PyTorch's own exported program.
+"""Writes a trained model as one file for other programs: ONNX, or PyTorch's own exported program.
 
     python -m slotscops.export --checkpoint RUN --out model.onnx [PHOTO_OR_FOLDER...]
     python -m slotscops.export --checkpoint RUN --out model.pt2  [PHOTO_OR_FOLDER...]
 
-Input `images`: (B, 3, size, size) uint8 RGB, 0..255; any B. Normalisation, and the teacher where the model reads its
-features, are inside. Outputs: `maps` (B, S, size, size) float32, each slot's share of each pixel, slot 0 the
-background; `labels` (B, size, size) uint8, the slot with the largest share. Resize a photo so that its longer side is
-`size` and pad it to a square with `slotscops.crops.PADDING`, as `model.segment` does.
+The input `images` is (B, 3, size, size) uint8 RGB, 0..255, with any B. The file contains the normalisation, and also
+the teacher if the model reads its features. The outputs are `maps`, (B, S, size, size) float32, the share of each slot
+in each pixel (slot 0 is the background), and `labels`, (B, size, size) uint8, the slot with the largest share. As
+`model.segment` does, pad a photo to a square with the colour `slotscops.core.pixels.PADDING` and resize it to `size`.
 
-What was written is read back and run on the photos beside the model itself; if they differ, there is no file.
+Before the file is written, the exported model is loaded and compared with the original on the photos. If they differ
+by more than `TOLERANCE`, no file is written.
 """
 
 import io
@@ -33,16 +34,20 @@ from slotscops.model.maps import interpolation_matrix
 from slotscops.model.refinement import refine_maps
 from slotscops.segment.segmenter import Segmenter, load
 
-TOLERANCE = 1e-3  # largest allowed difference of a share, 0..1
-_LARGEST_CHECK = 32  # photos
+TOLERANCE = 1e-3  # largest allowed difference of a share; shares lie in 0..1
+_LARGEST_CHECK = 32  # photos at most in the comparison
 _OPSET = 20
 Runner = Callable[[NDArray[np.uint8]], tuple[NDArray[Any], NDArray[Any]]]
 
 
 class WholeModel(nn.Module):
-    """From pixels to maps and labels in one forward pass."""
+    """The network with all steps from pixels to maps and labels in one forward pass."""
 
     def __init__(self, model: Segmenter) -> None:
+        """
+        Raises:
+            UserError: if the slots start from random numbers, which cannot be exported.
+        """
         super().__init__()
         config = model.trained.config
         if config.slots.init == "shared_gaussian":
@@ -56,7 +61,7 @@ class WholeModel(nn.Module):
             self.register_buffer(name, interpolation_matrix(side, model.size, align_corners=True).clone())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, size, size) float32 maps and (B, size, size) uint8 labels of (B, 3, size, size) uint8 images."""
+        """(B, 3, size, size) uint8 images -> (B, S, size, size) float32 maps and (B, size, size) uint8 labels."""
         inputs = images
         if self.teacher is not None:
             inputs = compute_features(self.teacher, images, self.teacher_size)
@@ -68,7 +73,7 @@ class WholeModel(nn.Module):
 
 
 def export_program(whole: WholeModel, size: int) -> torch.export.ExportedProgram:
-    """The model as one graph, for any number of images."""
+    """The model as one graph that takes any number of `size` x `size` images."""
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
     with torch.no_grad():
@@ -76,21 +81,25 @@ def export_program(whole: WholeModel, size: int) -> torch.export.ExportedProgram
 
 
 def to_pt2(program: torch.export.ExportedProgram) -> bytes:
+    """The bytes of a `.pt2` file."""
     file = io.BytesIO()
     torch.export.save(program, file)
     return file.getvalue()
 
 
 def to_onnx(program: torch.export.ExportedProgram, notes: dict[str, str]) -> bytes:
-    """The graph as ONNX, in one file.
+    """The bytes of an `.onnx` file.
+
+    Args:
+        notes: properties to store in the file.
 
     Raises:
-        UserError: the packages that write and run ONNX are not installed.
+        UserError: if the packages that write and run ONNX are not installed.
     """
     try:
         import onnx
-        import onnxruntime  # noqa: F401  # what is written will be checked
-        from onnxscript import optimizer  # PyTorch's exporter stands on onnxscript
+        import onnxruntime  # noqa: F401  # needed later for the comparison
+        from onnxscript import optimizer  # PyTorch's exporter needs onnxscript
     except ImportError as error:
         raise UserError(
             f"ONNX needs the package {error.name}; install it with pip install 'slotscops[export]'"
@@ -100,7 +109,7 @@ def to_onnx(program: torch.export.ExportedProgram, notes: dict[str, str]) -> byt
         program, dynamo=True, opset_version=_OPSET, output_names=["maps", "labels"], verbose=False, optimize=False
     )
     assert exported is not None
-    # The exporter's own optimisation also rewrites patterns, which on the refinement's graph takes minutes for nothing.
+    # The exporter's own optimisation also rewrites patterns. On the refinement's graph this takes minutes in vain.
     optimizer.inline(exported.model)
     optimizer.fold_constants(exported.model)
     optimizer.remove_unused_nodes(exported.model)
@@ -112,6 +121,7 @@ def to_onnx(program: torch.export.ExportedProgram, notes: dict[str, str]) -> byt
 
 
 def run_pt2(content: bytes) -> Runner:
+    """A function that runs the model of a `.pt2` file on (B, 3, size, size) images and returns maps and labels."""
     module = torch.export.load(io.BytesIO(content)).module()
 
     def run(images: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -123,6 +133,7 @@ def run_pt2(content: bytes) -> Runner:
 
 
 def run_onnx(content: bytes) -> Runner:
+    """A function that runs the model of an `.onnx` file on (B, 3, size, size) images and returns maps and labels."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -135,7 +146,13 @@ def run_onnx(content: bytes) -> Runner:
 
 
 def largest_difference(whole: WholeModel, run: Runner, crops: NDArray[np.uint8]) -> tuple[float, float]:
-    """Of the maps, in shares; and the part of the pixels whose labels differ. One image is run alone, then all."""
+    """Compares an exported model with the original, on (N, 3, size, size) uint8 crops.
+
+    It runs the first crop alone and then all crops together, to test different batch sizes.
+
+    Returns:
+        The largest difference of a share, and the fraction of the pixels whose labels differ.
+    """
     with torch.inference_mode():
         maps, labels = (tensor.numpy() for tensor in whole(torch.from_numpy(crops)))
     alone, together = run(crops[:1]), run(crops)
@@ -146,7 +163,7 @@ def largest_difference(whole: WholeModel, run: Runner, crops: NDArray[np.uint8])
 
 
 def _crops_for_check(model: Segmenter, paths: Sequence[Path]) -> tuple[NDArray[np.uint8], str]:
-    """(N, 3, size, size) crops of the photos, or of noise where none were given, and what they are."""
+    """(N, 3, size, size) uint8 crops of the photos, or noise if no photos were given, and a description of them."""
     if not paths:
         noise = np.random.default_rng(0).integers(0, 256, (4, 3, model.size, model.size), dtype=np.uint8)
         return noise, "4 images of noise (give photos to check on them)"
@@ -157,26 +174,29 @@ def _crops_for_check(model: Segmenter, paths: Sequence[Path]) -> tuple[NDArray[n
 
 
 def export(model: Segmenter, out: Path, crops: NDArray[np.uint8]) -> tuple[float, float]:
-    """Writes the model to `out`, `.onnx` or `.pt2`, once it has shown to give what the model gives.
+    """Exports the model to `out` (`.onnx` or `.pt2`) and writes the file if its results agree with the model's.
+
+    Args:
+        crops: (N, 3, size, size) uint8 RGB, for the comparison.
 
     Returns:
-        The largest difference of a share, and the part of the pixels whose labels differ.
+        The largest difference of a share, and the fraction of the pixels whose labels differ.
 
     Raises:
-        UserError: the model cannot be exported, or packages are missing.
-        RunError: the exporter failed, or the exported model differs by more than `TOLERANCE`.
+        UserError: if the model cannot be exported, or packages are missing.
+        RunError: if the exporter failed, or the exported model differs by more than `TOLERANCE`.
     """
     whole = WholeModel(model).cpu().eval()
     settings = {"size": str(model.size), "slots": str(model.network.num_slots), "input": "uint8 RGB 0..255"}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters, to their authors
+            warnings.simplefilter("ignore")  # the exporters' warnings are of no use to our users
             program = export_program(whole, model.size)
             content = to_onnx(program, settings) if out.suffix == ".onnx" else to_pt2(program)
             run = run_onnx(content) if out.suffix == ".onnx" else run_pt2(content)
     except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the exporters raise whatever their parts raise
+    except Exception as error:  # the exporters raise many kinds of errors
         raise RunError(f"{out}: could not be exported ({type(error).__name__}: {first_line(error)})") from error
     difference, relabelled = largest_difference(whole, run, crops)
     if not difference <= TOLERANCE:

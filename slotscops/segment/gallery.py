@@ -1,8 +1,9 @@
-"""A page for all segmented photos that opens from disk, without a network: `index.html`.
+"""Makes a page, `index.html`, that shows all segmented photos. It opens from disk, without a network.
 
-A page on disk may show a picture but not read its pixels, so what the pointer needs to name a part comes as script:
-`gallery/index.js` says which photos there are and how much of each part is in them, `gallery/labels-NNNN.js` holds
-the label maps of 100 photos, at most 192 cells a side, as runs; the page loads only the ones on the screen.
+A page on disk may show a picture but not read its pixels. The labels that the page needs to name the part under the
+pointer therefore come as scripts. `gallery/index.js` lists the photos and the share of each part in them.
+`gallery/labels-NNNN.js` holds the run-length encoded label maps of 100 photos, with at most 192 cells per side. The
+page loads only those for the photos on the screen.
 
 Shapes: H x W pixels of the photo, g x f cells of its small label map.
 """
@@ -24,7 +25,7 @@ from slotscops.core.files import write_bytes
 from slotscops.core.pictures import voc_palette
 
 PAGE_SIZE = 100  # photos whose label maps share a file
-GRID_SIDE = 192  # cells, longer side of the label maps the page draws
+GRID_SIDE = 192  # cells on the longer side of the label maps that the page draws
 _THUMBNAIL_SIDE, _PHOTO_SIDE = 320, 1280  # pixels
 _FOLDER = "gallery"
 
@@ -36,21 +37,21 @@ class Entry:
     name: str
     width: int  # of the photo, pixels
     height: int
-    shares: list[int]  # per slot, of the photo's pixels, in thousandths
+    shares: list[int]  # share of each slot in the photo's pixels, in thousandths
     grid: tuple[int, int]  # width and height of the small label map
     runs: str  # see `encode_runs`
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A photo that could not be read."""
+    """A photo that could not be read or written."""
 
     path: str
     reason: str
 
 
 def shrink_labels(labels: NDArray[np.uint8], longest: int = GRID_SIDE) -> NDArray[np.uint8]:
-    """(g, f) labels at the centres of cells, not more than `longest` a side, of (H, W)."""
+    """(H, W) labels -> (g, f) labels at the centres of the cells, with g and f at most `longest`."""
     height, width = labels.shape
     scale = min(1.0, longest / max(height, width))
     num_rows, num_columns = max(1, round(height * scale)), max(1, round(width * scale))
@@ -61,7 +62,10 @@ def shrink_labels(labels: NDArray[np.uint8], longest: int = GRID_SIDE) -> NDArra
 
 
 def encode_runs(labels: NDArray[np.uint8]) -> str:
-    """Base64 of label, length, label, length ... in reading order; a length is 7 bits a byte, low ones first."""
+    """Run-length encodes (g, f) labels as base64 of label, length, label, length ... in row-major order.
+
+    A length takes one or more bytes of 7 bits each, low bits first. The top bit is set in all but its last byte.
+    """
     flat = labels.reshape(-1)
     starts = np.concatenate([[0], np.flatnonzero(np.diff(flat)) + 1, [flat.size]])
     packed = bytearray()
@@ -76,11 +80,19 @@ def encode_runs(labels: NDArray[np.uint8]) -> str:
 
 
 def write_pictures(out: Path, name: str, photo: NDArray[np.uint8], labels: NDArray[np.uint8], num_slots: int) -> Entry:
-    """Writes what the page shows of one photo, which may itself be huge, turned, or of a format no browser knows.
+    """Writes the JPEGs that the page shows of one photo.
+
+    The page does not use the photo's own file, which may be huge, rotated, or of a format that browsers do not show.
+
 
     Args:
-        photo: (H, W, 3) RGB.
-        labels: (H, W), 0 = background.
+        name: file name of the photo in the gallery, without its ending.
+        photo: (H, W, 3) uint8 RGB.
+        labels: (H, W) uint8, 0 = background.
+        num_slots: S.
+
+    Returns:
+        The photo's entry for `Gallery.add`.
     """
     image = Image.fromarray(photo)
     for folder, side in (("photos", _PHOTO_SIDE), ("thumbnails", _THUMBNAIL_SIDE)):
@@ -98,31 +110,32 @@ def write_pictures(out: Path, name: str, photo: NDArray[np.uint8], labels: NDArr
 
 @dataclass
 class Gallery:
-    """Collects photos; the page itself appears when all are there."""
+    """Collects photos. `finish` writes the page when all photos have been added."""
 
     out: Path
     title: str
-    part_names: Sequence[str]  # of slots 1 to K
-    has_maps: bool  # soft maps lie beside the other files
+    part_names: Sequence[str]  # names of slots 1 to K
+    has_maps: bool  # soft maps were written too
     _photos: list[Any] = field(default_factory=list)
-    _waiting: list[str] = field(default_factory=list)  # runs for the next file of label maps
+    _waiting: list[str] = field(default_factory=list)  # encoded label maps for the next file of them
 
     @staticmethod
     def begin(out: Path, title: str, part_names: Sequence[str], has_maps: bool) -> "Gallery":
-        """Makes the folders. A page from an earlier time is removed: it would mix old photos with new maps."""
+        """Makes the folders. It removes an earlier page, which would mix old photos with new maps."""
         for folder in ("photos", "thumbnails"):
             (out / _FOLDER / folder).mkdir(parents=True, exist_ok=True)
         (out / "index.html").unlink(missing_ok=True)
         return Gallery(out, title, part_names, has_maps)
 
     def add(self, entry: Entry) -> None:
+        """Adds a photo, and writes a file of label maps when 100 photos are waiting for it."""
         self._photos.append([entry.name, entry.width, entry.height, *entry.grid, entry.shares])
         self._waiting.append(entry.runs)
         if len(self._waiting) == PAGE_SIZE:
             self._write_page()
 
     def finish(self, skipped: Sequence[Skipped]) -> Path:
-        """Writes `index.html` and returns its path."""
+        """Writes the remaining label maps, the list of photos and `index.html`. Returns the path of the page."""
         if self._waiting:
             self._write_page()
         palette = voc_palette()
@@ -146,6 +159,6 @@ class Gallery:
         self._waiting = []
 
     def _write_script(self, name: str, function: str, *arguments: Any) -> None:
-        # ASCII, so that the page reads it right whatever encoding a server announces.
+        # ASCII only, so that the page reads it correctly with any encoding that a server announces.
         listed = ",".join(json.dumps(argument, separators=(",", ":")) for argument in arguments)
         write_bytes(self.out / _FOLDER / name, f"{function}({listed});\n".encode())

@@ -1,8 +1,8 @@
-"""Models on the Hugging Face hub, through huggingface_hub's own mixin.
+"""Saves models to the Hugging Face hub and loads them from it, with huggingface_hub's own mixin.
 
 `model.save_pretrained(folder)` writes `model.safetensors`, `config.yaml`, a model card, and a `config.json` by which
-the hub counts downloads; `model.push_to_hub("OWNER/MODEL")` uploads them; `Segmenter.from_pretrained(...)` reads a
-folder or an id. No pickle.
+the hub counts downloads. `model.push_to_hub("OWNER/MODEL")` uploads them. `Segmenter.from_pretrained(...)` takes a
+folder or an id. No file is a pickle.
 """
 
 import re
@@ -66,9 +66,9 @@ class HubModel(
     tags=["co-part-segmentation", "slot-attention", "scops"],
     model_card_template=_CARD,
 ):
-    """What `Segmenter` has from the hub's mixin: `save_pretrained`, `push_to_hub`, `from_pretrained`."""
+    """Gives `Segmenter` the methods of the hub's mixin: `save_pretrained`, `push_to_hub`, `from_pretrained`."""
 
-    # Not the arguments of `__init__`, which the mixin would write otherwise: the settings are in config.yaml.
+    # Otherwise the mixin would write the arguments of `__init__`. The settings are in config.yaml.
     _hub_mixin_config = {"model_type": "slotscops"}  # noqa: RUF012  # the mixin's own name and type
     trained: Trained
 
@@ -84,22 +84,26 @@ class HubModel(
         return cls(load_model(folder), teacher_weights)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card, from the template above; `model_card_kwargs` of `save_pretrained` replace parts of it."""
+        """The model card from the template above. `model_card_kwargs` of `save_pretrained` replace its contents."""
         return super().generate_model_card(*args, **(_card_contents(self.trained) | kwargs))
 
 
 def fetch(model_id: str, **download: Any) -> Path:
-    """The folder of a model from the hub, downloaded once.
+    """The local folder of a model from the hub. The model is downloaded only once.
+
+    Args:
+        model_id: OWNER/MODEL.
+        download: more arguments of `huggingface_hub.snapshot_download`.
 
     Raises:
-        UserError: neither a path that exists nor a model that the hub has and gives.
+        UserError: if the id is not valid, the hub cannot be reached or refuses, or the model is not one of slotscops.
     """
     nothing_here = f"{model_id}: no such run or checkpoint; give runs/NAME or runs/NAME/checkpoints/step-N"
     if not _HUB_ID.fullmatch(model_id):
         raise UserError(nothing_here)
     try:
         folder = Path(snapshot_download(model_id, allow_patterns=[MODEL, SETTINGS], **download))
-    except (HfHubHTTPError, OSError, ValueError) as error:  # refused, no network, no valid id
+    except (HfHubHTTPError, OSError, ValueError) as error:  # refused, no network, or not a valid id
         raise UserError(f"{nothing_here}, and no model on the Hugging Face hub either ({first_line(error)})") from None
     if not (folder / MODEL).is_file():
         raise UserError(f"{model_id}: on the Hugging Face hub, but without {MODEL}; it is no model of slotscops")

@@ -1,7 +1,7 @@
-"""A trained model that takes photos: `slotscops.load(...)`, `model.segment(photo)`, `parts.overlay()`.
+"""A trained model for photos: `slotscops.load(...)`, `model.segment(photo)`, `parts.overlay()`.
 
-The network was trained on square crops around one object. A photo is therefore padded to a square and resized, as
-sharding does it (`core/pixels.py`), and the maps are brought back to the photo's own size.
+The network was trained on square crops around one object. A photo is therefore padded to a square and resized, with
+the same code as for shards (`core/pixels.py`). The maps are then resized to the photo's own size.
 
 Shapes: B photos; S slots, h x w cells of the network's logits, H x W pixels of the photo.
 """
@@ -29,34 +29,38 @@ from slotscops.model.network import ModelOutput
 from slotscops.segment.hub import HubModel, fetch
 from slotscops.train.build import Trained, load_model
 
-_EPSILON = 1e-8  # keeps the log of a share that is 0 finite
-_STRIP_PIXELS = 1_000_000  # maps are upsampled so many pixels at a time: labels of a huge photo need no huge maps
+_EPSILON = 1e-8  # keeps the log of a share of 0 finite
+_STRIP_PIXELS = 1_000_000  # pixels to upsample at a time, so that the labels of a huge photo need no huge maps
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What was found in one photo. The arrays are made when they are first asked for, and kept."""
+    """The parts found in one photo. `maps` and `labels` are computed on first use and then kept."""
 
     photo: NDArray[np.uint8]  # (H, W, 3) RGB, upright
-    logits: NDArray[np.float32]  # (S, h, w) of the square around the photo, before they are upsampled
-    class_name: str | None = None  # whose parts they are, where each class has its own
+    logits: NDArray[np.float32]  # (S, h, w) for the padded square around the photo, before upsampling
+    class_name: str | None = None  # class of the parts, if each class has parts of its own
 
     @cached_property
     def maps(self) -> NDArray[np.float32]:
-        """(S, H, W) share of each slot in each pixel, 0..1, sums to 1 over slots; slot 0 is the background."""
+        """(S, H, W) float32 share of each slot in each pixel, in 0..1, summing to 1 over slots. Slot 0: background."""
         return np.concatenate(list(self._strips()), axis=1)
 
     @cached_property
     def labels(self) -> NDArray[np.uint8]:
-        """(H, W) the slot with the largest share; 0 = background, k = part k."""
+        """(H, W) uint8 slot with the largest share of each pixel: 0 = background, k = part k."""
         return np.concatenate([strip.argmax(axis=0).astype(np.uint8) for strip in self._strips()])
 
     def overlay(self, opacity: float = 0.6) -> Image.Image:
-        """The photo with its parts in PASCAL VOC's colours; the background stays as it is."""
+        """The photo with its parts painted in PASCAL VOC's colours. The background is unchanged.
+
+        Args:
+            opacity: of the colours, 0..1.
+        """
         return overlay(self.photo, self.labels, opacity)
 
     def _strips(self) -> Iterator[NDArray[np.float32]]:
-        """(S, rows, W) soft maps from top to bottom."""
+        """Yields (S, rows, W) strips of the soft maps, from top to bottom."""
         height, width = self.photo.shape[:2]
         square = whole_square((width, height))
         side, top, left = max(height, width), -square[1], -square[0]
@@ -73,38 +77,53 @@ class Segmenter(HubModel):
 
     def __init__(self, trained: Trained, teacher_weights: str | None = None) -> None:
         """
+        Args:
+            teacher_weights: see `load`.
+
         Raises:
-            UserError: other teacher weights than those of the training; see `load`.
+            UserError: if these are not the teacher weights of the training; see `load`.
         """
         self.trained = trained
         self.network = trained.network.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.size = trained.config.data.size  # pixels, side of the crops the network was trained on
-        self.teacher = None  # where the network's input is the teacher's features
+        self.size = trained.config.data.size  # pixels, side of the crops that the network was trained on
+        self.teacher = None  # a teacher, if the network reads its features
         if self.network.takes_features:
             self.teacher = _load_teacher(trained, teacher_weights).to(self.device)
 
     @property
     def device(self) -> torch.device:
+        """The device of the network."""
         return next(self.network.parameters()).device
 
     @property
     def class_names(self) -> list[str]:
-        """Classes that have parts of their own; empty where all share theirs."""
+        """Names of the classes that have parts of their own. Empty if all classes share their parts."""
         return [] if self.network.num_classes is None else self.trained.state.class_names
 
     def segment(self, photo: str | Path | Image.Image, class_name: str | None = None) -> Parts:
         """Finds the parts in one photo, of any size and mode.
 
         Args:
-            class_name: what it shows, where each class has parts of its own; guessed from the photo if not given.
+            photo: a file, or a PIL image.
+            class_name: class of the object, if each class has parts of its own. It is guessed from the photo if not
+                given.
 
         Raises:
-            UserError: no such file, not an image, more than 100 million pixels, or a class the model does not know.
+            UserError: if there is no such file, it is not an image, it has more than 100 million pixels, or the model
+                does not know the class.
         """
         return self.segment_batch([photo], class_name)[0]
 
     def segment_batch(self, photos: Sequence[str | Path | Image.Image], class_name: str | None = None) -> list[Parts]:
-        """Finds the parts in several photos at once, of whatever sizes; of one class, or of any."""
+        """Finds the parts in several photos at once. They may have different sizes.
+
+        Args:
+            photos: files or PIL images.
+            class_name: class of all photos, see `segment`. If not given, it is guessed for each photo.
+
+        Raises:
+            UserError: as in `segment`.
+        """
         images = [to_rgb(p) if isinstance(p, Image.Image) else read_photo(Path(p)) for p in photos]
         crops = torch.stack([self.crop(image) for image in images]).to(self.device)
         class_ids = None if class_name is None else torch.full((len(images),), self._class_id(class_name))
@@ -123,7 +142,7 @@ class Segmenter(HubModel):
 
     @torch.inference_mode()
     def forward(self, crops: Tensor, class_ids: Tensor | None = None) -> ModelOutput:
-        """All that the network says of (B, 3, size, size) uint8 RGB crops."""
+        """The network's output for (B, 3, size, size) uint8 RGB crops; class_ids (B,) are guessed if not given."""
         inputs = crops
         if self.teacher is not None:
             inputs = compute_features(self.teacher, crops, self.trained.config.teacher_size)
@@ -132,28 +151,29 @@ class Segmenter(HubModel):
 
     @torch.inference_mode()
     def _sharp_logits(self, output: ModelOutput, crops: Tensor) -> Tensor:
-        """(B, S, h, w) float32, on the crop's own grid where maps are refined."""
+        """(B, S, h, w) float32 logits, or (B, S, size, size) logs of the refined maps if maps are refined."""
         if self.network.refinement == "none":
             return output.logits.float()
         return self.network.segment_maps(output, crops).clamp_min(_EPSILON).log()
 
     def crop(self, image: Image.Image) -> Tensor:
-        """(3, size, size) uint8, what the network sees of an RGB photo: the same as `shard --images` crops."""
+        """(3, size, size) uint8 crop of an RGB photo for the network, the same as `shard --images` makes."""
         pixels = crop_photo(image, whole_square(image.size), self.size)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def load(run_or_checkpoint: str | Path, teacher_weights: str | None = None) -> Segmenter:
-    """A trained model, on the GPU where there is one.
+    """Loads a trained model, onto the GPU if there is one.
 
     Args:
         run_or_checkpoint: a run's folder, one of its checkpoints, a folder written by `save_pretrained`, or the id of a
-            model on the Hugging Face hub (OWNER/MODEL). A path that exists wins over an id.
-        teacher_weights: needed only by a model that was trained on cached features: `imagenet`, a
-            .safetensors or .pth file, or random:SEED; default: those it was trained with, unless they were a file.
+            model on the Hugging Face hub (OWNER/MODEL). An existing path takes precedence over an id.
+        teacher_weights: `imagenet`, a .safetensors or .pth file, or random:SEED. Only a model that was trained on
+            cached features uses them. By default they are those of the training. If those came from a file, the file
+            must be given here.
 
     Raises:
-        UserError: nothing there, damaged, or other teacher weights than those of the training.
+        UserError: if there is no such model, it is damaged, or these are not the teacher weights of the training.
     """
     path = Path(run_or_checkpoint)
     if path.exists():
