@@ -122,6 +122,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.out = check_local(options.out)
     if options.verify and is_remote(options.verify):
         raise UserError(f"{options.verify}: files of a URL are verified when fetched; give --verify the folder itself")
+    options.class_name = " ".join(options.class_name.split())  # no-break spaces become plain ones
+    if not options.class_name.isprintable() or not options.class_name:
+        raise UserError(f"--class-name is {options.class_name!r}, needed a name in printable characters")
     if options.parts and not options.images:
         parser.error("--parts goes with --images")
     if not 0 <= options.val_share <= 1:

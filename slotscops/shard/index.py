@@ -257,7 +257,7 @@ def _from_json(shards: Path, content: dict[str, Any]) -> Dataset:
 
 def _names(names: list[str]) -> list[str]:
     if not all(isinstance(name, str) and name.isprintable() for name in names):
-        raise ValueError("a name is none")
+        raise ValueError("class and part names must be printable text")
     return list(names)
 
 

@@ -315,3 +315,13 @@ def test_a_heic_photo_is_read_where_pillow_heif_is_installed(tmp_path: Path) -> 
     (record,) = records(tmp_path / "out").values()
     centre = record.image[record.image.shape[0] // 2, record.image.shape[1] // 2]
     assert np.abs(centre.astype(int) - [200, 60, 20]).max() < 12
+
+
+def test_a_class_name_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    draw(tmp_path / "photos", 0)
+    assert write(tmp_path / "photos", tmp_path / "out", "--class-name", "my\u00a0horse") == 0
+    assert open_dataset(tmp_path / "out").class_names == ["my horse"]
+    for name in ("", "\u00a0", "horse\u200b\x1b"):
+        with pytest.raises(UserError, match="--class-name"):
+            write(tmp_path / "photos", tmp_path / "none", "--class-name", name)
+    assert not (tmp_path / "none").exists()
