@@ -4,9 +4,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
+from slotscops.core import console
 from slotscops.core.errors import UserError
 from slotscops.datasets.pascal_part.archives import (
     ArchivePlace,
@@ -20,6 +22,7 @@ from slotscops.datasets.pascal_part.archives import (
 SPLITS = ("train", "val")
 _GET_PHOTOS = "unpack VOCtrainval_03-May-2010.tar"
 _GET_PARTS = "unpack PASCAL-Part's trainval.tar.gz"
+_ANY_YEAR = "VOC20[0-9][0-9]"
 _FOLDERS = ("JPEGImages", "ImageSets/Main", "Annotations_Part")
 
 
@@ -85,7 +88,10 @@ def find_tree(root: Path, places: Mapping[str, Place] | None = None) -> PascalPa
     archived = dict(places or {})
     base = root.parent if root.is_file() else root
     vocs = [base / "VOCdevkit" / "VOC2010", base / "VOCdevkit_2010" / "VOC2010", base / "VOC2010", base]
-    voc = next((folder for folder in vocs if _is_folder(folder / "JPEGImages")), None)
+    others = [folder for place in (base / "VOCdevkit", base) for folder in sorted(place.glob(_ANY_YEAR), reverse=True)]
+    voc = next((folder for folder in (*vocs, *others) if _is_folder(folder / "JPEGImages")), None)
+    if voc in others and voc not in vocs:
+        console.say(f"{voc}: using the photos of {voc.name}; PASCAL-Part was annotated on VOC2010")
     if voc is not None:
         photos, lists = voc / "JPEGImages", voc / "ImageSets" / "Main"
         archived["JPEGImages"] = FolderPlace(photos)
@@ -104,6 +110,11 @@ def find_tree(root: Path, places: Mapping[str, Place] | None = None) -> PascalPa
         raise UserError(f"{root}: no folder Annotations_Part in {_listed(around)}; {_GET_PARTS} into {root}")
     tree = PascalPartTree(root, *(archived[folder] for folder in _FOLDERS))
     if not list_images(tree):
+        if any(name.lower().endswith(".png") for name in tree.annotations.names()):
+            raise UserError(
+                f"{tree.annotations.path('')}: holds PNG label maps, as Pascal-Part-116 has, needed PASCAL-Part's .mat "
+                f"files; shard the maps with: python -m slotscops.shard --images PHOTOS --parts LABELS --out SHARDS"
+            )
         raise UserError(f"{tree.annotations.path('')}: holds no .mat file; {_GET_PARTS} into {root}")
     return tree
 
@@ -115,7 +126,7 @@ def _is_folder(path: Path) -> bool:
 def _parents(voc: Path) -> list[Path]:
     """The folder above VOC2010 and the one above that, also where `voc` is `.` or a link."""
     named, real = Path(os.path.abspath(voc)), voc.resolve()  # noqa: PTH100, resolve would follow links
-    return [voc.parent] * (voc.name == "VOC2010") + [*named.parents[:2], *real.parents[:2]]
+    return [voc.parent] * fnmatch(voc.name, _ANY_YEAR) + [*named.parents[:2], *real.parents[:2]]
 
 
 def _listed(folders: list[Path]) -> str:

@@ -123,3 +123,24 @@ def test_endings_in_other_letters_are_as_good(tmp_path: Path, photo: str, annota
         for found in (find_tree(tmp_path), archived):
             assert list_images(found) == ["a"]
             assert len(scan(found).candidates) == 1
+
+
+@pytest.mark.parametrize("year", ["VOC2012", "VOC2007"])
+def test_the_photos_of_another_year_are_used_and_the_year_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], year: str
+) -> None:
+    (tmp_path / "whole").mkdir()
+    content = {"a": annotation([HORSE])}
+    with pytest.raises(UserError, match="no folder JPEGImages"):
+        find_tree(tmp_path / "whole")
+    write_tree(tmp_path / "whole" / "data", content, f"VOCdevkit/{year}")
+    for root in ("data", "data/VOCdevkit", f"data/VOCdevkit/{year}"):
+        assert len(scan(find_tree(tmp_path / "whole" / root)).candidates) == 1
+    assert f"using the photos of {year}" in capsys.readouterr().out
+
+
+def test_label_maps_instead_of_annotations_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"a": annotation([HORSE])})
+    (tmp_path / "Annotations_Part" / "a.mat").rename(tmp_path / "Annotations_Part" / "a.png")
+    with pytest.raises(UserError, match=r"PNG label maps.*--images PHOTOS --parts LABELS"):
+        find_tree(tmp_path)
