@@ -20,7 +20,7 @@ from slotscops.core import console
 from slotscops.core.errors import UserError
 from slotscops.evaluate import baselines, ceiling, scoreboard
 from slotscops.evaluate.options import parse_options
-from slotscops.evaluate.scoreboard import Scored
+from slotscops.evaluate.scoreboard import Row, Scored
 from slotscops.features.cache import open_cache, warn_if_random
 from slotscops.loader.split import Split
 from slotscops.metrics.protocols import ORDERS, PROTOCOLS, Predictor
@@ -191,7 +191,12 @@ def _score(
     landmarks = {}
     if harness.landmarks:
         landmarks = landmark_errors(predict, train, split, num_predicted, harness.accelerator)
-    rows = {protocol: {order: scores.scores(protocol, order) for order in ORDERS} for protocol in PROTOCOLS}
+    rows = {
+        Row(protocol, order, class_name): row
+        for protocol in PROTOCOLS
+        for order in ORDERS
+        for class_name, row in scores.scores(protocol, order).items()
+    }
     return Scored(name, "baseline", num_predicted - 1, rows, landmarks)
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from slotscops.core.files import json_numbers, write_json
 from slotscops.evaluate import published_numbers as literature
 from slotscops.metrics.protocols import ORDERS, PROTOCOLS
 
-Rows = dict[str, dict[str, dict[str, dict[str, float]]]]  # keys: protocol, paint order, class, score
 _SCORES = ("nmi", "ari", "miou", "majority_miou")
 _HEADINGS = {"nmi": "NMI", "ari": "ARI", "miou": "mIoU", "majority_miou": "mIoU maj."}
 _TITLES = {
@@ -27,6 +26,14 @@ _TITLES = {
 _MAY_DIFFER = {"seed", "run_dir"}  # settings in which the runs of one mean may differ
 
 
+class Row(NamedTuple):
+    """Which numbers of a method: one row of `Scored.rows`."""
+
+    protocol: str
+    order: str  # paint order of overlapping parts
+    class_name: str
+
+
 @dataclass(frozen=True)
 class Scored:
     """One method's scores."""
@@ -34,14 +41,19 @@ class Scored:
     name: str
     kind: str  # run, baseline or mean
     num_parts: int  # K
-    rows: Rows
+    rows: dict[Row, dict[str, float]]  # scores by name, each in its own unit interval; NaN if there was no pixel
     landmarks: dict[str, float]  # error by class, as a share of the box's longer side; empty if not asked for
     settings: dict[str, Any] | None = None  # of a run; None for other kinds
 
     @property
     def has_scores(self) -> bool:
         """False if no photo has true parts to compare with."""
-        return any(not math.isnan(row["nmi"]) for row in self.rows["own"]["first"].values())
+        return any(not math.isnan(self.rows[Row("own", "first", name)]["nmi"]) for name in self.class_names)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes that were scored, and all of them together, in the order of the tables."""
+        return list(dict.fromkeys(row.class_name for row in self.rows))
 
 
 @dataclass(frozen=True)
@@ -80,18 +92,9 @@ def _deviation(values: list[float]) -> float:
 def _mean(group: list[Scored]) -> Mean:
     def combine(function: Callable[[list[float]], float], name: str) -> Scored:
         first = group[0]
-        rows: Rows = {
-            protocol: {
-                order: {
-                    class_name: {
-                        score: function([method.rows[protocol][order][class_name][score] for method in group])
-                        for score in row
-                    }
-                    for class_name, row in classes.items()
-                }
-                for order, classes in orders.items()
-            }
-            for protocol, orders in first.rows.items()
+        rows = {
+            row: {score: function([method.rows[row][score] for method in group]) for score in scores}
+            for row, scores in first.rows.items()
         }
         landmarks = {
             class_name: function([method.landmarks[class_name] for method in group]) for class_name in first.landmarks
@@ -114,7 +117,7 @@ def show(title: str, methods: list[Scored]) -> None:
         columns = [f"{prefix}{_HEADINGS[score]}\n{order}" for order in ORDERS for score in _SCORES]
         rows = _rows([method for method in methods if method.kind == "run"], protocol)
         for mean in averaged:
-            for name in mean.mean.rows[protocol][ORDERS[0]]:
+            for name in mean.mean.class_names:
                 pairs = zip(_cells(mean.mean, protocol, name), _cells(mean.deviation, protocol, name), strict=True)
                 rows.append((mean.mean.name, name, *(f"{value} ± {off}" for value, off in pairs)))
         rows += _rows([method for method in methods if method.kind != "run"], protocol)
@@ -133,15 +136,11 @@ def show(title: str, methods: list[Scored]) -> None:
 
 
 def _rows(methods: list[Scored], protocol: str) -> list[tuple[str, ...]]:
-    return [
-        (method.name, name, *_cells(method, protocol, name))
-        for method in methods
-        for name in method.rows[protocol][ORDERS[0]]
-    ]
+    return [(method.name, name, *_cells(method, protocol, name)) for method in methods for name in method.class_names]
 
 
 def _cells(method: Scored, protocol: str, class_name: str) -> list[str]:
-    return [_percent(method.rows[protocol][order][class_name][score]) for order in ORDERS for score in _SCORES]
+    return [_percent(method.rows[Row(protocol, order, class_name)][score]) for order in ORDERS for score in _SCORES]
 
 
 def _percent(value: float) -> str:
@@ -150,9 +149,7 @@ def _percent(value: float) -> str:
 
 def _published(methods: list[Scored]) -> list[tuple[str, literature.Published]]:
     """Pairs of a class and its published scores, for each class and number of parts that was scored."""
-    wanted = {
-        (name, method.num_parts): None for method in methods for name in method.rows[literature.PROTOCOL][ORDERS[0]]
-    }
+    wanted = {(name, method.num_parts): None for method in methods for name in method.class_names}
     return [(name, row) for name, num_parts in wanted for row in literature.published_scores(name, num_parts)]
 
 
@@ -207,11 +204,11 @@ def read(path: Path) -> list[Scored]:
 
 
 def _from_json(method: dict[str, Any]) -> Scored:
-    rows: Rows = {
-        protocol: {
-            order: {name: _numbers(row) for name, row in method["scores"][protocol][order].items()} for order in ORDERS
-        }
+    rows = {
+        Row(protocol, order, name): _numbers(scores)
         for protocol in PROTOCOLS
+        for order in ORDERS
+        for name, scores in method["scores"][protocol][order].items()
     }
     return Scored(method["name"], method["kind"], method["num_parts"], rows, _numbers(method["landmark_error"]))
 
@@ -221,12 +218,9 @@ def _numbers(row: dict[str, float | None]) -> dict[str, float]:
 
 
 def _to_json(method: Scored) -> dict[str, Any]:
-    scores = {
-        protocol: {
-            order: {name: json_numbers(row) for name, row in classes.items()} for order, classes in orders.items()
-        }
-        for protocol, orders in method.rows.items()
-    }
+    scores: dict[str, dict[str, dict[str, Any]]] = {protocol: {order: {} for order in ORDERS} for protocol in PROTOCOLS}
+    for row, numbers in method.rows.items():
+        scores[row.protocol][row.order][row.class_name] = json_numbers(numbers)
     return {
         "name": method.name,
         "kind": method.kind,

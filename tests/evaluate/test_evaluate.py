@@ -209,9 +209,9 @@ def test_a_pixel_goes_to_the_nearest_centre() -> None:
     assert torch.equal(labels, torch.tensor([1, 1, 0, 0]).expand(2, 4, 4))
 
 
-def rows_of(value: float) -> scoreboard.Rows:
-    row = dict.fromkeys(("nmi", "ari", "miou", "majority_miou"), value)
-    return {protocol: {order: {"horse": row} for order in ORDERS} for protocol in PROTOCOLS}
+def rows_of(value: float) -> dict[scoreboard.Row, dict[str, float]]:
+    scores = dict.fromkeys(("nmi", "ari", "miou", "majority_miou"), value)
+    return {scoreboard.Row(protocol, order, "horse"): scores for protocol in PROTOCOLS for order in ORDERS}
 
 
 def scored(seed: int, value: float, steps: int = 10) -> scoreboard.Scored:
@@ -224,11 +224,12 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean_and_a_sample_deviation
     (mean,) = scoreboard.means([*runs, scoreboard.Scored("position", "baseline", 4, rows_of(0.1), {})])
     assert mean.names == ["runs/0", "runs/1", "runs/2"]
     for protocol in PROTOCOLS:
-        assert mean.mean.rows[protocol]["small"]["horse"]["ari"] == pytest.approx(0.4)
-        assert mean.deviation.rows[protocol]["small"]["horse"]["ari"] == pytest.approx(0.2)
+        row = scoreboard.Row(protocol, "small", "horse")
+        assert mean.mean.rows[row]["ari"] == pytest.approx(0.4)
+        assert mean.deviation.rows[row]["ari"] == pytest.approx(0.2)
     assert mean.mean.landmarks == pytest.approx({"horse": 0.4})
     (nothing,) = scoreboard.means([scored(0, float("nan")), scored(1, 0.4)])  # a split without a pixel of a true part
-    assert np.isnan(nothing.deviation.rows["own"]["first"]["horse"]["nmi"])
+    assert np.isnan(nothing.deviation.rows[scoreboard.Row("own", "first", "horse")]["nmi"])
 
 
 def test_published_numbers_stand_only_beside_the_protocol_class_and_number_of_parts_they_are_of(
