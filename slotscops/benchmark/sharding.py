@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from slotscops.core import console
-from slotscops.datasets.pascal_part.annotation import BOX_SHARE
 from slotscops.datasets.pascal_part.classes import PART_NAMES
+from slotscops.datasets.pascal_part.scan import BOX_SHARE
+from slotscops.datasets.pascal_part.source import open_pascal_part
 from slotscops.datasets.pascal_part.tree import PascalPartTree, find_tree, list_images
-from slotscops.datasets.sources import open_pascal_part
 from slotscops.shard.writer import ShardSettings, write_shards
 
 PASCAL_PART = 10_103  # annotations of the whole data set

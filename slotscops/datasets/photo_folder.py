@@ -24,8 +24,7 @@ from slotscops.core.errors import UserError, first_line
 from slotscops.core.photos import PHOTO_SUFFIXES, orientation_of, read_image, shown_name, to_rgb, walk_folder
 from slotscops.core.pixels import Box, box_of, crop_labels, crop_photo, square_crop, whole_square
 from slotscops.core.records import Record
-from slotscops.datasets.pascal_part.annotation import Candidate, ImageScan, LeftOut
-from slotscops.datasets.pascal_part.tree import SPLITS
+from slotscops.datasets.sources import SPLITS, Candidate, ImageScan, LeftOut
 
 _NAMES = "parts.txt"  # one part name a line, in the order of the labels
 # First lines of parts.txt that name label 0, as labelme and others write them.

@@ -1,15 +1,46 @@
-"""Where objects to shard come from: each source lists its images, sorts their objects and crops the kept ones."""
+"""What every source of objects has in common: it lists its images, sorts their objects, and crops the kept ones."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from slotscops.core.pixels import Box
 from slotscops.core.records import Record
-from slotscops.datasets.pascal_part.annotation import Candidate, ImageScan, LeftOut, read_records, scan_image
-from slotscops.datasets.pascal_part.classes import PART_NAMES
-from slotscops.datasets.pascal_part.tree import PascalPartTree, find_splits, list_images, open_tree
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An object that is to become a record."""
+
+    image: str
+    object_number: int  # from 0, in the file's order
+    class_name: str
+    split: str
+    box: Box
+    highest_label: int = 0  # of its parts, where the source has no table of their names
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something that becomes no record, and why."""
+
+    image: str
+    object_number: int | None  # None: the whole image
+    class_name: str | None
+    split: str | None
+    kind: str  # the reason in general, to count by
+    reason: str  # the reason in particular
+    damaged: bool  # a fault of the file, not a choice
+
+
+class ImageScan(NamedTuple):
+    """What becomes of each object of the wanted classes in one image."""
+
+    candidates: list[Candidate]
+    left_out: list[LeftOut]
 
 
 class SplitsOfImages(Protocol):
@@ -42,38 +73,3 @@ class Source(Protocol):
 
     def part_names(self, class_name: str, candidates: list[Candidate]) -> list[str]:
         """The class's part table; part label = position + 1."""
-
-
-@dataclass(frozen=True)
-class PascalPart:
-    """PASCAL-Part, in folders or in its archives."""
-
-    tree: PascalPartTree
-
-    @property
-    def root(self) -> Path:
-        return self.tree.root
-
-    def list_images(self) -> list[str]:
-        return list_images(self.tree)
-
-    def splits(self, class_names: list[str]) -> SplitsOfImages:
-        return find_splits(self.tree, class_names)
-
-    def scan(
-        self, image: str, split_of_class: dict[str, str], class_names: list[str], min_box_share: Mapping[str, float]
-    ) -> ImageScan:
-        return scan_image(self.tree, image, split_of_class, class_names, dict(min_box_share))
-
-    def read(self, image: str, candidates: list[Candidate], size: int) -> tuple[list[Record], list[LeftOut]]:
-        return read_records(self.tree, image, candidates, size)
-
-    def part_names(self, class_name: str, candidates: list[Candidate]) -> list[str]:
-        return list(PART_NAMES[class_name])
-
-
-@contextmanager
-def open_pascal_part(root: Path, scratch: Path) -> Iterator[PascalPart]:
-    """As `open_tree`."""
-    with open_tree(root, scratch) as tree:
-        yield PascalPart(tree)

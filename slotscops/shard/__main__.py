@@ -18,11 +18,11 @@ from slotscops.core import console
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError
 from slotscops.core.pool import usable_cores
-from slotscops.datasets.pascal_part.annotation import BOX_SHARE
 from slotscops.datasets.pascal_part.classes import PART_NAMES, check_class_names
-from slotscops.datasets.pascal_part.tree import SPLITS
+from slotscops.datasets.pascal_part.scan import BOX_SHARE
+from slotscops.datasets.pascal_part.source import open_pascal_part
 from slotscops.datasets.photo_folder import PhotoFolder
-from slotscops.datasets.sources import open_pascal_part
+from slotscops.datasets.sources import SPLITS
 from slotscops.datasets.toy import tree as toy
 from slotscops.features.__main__ import add_teacher_options, report
 from slotscops.features.teacher import Teacher

@@ -25,9 +25,7 @@ from slotscops.core.errors import UserError
 from slotscops.core.files import sha256_of_file, sha256_of_json, write_bytes, write_json
 from slotscops.core.pool import WorkerPool
 from slotscops.core.records import MEMBERS, to_members
-from slotscops.datasets.pascal_part.annotation import Candidate, LeftOut
-from slotscops.datasets.pascal_part.tree import SPLITS
-from slotscops.datasets.sources import Source
+from slotscops.datasets.sources import SPLITS, Candidate, LeftOut, Source
 from slotscops.shard.index import Dataset, ShardEntry, ShardIndex, dataset_path, index_path, open_dataset, write_dataset
 
 _IMAGES_PER_SCAN = 256  # a unit of the first phase: a second or two of work

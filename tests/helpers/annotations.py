@@ -12,17 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slotscops.core.errors import UserError
-from slotscops.datasets.pascal_part.annotation import (
-    BOX_SHARE,
-    ImageScan,
-    read_annotation,
-    scan_image,
-)
+from slotscops.datasets.pascal_part.annotation import read_annotation
 from slotscops.datasets.pascal_part.classes import (
     PART_NAMES,
     check_class_names,
 )
+from slotscops.datasets.pascal_part.scan import BOX_SHARE, scan_image
 from slotscops.datasets.pascal_part.tree import PascalPartTree, find_splits, find_tree
+from slotscops.datasets.sources import ImageScan
 
 Part = tuple[str, NDArray[Any]]
 Described = tuple[str, NDArray[Any], list[Part]]  # class, mask, parts

@@ -18,8 +18,8 @@ from slotscops.datasets.pascal_part.archives import (
     is_compressed,
     unpacked,
 )
+from slotscops.datasets.sources import SPLITS
 
-SPLITS = ("train", "val")
 _GET_PHOTOS = "unpack VOCtrainval_03-May-2010.tar"
 _GET_PARTS = "unpack PASCAL-Part's trainval.tar.gz"
 _ANY_YEAR = "VOC20[0-9][0-9]"

@@ -25,9 +25,7 @@ from hypothesis import strategies as st
 
 from slotscops.core.errors import UserError
 from slotscops.datasets.pascal_part import matlab
-from slotscops.datasets.pascal_part.annotation import (
-    read_annotation,
-)
+from slotscops.datasets.pascal_part.annotation import read_annotation
 
 
 @given(objects=described_objects(), compress=st.booleans())

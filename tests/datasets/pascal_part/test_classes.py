@@ -12,9 +12,7 @@ from annotations import (
 from hypothesis import given, settings
 
 from slotscops.core.errors import UserError
-from slotscops.datasets.pascal_part.annotation import (
-    read_annotation,
-)
+from slotscops.datasets.pascal_part.annotation import read_annotation
 from slotscops.datasets.pascal_part.classes import (
     PART_NAMES,
     AnnotatedObject,

@@ -21,15 +21,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from slotscops.datasets.pascal_part import annotation as pascal_part
-from slotscops.datasets.pascal_part.annotation import (
-    read_records,
-    scan_image,
-    square_crop,
-)
+from slotscops.core.pixels import Box, square_crop
 from slotscops.datasets.pascal_part.classes import (
     PART_NAMES,
 )
+from slotscops.datasets.pascal_part.crops import read_records
+from slotscops.datasets.pascal_part.scan import scan_image
 from slotscops.datasets.pascal_part.tree import PascalPartTree
 
 BOXES = st.tuples(st.integers(0, 600), st.integers(0, 600), st.integers(1, 600), st.integers(1, 600)).map(
@@ -38,7 +35,7 @@ BOXES = st.tuples(st.integers(0, 600), st.integers(0, 600), st.integers(1, 600),
 
 
 @given(BOXES)
-def test_a_crop_is_square_about_the_box_with_a_margin_on_every_side(box: pascal_part.Box) -> None:
+def test_a_crop_is_square_about_the_box_with_a_margin_on_every_side(box: Box) -> None:
     left, top, right, bottom = square_crop(box)
     side, longer = right - left, max(box[2] - box[0], box[3] - box[1])
     assert side == bottom - top

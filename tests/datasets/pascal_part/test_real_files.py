@@ -6,17 +6,14 @@ import numpy as np
 import scipy.io
 from annotations import scan
 
-from slotscops.datasets.pascal_part.annotation import (
-    BOX_SHARE,
-    ImageScan,
-    read_annotation,
-    read_records,
-    scan_image,
-)
+from slotscops.datasets.pascal_part.annotation import read_annotation
 from slotscops.datasets.pascal_part.classes import (
     PART_NAMES,
 )
+from slotscops.datasets.pascal_part.crops import read_records
+from slotscops.datasets.pascal_part.scan import BOX_SHARE, scan_image
 from slotscops.datasets.pascal_part.tree import PascalPartTree, find_splits, find_tree, list_images
+from slotscops.datasets.sources import ImageScan
 
 
 def scan_all(tree: PascalPartTree) -> list[tuple[str, ImageScan]]:

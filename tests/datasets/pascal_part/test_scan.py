@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from annotations import HORSE, Described, annotation, jpeg, rectangle, scan, write_tree
 
-from slotscops.datasets.pascal_part.annotation import (
-    Candidate,
-    scan_image,
-)
+from slotscops.datasets.pascal_part.scan import scan_image
+from slotscops.datasets.sources import Candidate
 
 
 def sized(width: int, parts: bool = True) -> Described:
