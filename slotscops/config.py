@@ -37,8 +37,9 @@ TargetMask = Literal["none", "object"]
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["poly", "cosine", "constant"]
 Reduction = Literal["ddp", "deterministic"]
+MixedPrecision = Literal["no", "bf16"]
 # YAML reads an unquoted `no` as false.
-Precision = Annotated[Literal["no", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)]
+Precision = Annotated[MixedPrecision, BeforeValidator(lambda value: "no" if value is False else value)]
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -35,12 +35,18 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
         microbatches: number of microbatches that each process computes in one step.
 
     Raises:
-        UserError: if all weights are 0, a term needs photos but the encoder reads features, the range of scales is
-            empty, or a process's share of the batch would split the pairs of `part_contrast`.
+        UserError: if all weights are 0, only the basis would be trained, a term needs photos but the encoder reads
+            features, the range of scales is empty, or a process's share of the batch would split the pairs of
+            `part_contrast`.
     """
     wanted = weights(config.losses)
     if not wanted:
         raise UserError("every weight in losses is 0; there is nothing to train")
+    if set(wanted) == {"orthonormality"}:
+        raise UserError(
+            "losses.orthonormality is the only loss, and it trains the part basis alone, so no part would be found; "
+            "set losses.semantic too"
+        )
     if _needs_warp(wanted) and config.encoder.name == "features":
         name = next(name for name in wanted if name.endswith("equivariance"))
         raise UserError(
@@ -55,6 +61,11 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
             f"losses.part_contrast compares pairs of photos, but each process takes {share} at a time; needed an even "
             "number: change train.batch_size"
         )
+
+
+def trains_basis(losses: Losses) -> bool:
+    """Whether any loss depends on the part basis. Otherwise it must be frozen, since DDP waits for every gradient."""
+    return bool(losses.semantic or losses.orthonormality)
 
 
 def compute_terms(

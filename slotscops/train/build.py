@@ -8,6 +8,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from slotscops.config import Config
 from slotscops.core.errors import UserError
+from slotscops.losses.objective import trains_basis
 from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder
 from slotscops.model.network import SlotScops, build_network
 from slotscops.train.run.checkpoint import State, load_checkpoint, restore_model
@@ -17,6 +18,8 @@ from slotscops.train.run.published import is_published, read_published
 
 def build_model(config: Config, feature_channels: int, pretrained: bool = True, num_classes: int = 1) -> SlotScops:
     """Builds the network of the settings on the CPU; the same seed gives the same network.
+
+    What no loss of the settings depends on does not train: every trainable parameter receives a gradient.
 
     Args:
         feature_channels: C of the teacher's features.
@@ -32,7 +35,9 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True, 
             weights = config.encoder.weights if pretrained else None
             encoder = ResNetEncoder(config.encoder.name, weights, config.encoder.frozen_stages)
         own_classes = num_classes if config.slots.per_class == "own" else None
-        return build_network(encoder, config, feature_channels, own_classes)
+        network = build_network(encoder, config, feature_channels, own_classes)
+    network.basis.requires_grad_(trains_basis(config.losses))
+    return network
 
 
 def build_optimizer(config: Config, model: SlotScops) -> Optimizer:

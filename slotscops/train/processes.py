@@ -5,13 +5,13 @@ import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from slotscops.config import Config, to_mapping
+from slotscops.config import Config, MixedPrecision, to_mapping
 from slotscops.core import console
 from slotscops.core.errors import UserError
 from slotscops.core.files import sha256_of_json
@@ -36,7 +36,7 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
 
     Raises:
         UserError: the launcher started another number of processes than it was asked for, or than the settings want,
-            or the global batch cannot be divided among them, or a tracker is missing.
+            the global batch cannot be divided among them, the precision is not supported, or a tracker is missing.
     """
     # This is checked before the processes connect and before a GPU is used.
     if config.train.num_processes not in (None, console.world_size()):
@@ -44,6 +44,7 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
             f"train.num_processes is {config.train.num_processes}, but {console.world_size()} were started; "
             "give the launcher that number or drop the setting"
         )
+    _check_precision(config)
     microbatches_of_process(config, console.world_size())
     accelerator = join_processes(
         mixed_precision=config.train.mixed_precision,
@@ -57,6 +58,16 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+def _check_precision(config: Config) -> None:
+    """Refuses what the launcher may ask for but the loop does not do: it would clip gradients that are still scaled."""
+    asked = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in get_args(MixedPrecision):
+        raise UserError(
+            f"the launcher asks for {asked}, needed one of {', '.join(get_args(MixedPrecision))}; launch with "
+            "--mixed_precision bf16, or set train.mixed_precision=bf16"
+        )
 
 
 def keep_freed_memory() -> None:

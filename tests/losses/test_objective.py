@@ -1,12 +1,16 @@
+from dataclasses import fields
+from itertools import combinations
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from commands import ROOT, metrics, train
 from forks import ranks
 
-from slotscops.config import Config, config_from_mapping, load_config
+from slotscops.config import Config, LossWeights, MapsFrom, config_from_mapping, load_config
 from slotscops.core.errors import UserError
+from slotscops.core.records import Batch
 from slotscops.losses.objective import check_objective, compute_terms, weighted_sum
 from slotscops.train.build import build_model
 from slotscops.train.loop import Trainer
@@ -61,13 +65,41 @@ def test_two_steps_run_and_every_parameter_that_trains_moves(toy_shards: Path, t
     wanted = {name for name in wanted - {"contrast_temperature"} if getattr(config.losses, name)}
     wanted |= {"classification"} if config.slots.per_class == "own" else set()
     assert set(trainer._terms) == wanted
-    if config.losses.semantic:
-        trainer.network.zero_grad()
-        batch = next(trainer.open_batches(1))
-        _, terms = compute_terms(trainer.network, trainer.network.target, batch, config, step=0)
-        weighted_sum(terms, config.losses, step=0).backward()
-        # DDP waits for every parameter, so none may be left out of the graph.
-        assert not [name for name, p in trainer.network.named_parameters() if p.requires_grad and p.grad is None]
+
+
+TERMS = [field.name for field in fields(LossWeights)]
+ALONE_AND_IN_PAIRS = [
+    names for names in [*combinations(TERMS, 1), *combinations(TERMS, 2)] if names != ("orthonormality",)
+]
+
+
+@pytest.mark.parametrize("maps", get_args(MapsFrom))
+@pytest.mark.parametrize("names", ALONE_AND_IN_PAIRS, ids="+".join)
+def test_every_parameter_that_trains_gets_a_gradient_from_each_term_and_each_pair(
+    names: tuple[str, ...], maps: str
+) -> None:
+    """Several processes wait for every gradient: one that never comes ends a run at its second step."""
+    needs_photos = any(name.endswith("equivariance") for name in names)
+    losses: dict[str, float | str] = {"semantic": 0.0, **dict.fromkeys(names, 1.0)}
+    encoder = RESNET if needs_photos else FEATURES
+    size = 32 if needs_photos else 64
+    settings = {"losses": losses, "data": {"size": size}, "decoder": {"maps": maps}} | encoder
+    config = config_from_mapping(settings, "test")
+    check_objective(config, 1, 1)
+    network = build_model(config, 16)
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    batch = Batch(images, torch.rand(2, 16, 4, 4).half(), None, None, torch.zeros(2, dtype=torch.int64), ["a_0", "b_0"])
+    _, terms = compute_terms(network, network.target, batch, config, step=0)
+    assert set(terms) == set(names)
+    weighted_sum(terms, config.losses, step=0).backward()
+    assert not [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
+    assert network.basis.basis_parameter.requires_grad == bool({"semantic", "orthonormality"} & set(names))
+
+
+def test_orthonormality_alone_is_refused() -> None:
+    config = config_from_mapping({"losses": {"semantic": 0.0, "orthonormality": 1.0}} | FEATURES, "test")
+    with pytest.raises(UserError, match=r"losses\.orthonormality is the only loss.*set losses\.semantic too"):
+        check_objective(config, 1, 1)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
