@@ -51,27 +51,22 @@ def _name_lost_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def move_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yields the batches on `device`. On a GPU the next batch is copied while the current one is in use."""
+    """Yields the batches on `device`.
+
+    On a GPU each batch is copied on a stream of its own. The host queues a step long before the GPU has computed it, so
+    the copy for the next step runs beside the present one, and no step waits for a batch that it does not need yet.
+    """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
     copying = torch.cuda.Stream(device)
-    following = _copy(batches, device, copying)
-    while following is not None:
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            moved = batch.to(device)
         working = torch.cuda.current_stream(device)
         working.wait_stream(copying)
-        batch = following
-        batch.record_stream(working)
-        following = _copy(batches, device, copying)
-        yield batch
-
-
-def _copy(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream) -> Batch | None:
-    batch = next(batches, None)
-    if batch is None:
-        return None
-    with torch.cuda.stream(stream):
-        return batch.to(device)
+        moved.record_stream(working)
+        yield moved
 
 
 def evaluation_batches(

@@ -78,6 +78,7 @@ def visual_consistency(parts: Tensor, images: Tensor) -> Tensor:
         mass = shares.sum(2) + _EPSILON  # (B, K)
         means = shares @ colours.mT / mass[:, :, None]  # (B, K, 3)
         # This computes sum p |I - m|^2 without a B x K x 3 x H x W tensor.
-        squares = (shares @ colours.square().sum(1, keepdim=True).mT)[:, :, 0]  # (B, K)
+        # A product with a single column would be a matrix product of inner size 1 in the backward pass.
+        squares = (shares * colours.square().sum(1, keepdim=True)).sum(2)  # (B, K)
         spread: Tensor = (squares - mass * means.square().sum(2)).sum() / (len(parts) * shares.shape[2])
     return spread

@@ -38,7 +38,10 @@ class Warp(NamedTuple):
             return straight + _spline_terms(points, self.centres) @ self.bend
 
     def to(self, device: torch.device) -> "Warp":
-        return Warp(*(tensor.to(device) for tensor in self))
+        """The same warp on another device. The copy to a GPU starts from pinned memory, so that the host goes on."""
+        if device.type != "cuda":
+            return Warp(*(tensor.to(device) for tensor in self))
+        return Warp(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
 
 
 def draw_warps(
@@ -117,7 +120,8 @@ def warp_images(images: Tensor, warp: Warp) -> Tensor:
     with torch.autocast(images.device.type, enabled=False):
         warped, _ = warp_maps(images.float() / 255, warp)
         brightness, contrast, saturation = (factor[:, None, None, None] for factor in warp.jitter.unbind(1))
-        luma = warped.new_tensor(_LUMA)[:, None, None]
+        # Filled on the device: a tensor of these numbers would have to be copied there, which waits for the device.
+        luma = torch.cat([warped.new_full((1, 1, 1), share) for share in _LUMA])  # (3, 1, 1)
         warped = warped * brightness
         mean = (warped * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
         warped = mean + (warped - mean) * contrast

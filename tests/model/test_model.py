@@ -279,3 +279,13 @@ def test_without_decoder_the_maps_are_the_attention_on_the_encoders_grid() -> No
 def test_without_decoder_a_single_iteration_is_refused() -> None:
     with pytest.raises(UserError, match=r"slots\.iterations"):
         network_of(FeatureEncoder(8), "slots.iterations=1", "decoder.maps=attention")
+
+
+def test_batch_norm_follows_what_is_loaded_and_saves_nothing_more_than_torchvisions() -> None:
+    frozen, other = FrozenBatchNorm(3), FrozenBatchNorm(3)
+    assert list(frozen.state_dict()) == ["weight", "bias", "running_mean", "running_var"]
+    other.load_state_dict({name: torch.rand(3) + 0.5 for name in frozen.state_dict()})
+    maps = torch.randn(1, 3, 2, 2)
+    assert not torch.equal(frozen(maps), other(maps))
+    nn.Sequential(frozen).load_state_dict({f"0.{name}": tensor for name, tensor in other.state_dict().items()})
+    assert torch.equal(frozen(maps), other(maps))
