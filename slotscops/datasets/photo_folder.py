@@ -52,7 +52,7 @@ class _Labels(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Splits:
+class _PhotoFolderSplits:
     """Splits by folder if there are split folders, else by names alone, so that added photos move no others."""
 
     val_share: float
@@ -96,8 +96,8 @@ class PhotoFolder:
                 raise UserError(f"{shown_name(came)}: two photos of one name; rename one")
         return [*images, _WHOLE_FOLDER]
 
-    def splits(self, class_names: list[str]) -> _Splits:
-        return _Splits(self.val_share, self.class_name, self._split_folders())
+    def splits(self, class_names: list[str]) -> _PhotoFolderSplits:
+        return _PhotoFolderSplits(self.val_share, self.class_name, self._split_folders())
 
     def _split_folders(self) -> dict[str, str]:
         """Folder name -> split, such as Train -> train; empty unless there are folders of both splits."""

@@ -19,8 +19,7 @@ from slotscops.core.records import Batch
 from slotscops.features.cache import FeatureCache
 from slotscops.features.rows import FeatureShard
 from slotscops.loader.plan import NUM_SUBSTITUTES, substitutes
-from slotscops.shard.index import Dataset as ShardDataset
-from slotscops.shard.index import ShardEntry, ShardIndex
+from slotscops.shard.index import ShardDataset, ShardEntry, ShardIndex
 from slotscops.shard.reader import ShardReader, ShardReaders
 
 

@@ -28,7 +28,7 @@ from slotscops.features.__main__ import add_teacher_options, report
 from slotscops.features.teacher import Teacher
 from slotscops.features.verify import verify_shards
 from slotscops.features.writer import build_cache
-from slotscops.shard.index import Dataset
+from slotscops.shard.index import ShardDataset
 from slotscops.shard.overview import inspect_shards
 from slotscops.shard.reader import ShardReader
 from slotscops.shard.remote import check_local, is_remote, shards_argument
@@ -160,7 +160,7 @@ def _show(outcome: Outcome, out: Path) -> None:
         console.warn(f"left out {len(damaged) - _LISTED} more damaged files")
 
 
-def _count(dataset: Dataset, split: str) -> Counter[tuple[str, str]]:
+def _count(dataset: ShardDataset, split: str) -> Counter[tuple[str, str]]:
     """Images, objects, parts and bytes by (what, class)."""
     counts: Counter[tuple[str, str]] = Counter()
     images: set[tuple[str, str]] = set()
