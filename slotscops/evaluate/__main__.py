@@ -2,7 +2,7 @@
 
     python -m slotscops.evaluate --checkpoint RUN... --baseline position,kmeans,dff [--shards SHARDS] [--json FILE]
 
-Reports three protocols, each with two paint orders of overlapping parts; see `metrics.protocols`. It runs as a single
+Computes three protocols, each with two paint orders of overlapping parts; see `metrics.protocols`. It runs as a single
 process or under a launcher.
 """
 
