@@ -107,7 +107,7 @@ def picture_of_split(network: SlotScops, split: Split) -> Any:
     """A PIL image of the first crops of the split: photos, predicted parts and true parts."""
     batch = next(iter(evaluation_batches(split, _PICTURED_IMAGES)))
     device = next(network.parameters()).device
-    return comparison(batch.images, network_predictor(network, device)(batch).labels, batch.parts)
+    return comparison(batch.images, network_predictor(network, device)(batch).labels, batch.part_labels)
 
 
 def _part_names(dataset: ShardDataset) -> dict[str, list[str]]:

@@ -247,7 +247,7 @@ def _from_json(shards: Path, content: dict[str, Any]) -> ShardDataset:
         folder=shards,
         settings=dict(content["settings"]),
         class_names=_names(content["class_names"]),
-        part_names={name: _names(parts) for name, parts in content["part_names"].items()},
+        part_names={class_name: _names(names) for class_name, names in content["part_names"].items()},
         splits={split: [_entry(**entry) for entry in entries] for split, entries in content["splits"].items()},
     )
     if not 1 <= dataset.size <= _MAX_SIZE or not {*dataset.class_names} <= {*dataset.part_names}:

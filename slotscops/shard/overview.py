@@ -77,7 +77,7 @@ def _read(dataset: ShardDataset) -> tuple[dict[tuple[str, str], _ClassCounts], l
     for split, entry in console.track(entries, len(entries), "reading shards"):
         reader = ShardReader(dataset, entry)
         for row in range(len(reader.index)):
-            description, labels = reader.read_description(row), reader.read_parts(row)
+            description, labels = reader.read_description(row), reader.read_part_labels(row)
             count, names = counts[split, description["class"]], dataset.part_names[description["class"]]
             count.objects += 1
             count.object_pixels += int(reader.read_object_mask(row).sum())

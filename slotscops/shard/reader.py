@@ -80,7 +80,7 @@ class ShardReader:
         if came != pixels.shape:
             raise self._damage(row, "jpg", f"has {came[1]} x {came[0]} pixels, needed {self.size}")
 
-    def read_parts(self, row: int, smallest_on_top: bool = False) -> NDArray[np.uint8]:
+    def read_part_labels(self, row: int, smallest_on_top: bool = False) -> NDArray[np.uint8]:
         """(S, S) uint8 part labels, 0 = none."""
         return self._read_map(row, "parts_small.png" if smallest_on_top else "parts.png")
 
