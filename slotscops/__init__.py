@@ -7,7 +7,8 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use, so that `slotscops shard` and the loader workers start without the networks.
+    # Imported on first use, so that `slotscops shard` does not import the model, and a loader worker imports neither
+    # the model nor torchvision.
     if name == "load":
         from slotscops.segment.segmenter import load
 

@@ -1,4 +1,4 @@
-"""Speed and memory, measured on the user's machine: `python -m slotscops.benchmark loss | loader | step`."""
+"""Speed and memory, measured on the user's machine by `python -m slotscops.benchmark`."""
 
 import os
 

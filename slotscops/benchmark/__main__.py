@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from slotscops.benchmark import loader, loss, report, scaling, sharding, step
+from slotscops.benchmark import loader, loss, scaling, sharding, step, table
 from slotscops.config import load_config
 from slotscops.core import console
 from slotscops.core.command_line import command_parser
@@ -36,7 +36,7 @@ All figures are medians of contestants that take turns in one process. --json FI
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.what == "report":
-        report.write_section([Path(name) for name in options.overrides], options.readme)
+        table.write_section([Path(name) for name in options.overrides], options.readme)
         return 0
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))

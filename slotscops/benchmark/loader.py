@@ -15,7 +15,7 @@ from slotscops.features.cache import FeatureCache
 from slotscops.features.rows import FeatureShard
 from slotscops.loader.plan import permutation
 from slotscops.loader.split import Split
-from slotscops.shard.index import Dataset
+from slotscops.shard.index import ShardDataset
 
 _NAMES = {
     "webdataset, its own decoder": "webdataset",
@@ -27,7 +27,7 @@ _NAMES = {
 _STARTS = (1_000, 1_000_000)
 
 
-def compare(dataset: Dataset, cache: FeatureCache, rounds: int, folder: Path) -> dict[str, Any]:
+def compare(dataset: ShardDataset, cache: FeatureCache, rounds: int, folder: Path) -> dict[str, Any]:
     """Images a second of each contestant, all in this process on one thread, every sample once a round."""
     split = Split(dataset, "train", cache, with_labels=False)
     jpegs = [bytes(split.read_member(sample, "jpg")) for sample in range(len(split))]

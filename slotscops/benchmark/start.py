@@ -20,7 +20,7 @@ from slotscops.features.manifest import IDENTITY, file_label, write_manifest
 from slotscops.features.rows import FeatureShard, encode
 from slotscops.loader.plan import permutation
 from slotscops.loader.split import Split
-from slotscops.shard.index import Dataset, ShardEntry, index_path, open_dataset, write_dataset
+from slotscops.shard.index import ShardDataset, ShardEntry, index_path, open_dataset, write_dataset
 
 _BATCH_SIZE = 32
 
@@ -47,7 +47,7 @@ def _write_synthetic(real: Split, num_records: int, out: Path) -> None:
         content = index_path(real.dataset.folder, entry.name).read_bytes()
         index_path(out, name).write_bytes(content)  # a file of its own: a million records are that many bytes to read
         entries.append(ShardEntry(name, entry.num_samples, entry.num_bytes, entry.sha256, entry.index_sha256))
-    dataset = Dataset(
+    dataset = ShardDataset(
         out, real.dataset.settings, real.dataset.class_names, real.dataset.part_names, {"train": entries, "val": []}
     )
     write_dataset(dataset)

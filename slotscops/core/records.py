@@ -27,8 +27,8 @@ class Record:
 
     key: str  # "{image}_{object}", unique within a dataset
     image: NDArray[np.uint8]  # (S, S, 3) RGB, 0..255
-    parts: NDArray[np.uint8]  # (S, S) part label of the object's class, 0 = no part; first listed on top
-    parts_small: NDArray[np.uint8]  # (S, S) the same with the smallest part on top
+    part_labels: NDArray[np.uint8]  # (S, S) part label of the object's class, 0 = no part; first listed on top
+    part_labels_small: NDArray[np.uint8]  # (S, S) the same with the smallest part on top
     object_mask: NDArray[np.bool_]  # (S, S) True on the object
     description: dict[str, Any]  # image, object, class, box, crop, source_size, part_names
 
@@ -39,8 +39,8 @@ def to_members(record: Record) -> dict[str, bytes]:
     Image.fromarray(record.image).save(jpeg, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return {
         "jpg": jpeg.getvalue(),
-        "parts.png": _encode_png(record.parts),
-        "parts_small.png": _encode_png(record.parts_small),
+        "parts.png": _encode_png(record.part_labels),
+        "parts_small.png": _encode_png(record.part_labels_small),
         "object.png": _encode_png(record.object_mask.astype(np.uint8) * 255),
         "json": json.dumps(record.description, sort_keys=True).encode(),
     }
@@ -51,8 +51,8 @@ def from_members(key: str, members: dict[str, bytes]) -> Record:
     return Record(
         key=key,
         image=decode_image(members["jpg"]),
-        parts=decode_image(members["parts.png"]),
-        parts_small=decode_image(members["parts_small.png"]),
+        part_labels=decode_image(members["parts.png"]),
+        part_labels_small=decode_image(members["parts_small.png"]),
         object_mask=decode_image(members["object.png"]) > 0,
         description=json.loads(members["json"]),
     )
@@ -87,11 +87,11 @@ class Batch:
 
     images: Tensor  # (B, 3, S, S) uint8 RGB, not yet normalised: a quarter of float32 to carry to the device
     features: Tensor | None  # (B, C, h, w) float16 teacher features of the same crops; None where no cache is read
-    parts: Tensor | None  # (B, S, S) uint8 part labels, 0 = none; None where the split does not read them
+    part_labels: Tensor | None  # (B, S, S) uint8 part labels, 0 = none; None where the split does not read them
     object_masks: Tensor | None  # (B, S, S) bool; None where the split does not read them
     class_ids: Tensor  # (B,) int64 row of the index's class table
     keys: list[str]  # B record keys
-    parts_small: Tensor | None = None  # (B, S, S) as parts, with the smallest part on top
+    part_labels_small: Tensor | None = None  # (B, S, S) as part_labels, with the smallest part on top
     damaged: dict[str, str] = field(default_factory=dict)  # Damaged samples replaced in this batch: key -> reason.
 
     def __len__(self) -> int:

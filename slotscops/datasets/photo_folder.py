@@ -47,12 +47,12 @@ _TURNS = {
 
 
 class _Labels(NamedTuple):
-    parts: NDArray[np.uint8]  # (H, W) part label, 0 = no part
+    part_labels: NDArray[np.uint8]  # (H, W) part label, 0 = no part
     object_mask: NDArray[np.bool_]  # (H, W) without what is to be ignored
 
 
 @dataclass(frozen=True)
-class _Splits:
+class _PhotoFolderSplits:
     """Splits by folder if there are split folders, else by names alone, so that added photos move no others."""
 
     val_share: float
@@ -71,7 +71,7 @@ class PhotoFolder:
     """All photos below `root`. Where it holds folders of both splits, such as `train/` and `val/`, only theirs."""
 
     root: Path
-    parts: Path | None  # folder of label PNGs of the photos' names, 0 = none
+    label_folder: Path | None  # folder of label PNGs of the photos' names, 0 = none
     val_share: float
     class_name: str
 
@@ -81,7 +81,7 @@ class PhotoFolder:
         Raises:
             UserError: no folder, no photo, or two photos of one name.
         """
-        for folder in (self.root, self.parts):
+        for folder in (self.root, self.label_folder):
             if folder is not None and not folder.is_dir():
                 raise UserError(f"{folder}: no such folder")
         images, passed_over = self._walk()
@@ -96,8 +96,8 @@ class PhotoFolder:
                 raise UserError(f"{shown_name(came)}: two photos of one name; rename one")
         return [*images, _WHOLE_FOLDER]
 
-    def splits(self, class_names: list[str]) -> _Splits:
-        return _Splits(self.val_share, self.class_name, self._split_folders())
+    def splits(self, class_names: list[str]) -> _PhotoFolderSplits:
+        return _PhotoFolderSplits(self.val_share, self.class_name, self._split_folders())
 
     def _split_folders(self) -> dict[str, str]:
         """Folder name -> split, such as Train -> train; empty unless there are folders of both splits."""
@@ -107,8 +107,9 @@ class PhotoFolder:
 
     def _walk(self) -> tuple[list[str], list[LeftOut]]:
         """Paths of photos below `root`, and what was passed over."""
-        parts = self.parts.resolve() if self.parts and not self.parts.samefile(self.root) else None
-        photos, passed_over = walk_folder(self.root, lambda path: parts is not None and path.resolve() == parts)
+        folder = self.label_folder
+        labels = folder.resolve() if folder is not None and not folder.samefile(self.root) else None
+        photos, passed_over = walk_folder(self.root, lambda path: labels is not None and path.resolve() == labels)
         split_folders = self._split_folders()
         images, left_out = [], []
         for path in photos:
@@ -137,12 +138,12 @@ class PhotoFolder:
             photo, labels = self._read(image)
         except UserError as error:
             return ImageScan([], [self._left_out(image, split, "damaged file", str(error), damaged=True)])
-        if labels is None and self.parts is not None:
+        if labels is None and self.label_folder is not None:
             return ImageScan(
                 [],
                 [
                     self._left_out(
-                        image, split, "no label map", f"no {shown_name(Path(image).stem)}.png in {self.parts}"
+                        image, split, "no label map", f"no {shown_name(Path(image).stem)}.png in {self.label_folder}"
                     )
                 ],
             )
@@ -156,7 +157,7 @@ class PhotoFolder:
         if share <= min_box_share[split]:
             reason = f"its box covers {100 * share:.3g} % of the image"
             return ImageScan([], [self._left_out(image, split, "box too small", reason)])
-        highest = 0 if labels is None else int(labels.parts.max())
+        highest = 0 if labels is None else int(labels.part_labels.max())
         return ImageScan([Candidate(image, 0, self.class_name, split, box, highest)], [])
 
     def read(self, image: str, candidates: list[Candidate], size: int) -> tuple[list[Record], list[LeftOut]]:
@@ -173,7 +174,7 @@ class PhotoFolder:
 
     @cached_property
     def _listed_names(self) -> list[str]:
-        path = self.parts / _NAMES if self.parts is not None else None
+        path = self.label_folder / _NAMES if self.label_folder is not None else None
         if path is None or not path.is_file():
             return []
         try:
@@ -210,11 +211,11 @@ class PhotoFolder:
         return photo, _check_labels(path, labels, self._listed_names)
 
     def _label_path(self, image: str) -> Path | None:
-        """The label map in the photo's own sub-folder of `parts`, or in `parts` itself."""
-        if self.parts is None:
+        """The label map in the photo's own sub-folder of `label_folder`, or in `label_folder` itself."""
+        if self.label_folder is None:
             return None
         name = f"{Path(image).stem}.png"
-        folders = (self.parts / Path(image).parent, self.parts)
+        folders = (self.label_folder / Path(image).parent, self.label_folder)
         return next((found for folder in folders if (found := _find_file(folder, name))), None)
 
     def _record(self, candidate: Candidate, photo: Image.Image, labels: _Labels | None, size: int) -> Record:
@@ -223,14 +224,14 @@ class PhotoFolder:
             labels = _Labels(np.zeros(photo.size[::-1], np.uint8), np.ones(photo.size[::-1], np.bool_))
         else:
             crop = square_crop(candidate.box)
-        names = self._listed_names or self._names_up_to(int(labels.parts.max()))
-        parts = crop_labels(Image.fromarray(labels.parts), crop, size)
+        names = self._listed_names or self._names_up_to(int(labels.part_labels.max()))
+        part_labels = crop_labels(Image.fromarray(labels.part_labels), crop, size)
         mask = Image.fromarray(labels.object_mask.astype(np.uint8))
         return Record(
             key=f"{_key_of(candidate.image)}_0",
             image=crop_photo(photo, crop, size),
-            parts=parts,
-            parts_small=parts,  # nothing overlaps in a label map
+            part_labels=part_labels,
+            part_labels_small=part_labels,  # nothing overlaps in a label map
             object_mask=crop_labels(mask, crop, size) > 0,
             description={
                 "image": candidate.image,
@@ -239,7 +240,7 @@ class PhotoFolder:
                 "box": list(candidate.box),
                 "crop": list(crop),
                 "source_size": list(photo.size),
-                "part_names": [names[label - 1] for label in np.unique(labels.parts).tolist() if label],
+                "part_names": [names[label - 1] for label in np.unique(labels.part_labels).tolist() if label],
             },
         )
 
@@ -347,5 +348,5 @@ def _check_labels(path: Path, labels: NDArray[np.uint8], names: list[str]) -> _L
     if not names and small != list(range(1, len(small) + 1)):
         need = f"needed 1, 2, 3 and so on without gaps; where a part may be hidden, name all parts in {_NAMES}"
         raise UserError(f"{path}: holds labels {seen}, {need}")
-    parts = np.where(labels == _IGNORE, np.uint8(0), labels)
-    return _Labels(parts, parts > 0)
+    part_labels = np.where(labels == _IGNORE, np.uint8(0), labels)
+    return _Labels(part_labels, part_labels > 0)

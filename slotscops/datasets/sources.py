@@ -43,7 +43,7 @@ class ImageScan(NamedTuple):
     left_out: list[LeftOut]
 
 
-class SplitsOfImages(Protocol):
+class SplitAssignment(Protocol):
     """Which split an object belongs to: by its class and its image."""
 
     def of_image(self, image: str) -> dict[str, str]:
@@ -60,7 +60,7 @@ class Source(Protocol):
     def list_images(self) -> list[str]:
         """Names of all images, each once, sorted."""
 
-    def splits(self, class_names: list[str]) -> SplitsOfImages:
+    def splits(self, class_names: list[str]) -> SplitAssignment:
         """Raises UserError where the splits contradict each other."""
 
     def scan(

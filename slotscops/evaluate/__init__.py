@@ -1,1 +1,1 @@
-"""Scores runs and baselines and shows them in one table."""
+"""Scores runs and baselines on the same photos and shows them side by side."""

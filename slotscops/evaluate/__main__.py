@@ -2,7 +2,7 @@
 
     python -m slotscops.evaluate --checkpoint RUN... --baseline position,kmeans,dff [--shards SHARDS] [--json FILE]
 
-Reports three protocols, each with two paint orders of overlapping parts; see `metrics.protocols`. It runs as a single
+Computes three protocols, each with two paint orders of overlapping parts; see `metrics.protocols`. It runs as a single
 process or under a launcher.
 """
 
@@ -32,7 +32,7 @@ from slotscops.metrics.scoring import (
     scored_batches,
     sum_over_processes,
 )
-from slotscops.shard.index import Dataset, open_dataset
+from slotscops.shard.index import ShardDataset, open_dataset
 from slotscops.train.build import Trained, load_model
 from slotscops.train.processes import join_processes
 
@@ -80,7 +80,7 @@ class _BaselineSettings:
 class _Harness:
     """The data and settings that all methods of one command share."""
 
-    dataset: Dataset
+    dataset: ShardDataset
     split: str
     landmarks: bool
     baseline: _BaselineSettings
@@ -99,7 +99,7 @@ def _open_harness(options: Namespace) -> _Harness:
     )
 
 
-def _baseline_settings(options: Namespace, runs: list[Trained], dataset: Dataset) -> _BaselineSettings:
+def _baseline_settings(options: Namespace, runs: list[Trained], dataset: ShardDataset) -> _BaselineSettings:
     """Settings of the baselines. Missing options come from the first run, or are defaults if no run is scored."""
     first = runs[0].config if runs else None
     size = options.size
@@ -139,7 +139,7 @@ def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
     return replace(scored, kind="run", settings=to_mapping(config))
 
 
-def _classes_of_network(trained: Trained, dataset: Dataset, path: Path) -> list[int]:
+def _classes_of_network(trained: Trained, dataset: ShardDataset, path: Path) -> list[int]:
     """For each class of the data, its number in the network.
 
     Raises:

@@ -54,7 +54,7 @@ def fit(
         A function that predicts the labels of a batch; see `Prediction`.
     """
     vectors_of = _positions if name == "position" else partial(transformed_features, transform=transform)
-    own, parts = (
+    own, without_background = (
         _score_maps(name, train, num_clusters - int(inside), seed, vectors_of, inside) for inside in (False, True)
     )
 
@@ -62,7 +62,7 @@ def fit(
         size = batch.images.shape[-2:]
         scores = (
             functional.interpolate(maps(vectors_of(batch)), size, mode="bilinear", align_corners=True)
-            for maps in (own, parts)
+            for maps in (own, without_background)
         )
         if refine:
             scores = (refine_maps(_one_hot(maps), batch.images) for maps in scores)

@@ -93,6 +93,6 @@ def _classifier(cells: NDArray[np.float32], labels: NDArray[np.int64], seed: int
 
 def _cell_labels(batch: Batch, height: int, width: int) -> Tensor:
     """(B, 1, h, w) float32 label of each cell: the one that most of its pixels have."""
-    assert batch.parts_small is not None
-    one_hot = functional.one_hot(batch.parts_small.long()).movedim(-1, 1).float()  # (B, T, H, W)
+    assert batch.part_labels_small is not None
+    one_hot = functional.one_hot(batch.part_labels_small.long()).movedim(-1, 1).float()  # (B, T, H, W)
     return functional.adaptive_avg_pool2d(one_hot, (height, width)).argmax(dim=1, keepdim=True).float()

@@ -1,4 +1,4 @@
-"""The features of a frozen teacher for every crop, computed once and cached beside the shards."""
+"""The features of a frozen teacher for every crop, computed once and cached in the folder of the shards."""
 
 from slotscops.features.cache import open_features
 

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.say("every feature file is what the manifest says")
         return 0
     teacher = Teacher(options.layer, options.teacher_weights, options.teacher)
-    report(build_cache(dataset, teacher, size, options.mirrored))
+    show_cache(build_cache(dataset, teacher, size, options.mirrored))
     return 0
 
 
@@ -65,7 +65,7 @@ def add_teacher_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def report(cache: FeatureCache) -> None:
+def show_cache(cache: FeatureCache) -> None:
     """Prints what the cache holds and what it was made with."""
     for one in [cache] if cache.mirrored is None else [cache, cache.mirrored]:
         files, manifest = one.manifest["files"], one.manifest

@@ -16,7 +16,7 @@ from slotscops.core.errors import DamageError, UserError
 from slotscops.core.files import sha256_of_file, sha256_of_json
 from slotscops.features.manifest import REMOVE_AND_REBUILD, file_label, name_of, read_manifest, rebuild_command
 from slotscops.features.rows import FeatureShard
-from slotscops.shard.index import Dataset, ShardEntry, open_dataset
+from slotscops.shard.index import ShardDataset, ShardEntry, open_dataset
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ class FeatureCache:
 
     folder: Path
     manifest: dict[str, Any]
-    dataset: Dataset
+    dataset: ShardDataset
     mirrored: "FeatureCache | None" = None  # the cache of the mirrored crops, if it was requested
 
     @property
@@ -69,7 +69,7 @@ class FeatureCache:
 
 
 def open_cache(
-    dataset: Dataset,
+    dataset: ShardDataset,
     layer: str,
     size: int,
     weights_sha256: str | None = None,
@@ -93,7 +93,7 @@ def open_cache(
     return replace(cache, mirrored=_open_one(dataset, wanted, cache.manifest["weights"]))
 
 
-def _open_one(dataset: Dataset, wanted: dict[str, Any], weights: str = "imagenet") -> FeatureCache:
+def _open_one(dataset: ShardDataset, wanted: dict[str, Any], weights: str = "imagenet") -> FeatureCache:
     name = name_of(wanted)
     folder = dataset.folder / "features" / name
     command = rebuild_command(dataset.location, wanted | {"weights": weights})
@@ -114,7 +114,7 @@ def _open_one(dataset: Dataset, wanted: dict[str, Any], weights: str = "imagenet
     return cache
 
 
-def _has_manifest(dataset: Dataset, name: str) -> bool:
+def _has_manifest(dataset: ShardDataset, name: str) -> bool:
     """Whether the cache is finished. The manifest of a remote cache is fetched."""
     if dataset.remote is None:
         return (dataset.folder / "features" / name / "manifest.json").is_file()
@@ -125,7 +125,7 @@ def _has_manifest(dataset: Dataset, name: str) -> bool:
     return True
 
 
-def _finished_names(dataset: Dataset) -> list[str]:
+def _finished_names(dataset: ShardDataset) -> list[str]:
     """Names of the finished caches. A web server cannot list files, so remote caches count once fetched."""
     return sorted(path.parent.name for path in dataset.folder.glob("features/*/manifest.json"))
 
@@ -153,7 +153,7 @@ def open_features(shards: str | Path, shard: str, name: str | None = None) -> Fe
     raise UserError(f"{shards}: has no shard '{shard}'")
 
 
-def _check_files(cache: FeatureCache, dataset: Dataset) -> None:
+def _check_files(cache: FeatureCache, dataset: ShardDataset) -> None:
     for entries in dataset.splits.values():
         for entry in entries:
             path, row = cache.path(entry.name), cache.manifest["files"].get(entry.name)

@@ -17,7 +17,7 @@ from slotscops.core.records import MEMBERS
 from slotscops.features.cache import FeatureCache
 from slotscops.features.cache import find_damage as find_feature_damage
 from slotscops.features.manifest import REMOVE_AND_REBUILD, read_manifest
-from slotscops.shard.index import Dataset, ShardEntry, ShardIndex, dataset_path, open_dataset, read_dataset
+from slotscops.shard.index import ShardDataset, ShardEntry, ShardIndex, dataset_path, open_dataset, read_dataset
 from slotscops.shard.reader import MEND, ShardReader
 
 _FILES_PER_ROUND = 32  # files checked between two updates of the progress bar
@@ -66,7 +66,7 @@ def find_damage(shards: Path, num_workers: int) -> Iterator[str]:
                     yield from lines
 
 
-def _open_manifest(path: Path, dataset: Dataset) -> FeatureCache:
+def _open_manifest(path: Path, dataset: ShardDataset) -> FeatureCache:
     cache = FeatureCache(path.parent, read_manifest(path), dataset)
     if cache.manifest["shard_digest"] != dataset.digest:
         raise UserError(f"{path}: belongs to other shards; {REMOVE_AND_REBUILD}")
@@ -76,7 +76,7 @@ def _open_manifest(path: Path, dataset: Dataset) -> FeatureCache:
 # ---- shards ------------------------------------------------------------------------------------------------------
 
 
-def _check_shard(dataset: Dataset, entry: ShardEntry) -> list[str]:
+def _check_shard(dataset: ShardDataset, entry: ShardEntry) -> list[str]:
     lines = []
     try:
         index = dataset.read_index(entry)

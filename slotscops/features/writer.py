@@ -19,13 +19,13 @@ from slotscops.features.cache import FeatureCache, open_cache
 from slotscops.features.manifest import file_label, name_of, write_manifest
 from slotscops.features.rows import FeatureShard, encode
 from slotscops.features.teacher import Teacher, compute_features
-from slotscops.shard.index import Dataset, ShardEntry
+from slotscops.shard.index import ShardDataset, ShardEntry
 from slotscops.shard.reader import ShardReader
 
 _BATCH_SIZE = 16  # fixed: another batch size may change the last bits of a convolution; the cache must be reproducible
 
 
-def build_cache(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool = False) -> FeatureCache:
+def build_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bool = False) -> FeatureCache:
     """Computes what is missing in the cache and returns the finished cache.
 
     Args:
@@ -39,7 +39,7 @@ def build_cache(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool = 
     return open_cache(dataset, teacher.layer, size, teacher.fingerprint, teacher.network, mirrored)
 
 
-def write_cache(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool) -> None:
+def write_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bool) -> None:
     """Writes the missing files of one cache, and its manifest last.
 
     Raises:
@@ -62,7 +62,7 @@ def write_cache(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool) -
     _list_files(folder, identity, entries, teacher.output_shape(size))
 
 
-def _identity(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool) -> dict[str, Any]:
+def _identity(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bool) -> dict[str, Any]:
     return {
         "network": teacher.network,
         "layer": teacher.layer,
@@ -78,7 +78,7 @@ def _identity(dataset: Dataset, teacher: Teacher, size: int, mirrored: bool) -> 
 
 
 def _compute_shard(
-    dataset: Dataset, entry: ShardEntry, teacher: Teacher, size: int, mirrored: bool
+    dataset: ShardDataset, entry: ShardEntry, teacher: Teacher, size: int, mirrored: bool
 ) -> NDArray[np.float16]:
     """(N, C, h, w) features of one shard's crops."""
     reader = ShardReader(dataset, entry)

@@ -19,8 +19,7 @@ from slotscops.core.records import Batch
 from slotscops.features.cache import FeatureCache
 from slotscops.features.rows import FeatureShard
 from slotscops.loader.plan import NUM_SUBSTITUTES, substitutes
-from slotscops.shard.index import Dataset as ShardDataset
-from slotscops.shard.index import ShardEntry, ShardIndex
+from slotscops.shard.index import ShardDataset, ShardEntry, ShardIndex
 from slotscops.shard.reader import ShardReader, ShardReaders
 
 
@@ -130,11 +129,11 @@ class Split(Dataset[Batch]):
         return Batch(
             images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # channels last in memory
             features=self._read_features(shards, rows, mirrored),
-            parts=tensors.get("parts.png"),
+            part_labels=tensors.get("parts.png"),
             object_masks=tensors.get("object.png"),
             class_ids=torch.tensor([self._index(s).class_ids[r] for s, r in places]),
             keys=[self._index(s).key(r) for s, r in places],
-            parts_small=tensors.get("parts_small.png"),
+            part_labels_small=tensors.get("parts_small.png"),
         )
 
     @property
@@ -231,4 +230,4 @@ def _read_map(reader: ShardReader, member: str, row: int) -> NDArray[Any]:
     """(S, S) uint8 part labels, or the (S, S) bool object mask, S the side of the crop in pixels."""
     if member == "object.png":
         return reader.read_object_mask(row)
-    return reader.read_parts(row, smallest_on_top=member == "parts_small.png")
+    return reader.read_part_labels(row, smallest_on_top=member == "parts_small.png")

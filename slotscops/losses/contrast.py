@@ -10,7 +10,7 @@ from torch.nn import functional
 _EPSILON = 1e-8  # keeps the mean of a part without mass finite
 
 
-def part_contrast(parts: Tensor, features: Tensor, class_ids: Tensor, temperature: float) -> Tensor:
+def part_contrast(part_maps: Tensor, features: Tensor, class_ids: Tensor, temperature: float) -> Tensor:
     """Contrastive loss: the mean feature of a part should resemble that of the same part in another photo.
 
         z_bk = sum_u p_bk(u) f_b(u) / sum_u p_bk(u),  then to length 1
@@ -21,7 +21,7 @@ def part_contrast(parts: Tensor, features: Tensor, class_ids: Tensor, temperatur
     features have to be exchanged. A pair of photos of different classes contributes 0 and still counts in the mean.
 
     Args:
-        parts: (B, K, H, W) soft part maps, background dropped. They receive gradients.
+        part_maps: (B, K, H, W) soft part maps, background dropped. They receive gradients.
         features: (B, C, h, w) teacher features; no gradient. The maps are averaged down to their grid.
         class_ids: (B,) integer class of each photo.
         temperature: t in the equation.
@@ -35,19 +35,19 @@ def part_contrast(parts: Tensor, features: Tensor, class_ids: Tensor, temperatur
     Source: after Choudhury et al. (NeurIPS 2021), contrastive loss over parts of different images. The fixed pairs
     and the two directions are our choice. We have not yet compared this with the paper's equation.
     """
-    num_images, num_parts = parts.shape[:2]
+    num_images, num_parts = part_maps.shape[:2]
     if num_images % 2:
         raise ValueError(f"{num_images} images: part contrast needs pairs, an even number")
-    with torch.autocast(parts.device.type, enabled=False):
-        dtype = torch.promote_types(parts.dtype, torch.float32)
-        shares = functional.adaptive_avg_pool2d(parts.to(dtype), (features.shape[2], features.shape[3])).flatten(
+    with torch.autocast(part_maps.device.type, enabled=False):
+        dtype = torch.promote_types(part_maps.dtype, torch.float32)
+        shares = functional.adaptive_avg_pool2d(part_maps.to(dtype), (features.shape[2], features.shape[3])).flatten(
             2
         )  # (B, K, h*w)
         target = features.detach().to(dtype).flatten(2)  # (B, C, h*w)
         means = shares @ target.mT / (shares.sum(2, keepdim=True) + _EPSILON)  # (B, K, C)
         means = functional.normalize(means, dim=2, eps=_EPSILON)
         products = means[0::2] @ means[1::2].mT / temperature  # (B/2, K, K)
-        same = torch.arange(num_parts, device=parts.device).expand(num_images // 2, -1)  # (B/2, K)
+        same = torch.arange(num_parts, device=part_maps.device).expand(num_images // 2, -1)  # (B/2, K)
         # cross_entropy takes the softmax over dim 1, the parts of the first photo: one number a part of the second.
         there = functional.cross_entropy(products, same, reduction="none")
         back = functional.cross_entropy(products.mT, same, reduction="none")
@@ -56,13 +56,13 @@ def part_contrast(parts: Tensor, features: Tensor, class_ids: Tensor, temperatur
     return mean
 
 
-def visual_consistency(parts: Tensor, images: Tensor) -> Tensor:
+def visual_consistency(part_maps: Tensor, images: Tensor) -> Tensor:
     """How much the colours vary within each part.
 
         L = 1/(B H W) sum_bk sum_u p_bk(u) |I_b(u) - m_bk|^2,   m_bk = sum_u p_bk(u) I_b(u) / sum_u p_bk(u)
 
     Args:
-        parts: (B, K, H, W) soft part maps, background dropped. They receive gradients.
+        part_maps: (B, K, H, W) soft part maps, background dropped. They receive gradients.
         images: (B, 3, H, W) RGB, uint8, or floating point in [0, 1].
 
     Returns:
@@ -71,14 +71,14 @@ def visual_consistency(parts: Tensor, images: Tensor) -> Tensor:
     Source: after Choudhury et al. (NeurIPS 2021), visual consistency loss. We have not yet compared this
     with the paper's equation.
     """
-    with torch.autocast(parts.device.type, enabled=False):
-        dtype = torch.promote_types(parts.dtype, torch.float32)
+    with torch.autocast(part_maps.device.type, enabled=False):
+        dtype = torch.promote_types(part_maps.dtype, torch.float32)
         colours = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
-        shares, colours = parts.to(dtype).flatten(2), colours.flatten(2)  # (B, K, H*W), (B, 3, H*W)
+        shares, colours = part_maps.to(dtype).flatten(2), colours.flatten(2)  # (B, K, H*W), (B, 3, H*W)
         mass = shares.sum(2) + _EPSILON  # (B, K)
         means = shares @ colours.mT / mass[:, :, None]  # (B, K, 3)
         # This computes sum p |I - m|^2 without a B x K x 3 x H x W tensor.
         # A product with a single column would be a matrix product of inner size 1 in the backward pass.
         squares = (shares * colours.square().sum(1, keepdim=True)).sum(2)  # (B, K)
-        spread: Tensor = (squares - mass * means.square().sum(2)).sum() / (len(parts) * shares.shape[2])
+        spread: Tensor = (squares - mass * means.square().sum(2)).sum() / (len(part_maps) * shares.shape[2])
     return spread

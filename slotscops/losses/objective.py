@@ -23,7 +23,7 @@ from slotscops.model.target import TargetTransform
 _NAMES = tuple(field.name for field in fields(LossWeights))
 
 
-def weights(losses: Losses) -> dict[str, float]:
+def loss_weights(losses: Losses) -> dict[str, float]:
     """The loss weights that are not 0, by the name of their term."""
     return {name: getattr(losses, name) for name in _NAMES if getattr(losses, name)}
 
@@ -39,7 +39,7 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
             features, the range of scales is empty, or a process's share of the batch would split the pairs of
             `part_contrast`.
     """
-    wanted = weights(config.losses)
+    wanted = loss_weights(config.losses)
     if not wanted:
         raise UserError("every weight in losses is 0; there is nothing to train")
     if set(wanted) == {"orthonormality"}:
@@ -84,7 +84,7 @@ def compute_terms(
         terms: scalar tensors by the name of the term, not yet multiplied by their weights.
     """
     assert batch.features is not None
-    wanted = weights(config.losses)
+    wanted = loss_weights(config.losses)
     inputs, warp = batch.features if config.encoder.name == "features" else batch.images, None
     if _needs_warp(wanted):
         warp = draw_warps(batch.keys, config.seed, step, **asdict(config.warp)).to(inputs.device)
@@ -130,17 +130,17 @@ def _needs_warp(wanted: Mapping[str, float]) -> bool:
 def _terms_of_maps(
     wanted: Mapping[str, float], maps: Tensor, features: Tensor, batch: Batch, config: Config
 ) -> dict[str, Tensor]:
-    parts = maps[:, 1:]
+    part_maps = maps[:, 1:]
     terms: dict[str, Tensor] = {}
     if "concentration" in wanted:
-        terms["concentration"] = concentration(parts)
+        terms["concentration"] = concentration(part_maps)
     if "entropy" in wanted:
         terms["entropy"] = entropy(maps)
     if "part_contrast" in wanted:
         temperature = config.losses.contrast_temperature
-        terms["part_contrast"] = part_contrast(parts, features, batch.class_ids, temperature)
+        terms["part_contrast"] = part_contrast(part_maps, features, batch.class_ids, temperature)
     if "visual_consistency" in wanted:
-        terms["visual_consistency"] = visual_consistency(parts, batch.images)
+        terms["visual_consistency"] = visual_consistency(part_maps, batch.images)
     return terms
 
 

@@ -12,45 +12,45 @@ from torch import Tensor
 _EPSILON = 1e-8  # avoids division by 0 for a part without mass or a row of zeros
 
 
-def part_centres(parts: Tensor) -> Tensor:
+def part_centres(part_maps: Tensor) -> Tensor:
     """The centre of mass of each part.
 
         c_bk = sum_yx p_bk(y,x) (x, y) / sum_yx p_bk(y,x)
 
     Args:
-        parts: (B, K, H, W) soft part maps in [0, 1].
+        part_maps: (B, K, H, W) soft part maps in [0, 1].
 
     Returns:
         (B, K, 2) mean x and y, [-1, 1] across the image. A part without mass gets 0, the middle of the image.
     """
-    with torch.autocast(parts.device.type, enabled=False):
-        parts = _at_least_float32(parts)
-        x, y = _axes(parts)
-        mass = parts.sum((2, 3)) + _EPSILON  # (B, K)
-        return torch.stack([(parts.sum(2) * x).sum(2), (parts.sum(3) * y).sum(2)], dim=2) / mass[:, :, None]
+    with torch.autocast(part_maps.device.type, enabled=False):
+        part_maps = _at_least_float32(part_maps)
+        x, y = _axes(part_maps)
+        mass = part_maps.sum((2, 3)) + _EPSILON  # (B, K)
+        return torch.stack([(part_maps.sum(2) * x).sum(2), (part_maps.sum(3) * y).sum(2)], dim=2) / mass[:, :, None]
 
 
-def concentration(parts: Tensor) -> Tensor:
+def concentration(part_maps: Tensor) -> Tensor:
     """How far each part spreads around its own centre, averaged over parts and images.
 
         L = 1/(B K) sum_bk  sum_yx p_bk(y,x) |(y,x) - c_bk|^2 / sum_yx p_bk(y,x)
 
     Args:
-        parts: (B, K, H, W) soft part maps in [0, 1], background already dropped.
+        part_maps: (B, K, H, W) soft part maps in [0, 1], background already dropped.
 
     Returns:
         Scalar, in squared half-image units ([-1, 1] across the image). A part without mass contributes 0.
 
     Source: SCOPS (arXiv:1905.01298), geometric concentration loss. Their code divides by B twice; we do not.
     """
-    with torch.autocast(parts.device.type, enabled=False):
-        parts = _at_least_float32(parts)
-        x, y = _axes(parts)
-        centres = part_centres(parts)  # (B, K, 2)
+    with torch.autocast(part_maps.device.type, enabled=False):
+        part_maps = _at_least_float32(part_maps)
+        x, y = _axes(part_maps)
+        centres = part_centres(part_maps)  # (B, K, 2)
         # We do not use E x^2 - (E x)^2, because subtracting two nearly equal numbers loses precision.
-        across = (parts.sum(2) * (x - centres[:, :, :1]).square()).sum(2)  # (B, K)
-        down = (parts.sum(3) * (y - centres[:, :, 1:]).square()).sum(2)
-        mean: Tensor = ((across + down) / (parts.sum((2, 3)) + _EPSILON)).mean()
+        across = (part_maps.sum(2) * (x - centres[:, :, :1]).square()).sum(2)  # (B, K)
+        down = (part_maps.sum(3) * (y - centres[:, :, 1:]).square()).sum(2)
+        mean: Tensor = ((across + down) / (part_maps.sum((2, 3)) + _EPSILON)).mean()
     return mean
 
 
@@ -95,10 +95,10 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _axes(parts: Tensor) -> tuple[Tensor, Tensor]:
+def _axes(part_maps: Tensor) -> tuple[Tensor, Tensor]:
     """Coordinates x (W,) and y (H,) of the pixels: -1 at the centre of the first pixel, 1 at that of the last one."""
-    height, width = parts.shape[-2:]
+    height, width = part_maps.shape[-2:]
     return (
-        torch.linspace(-1, 1, width, dtype=parts.dtype, device=parts.device),
-        torch.linspace(-1, 1, height, dtype=parts.dtype, device=parts.device),
+        torch.linspace(-1, 1, width, dtype=part_maps.dtype, device=part_maps.device),
+        torch.linspace(-1, 1, height, dtype=part_maps.dtype, device=part_maps.device),
     )

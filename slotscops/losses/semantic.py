@@ -58,13 +58,13 @@ def semantic_consistency(
         target = features.detach().to(dtype)  # (B, C, h, w)
         weights = None if mask is None else mask.detach().reshape(-1, 1, height, width).to(dtype)  # (B, 1, H, W)
         rows = basis.to(dtype)  # (K, C) or (B, K, C)
-        parts = part_maps(logits.to(dtype), size, align_corners)[:, 1:]  # (B, K, H, W)
+        maps = part_maps(logits.to(dtype), size, align_corners)[:, 1:]  # (B, K, H, W)
 
-        pixels = parts.flatten(2)  # (B, K, H*W)
+        pixels = maps.flatten(2)  # (B, K, H*W)
         shares = pixels @ pixels.mT  # (B, K, K)
         rebuilt = ((shares.sum(0) if rows.ndim == 2 else shares) * (rows @ rows.mT)).sum()
         overlap = (rows @ target.flatten(2)).unflatten(2, target.shape[2:])  # (B, K, h, w)
-        masked = parts if weights is None else parts * weights
+        masked = maps if weights is None else maps * weights
         agreement = (_gather_onto_grid(masked, target.shape[2:], align_corners) * overlap).sum()
         total = rebuilt - 2 * agreement + _target_energy(target, size, weights, align_corners)
         mean: Tensor = total / (len(features) * num_channels * height * width)

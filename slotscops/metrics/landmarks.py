@@ -134,12 +134,12 @@ class LandmarkRegression:
 
     def _true_centres(self, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
         """For each true part in the batch: its number, the n images that show it (n,), its centres (n, 2) int64."""
-        assert batch.parts_small is not None
+        assert batch.part_labels_small is not None
         found = []
         for class_id in sorted(set(batch.class_ids.tolist())):
             rows = torch.nonzero(batch.class_ids == class_id).flatten()
             start, stop = self._starts[class_id], self._starts[class_id + 1]
-            centres, present = label_centres(batch.parts_small[rows], stop - start + 1)
+            centres, present = label_centres(batch.part_labels_small[rows], stop - start + 1)
             for label in range(1, stop - start + 1):
                 shown = present[:, label]
                 if shown.any():

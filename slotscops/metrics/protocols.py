@@ -34,7 +34,7 @@ class Prediction(NamedTuple):
     """What a method predicts for a batch."""
 
     labels: Tensor  # (B, H, W) 0 = background, 1 .. P - 1 parts
-    parts: Tensor  # (B, H, W) 1 .. P - 1, the best part of each pixel if background is excluded
+    labels_without_background: Tensor  # (B, H, W) 1 .. P - 1, the best part of each pixel if background is excluded
 
 
 Predictor = Callable[[Batch], Prediction]
@@ -62,12 +62,13 @@ class ProtocolScores:
 
     def update(self, prediction: Prediction, batch: Batch) -> None:
         """Adds the pixels of a batch that was read with labels."""
-        assert batch.parts is not None
-        assert batch.parts_small is not None
+        assert batch.part_labels is not None
+        assert batch.part_labels_small is not None
         assert batch.object_masks is not None
-        labels, parts = prediction.labels.cpu(), prediction.parts.cpu()
-        predicted = {"own": labels, "mask": torch.where(batch.object_masks, parts, torch.zeros_like(parts))}
-        true = {"first": batch.parts, "small": batch.parts_small}
+        labels, parts_only = prediction.labels.cpu(), prediction.labels_without_background.cpu()
+        masked = torch.where(batch.object_masks, parts_only, torch.zeros_like(parts_only))
+        predicted = {"own": labels, "mask": masked}
+        true = {"first": batch.part_labels, "small": batch.part_labels_small}
         for class_id in sorted(set(batch.class_ids.tolist())):
             chosen = batch.class_ids == class_id
             for (protocol, order), tables in self._tables.items():

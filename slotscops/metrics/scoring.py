@@ -19,7 +19,7 @@ from slotscops.loader.split import Split
 from slotscops.metrics.landmarks import LandmarkRegression
 from slotscops.metrics.protocols import Prediction, Predictor, ProtocolScores
 from slotscops.model.network import SlotScops
-from slotscops.shard.index import Dataset
+from slotscops.shard.index import ShardDataset
 
 BATCH_SIZE = 16
 _PICTURED_IMAGES = 8
@@ -49,7 +49,7 @@ def network_predictor(network: SlotScops, device: torch.device, classes: Sequenc
 
 
 def score_predictions(
-    predict: Predictor, batches: Iterable[Batch], dataset: Dataset, num_predicted: int, own_parts: bool = False
+    predict: Predictor, batches: Iterable[Batch], dataset: ShardDataset, num_predicted: int, own_parts: bool = False
 ) -> ProtocolScores:
     """Compares predicted and true labels over all batches, at the size of the crops. See `ProtocolScores`."""
     scores = ProtocolScores(_part_names(dataset), num_predicted, own_parts)
@@ -107,10 +107,10 @@ def picture_of_split(network: SlotScops, split: Split) -> Any:
     """A PIL image of the first crops of the split: photos, predicted parts and true parts."""
     batch = next(iter(evaluation_batches(split, _PICTURED_IMAGES)))
     device = next(network.parameters()).device
-    return comparison(batch.images, network_predictor(network, device)(batch).labels, batch.parts)
+    return comparison(batch.images, network_predictor(network, device)(batch).labels, batch.part_labels)
 
 
-def _part_names(dataset: Dataset) -> dict[str, list[str]]:
+def _part_names(dataset: ShardDataset) -> dict[str, list[str]]:
     """Part names by class, in the order of class ids."""
     return {name: dataset.part_names[name] for name in dataset.class_names}
 

@@ -4,6 +4,7 @@ Shapes: B images, S slots, D slot dimension, G x G decoder grid.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,13 @@ def _convolve(branch: nn.Module, maps: Tensor) -> Tensor:
     return functional.conv2d(maps, branch.weight[:, :, 1:2, 1:2], branch.bias)
 
 
+class DecoderOutput(NamedTuple):
+    """The input and the output of the decoder's head."""
+
+    broadcast: Tensor  # (B * S, D, G, G) the slot at every position, plus the positional encoding
+    slot_logits: Tensor  # (B * S, 1, G, G) float32
+
+
 class SlotDecoder(nn.Module):
     """Broadcasts each slot over a grid, adds a positional encoding and applies a head.
 
@@ -76,18 +84,14 @@ class SlotDecoder(nn.Module):
             layers = [nn.Conv2d(dim, width, size, padding=size // 2) for width in (dim, dim, 1)]
             self.head = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
-    def forward(self, slots: Tensor, grid: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, slots: Tensor, grid: Sequence[int] | None = None) -> DecoderOutput:
         """
         Args:
             slots: (B, S, D).
             grid: height and width, used only by a decoder that was made with grid None.
-
-        Returns:
-            broadcast: (B * S, D, G, G) input of the head: the slot at every position, plus the positional encoding.
-            slot_logits: (B * S, 1, G, G) float32.
         """
         height, width = (self.grid, self.grid) if self.grid is not None else grid or (8, 8)
         repeated = slots.flatten(0, 1)[:, :, None, None].expand(-1, -1, height, width)  # (B * S, D, G, G)
         broadcast: Tensor = self.positions(repeated)
         slot_logits: Tensor = self.head(broadcast)
-        return broadcast, slot_logits.float()
+        return DecoderOutput(broadcast, slot_logits.float())

@@ -15,7 +15,7 @@ from slotscops.model.basis import PartBasis
 from slotscops.model.decoder import SlotDecoder
 from slotscops.model.encoder import Encoder
 from slotscops.model.maps import part_maps
-from slotscops.model.part_logits import HeadLogits, SlotLogits, Tokens
+from slotscops.model.part_logits import HeadLogits, SlotLogits, SlotOutput, Tokens
 from slotscops.model.refinement import refine_maps
 from slotscops.model.saved_names import save_as_own
 from slotscops.model.slots import SlotAttention
@@ -25,15 +25,11 @@ from slotscops.model.target import TargetTransform
 class ModelOutput(NamedTuple):
     """All results of a forward pass, in the order of their computation.
 
-    It is a tuple, so that DDP and Accelerate find the tensors in it.
+    It is a tuple, and so are its members, so that DDP and Accelerate find the tensors in it.
     """
 
     encoded: Tensor  # (B, C_e, h, w) the encoder's maps, without positions
-    tokens: Tensor | None  # (B, N, D) input of the slots; tokens, slots and attention are None without slots
-    slots: Tensor | None  # (B, S, D)
-    attention: Tensor | None  # (B, S, N) of the last iteration; sums to 1 over slots
-    broadcast: Tensor | None  # (B * S, D, G, G) input of the decoder's head; None without decoder
-    slot_logits: Tensor | None  # (B * S, 1, G, G) output of the decoder's head; None without decoder
+    slot_output: SlotOutput | None  # the results of Slot Attention and of the decoder; None without slots
     logits: Tensor  # (B, S, G, G) from a decoder, else (B, S, h, w); slot 0 is the background
     basis: Tensor  # (K, C), or (B, K, C) if each class has its own rows; row k belongs to slot k + 1
     class_logits: Tensor | None  # (B, N_c), if each class has slots of its own; else None
@@ -49,10 +45,11 @@ class ModelOutput(NamedTuple):
         Raises:
             ValueError: if the model has no slots.
         """
-        if self.attention is None:
+        if self.slot_output is None:
             raise ValueError("this model has no slots, so there is no attention")
         height, width = self.encoded.shape[-2:]
-        return self.attention.view(*self.attention.shape[:2], height, width)
+        attention = self.slot_output.attention  # (B, S, N)
+        return attention.view(*attention.shape[:2], height, width)
 
 
 class SlotScops(nn.Module):
@@ -108,22 +105,16 @@ class SlotScops(nn.Module):
         """
         encoded = self.encoder(inputs)  # (B, C_e, h, w)
         if self.tokens is None:
-            found = self.part_logits(encoded)
-            return ModelOutput(encoded=encoded, tokens=None, **found._asdict(), basis=self.basis(), class_logits=None)
+            return ModelOutput(encoded, None, self.part_logits(encoded), self.basis(), class_logits=None)
         tokens = self.tokens(encoded)  # (B, N, D)
         class_logits = None
         if self.class_head is not None:
             # Detached, so that the classification term trains the class head only.
             class_logits = self.class_head(tokens.detach().mean(dim=1))  # (B, N_c)
             class_ids = class_logits.argmax(dim=1) if class_ids is None else class_ids
-        found = self.part_logits(tokens, encoded.shape[2:], noise, class_ids)
-        return ModelOutput(
-            encoded=encoded,
-            tokens=tokens,
-            **found._asdict(),
-            basis=self.basis(class_ids),  # (K, C), or (B, K, C)
-            class_logits=class_logits,
-        )
+        logits, slot_output = self.part_logits(tokens, encoded.shape[2:], noise, class_ids)
+        basis = self.basis(class_ids)  # (K, C), or (B, K, C)
+        return ModelOutput(encoded, slot_output, logits, basis, class_logits)
 
     def segment_maps(self, output: ModelOutput, photos: Tensor) -> Tensor:
         """(B, S, H, W) float32 soft maps for scores and pictures, upsampled to the photos and refined if so set.

@@ -9,20 +9,19 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from slotscops.model.decoder import DilatedHead, SlotDecoder
+from slotscops.model.decoder import DecoderOutput, DilatedHead, SlotDecoder
 from slotscops.model.slots import SlotAttention, SoftPositionEncoding
 
 _EPSILON = 1e-8  # keeps the log finite if an attention rounds to 0
 
 
-class PartLogits(NamedTuple):
-    """Logits of parts, and the intermediate results."""
+class SlotOutput(NamedTuple):
+    """The results of Slot Attention, from its input to the decoder."""
 
-    logits: Tensor  # (B, S, G, G), or (B, S, h, w) without decoder; slot 0 is the background
-    slots: Tensor | None = None  # (B, S, D); slots and attention are None without slots
-    attention: Tensor | None = None  # (B, S, N) of the last iteration; sums to 1 over slots
-    broadcast: Tensor | None = None  # (B * S, D, G, G) input of the decoder's head; None without decoder
-    slot_logits: Tensor | None = None  # (B * S, 1, G, G) output of the decoder's head; None without decoder
+    tokens: Tensor  # (B, N, D) input of the slots
+    slots: Tensor  # (B, S, D)
+    attention: Tensor  # (B, S, N) of the last iteration; sums to 1 over slots
+    decoded: DecoderOutput | None  # None if the attention itself gives the maps
 
 
 class HeadLogits(nn.Module):
@@ -33,10 +32,11 @@ class HeadLogits(nn.Module):
         self.norm = nn.LayerNorm(in_channels)
         self.head = DilatedHead(in_channels, num_slots)
 
-    def forward(self, encoded: Tensor) -> PartLogits:
+    def forward(self, encoded: Tensor) -> Tensor:
         """(B, C_e, h, w) -> logits (B, S, h, w)"""
         normalised = self.norm(encoded.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C_e, h, w)
-        return PartLogits(self.head(normalised))
+        logits: Tensor = self.head(normalised)
+        return logits
 
 
 class Tokens(nn.Module):
@@ -82,16 +82,22 @@ class SlotLogits(nn.Module):
 
     def forward(
         self, tokens: Tensor, grid: Sequence[int], noise: Tensor | None = None, class_ids: Tensor | None = None
-    ) -> PartLogits:
+    ) -> tuple[Tensor, SlotOutput]:
         """
         Args:
             tokens: (B, N, D).
             grid: h and w of the encoder's maps.
             noise, class_ids: see `SlotAttention`.
+
+        Returns:
+            logits: (B, S, G, G) from a decoder, else (B, S, h, w); slot 0 is the background.
+            output: the intermediate results.
         """
         slots, attention = self.slot_attention(tokens, noise, class_ids)  # (B, S, D), (B, S, N)
         if self.decoder is None:
-            return PartLogits((attention + _EPSILON).log().unflatten(2, grid), slots, attention)
-        broadcast, slot_logits = self.decoder(slots, grid)  # (B * S, D, G, G), (B * S, 1, G, G)
-        logits = slot_logits.view(-1, self.slot_attention.num_slots, *slot_logits.shape[2:])  # (B, S, G, G)
-        return PartLogits(logits, slots, attention, broadcast, slot_logits)
+            logits = (attention + _EPSILON).log().unflatten(2, grid)  # (B, S, h, w)
+            return logits, SlotOutput(tokens, slots, attention, decoded=None)
+        decoded: DecoderOutput = self.decoder(slots, grid)
+        num_slots, grid = self.slot_attention.num_slots, decoded.slot_logits.shape[2:]
+        logits = decoded.slot_logits.view(-1, num_slots, *grid)  # (B, S, G, G)
+        return logits, SlotOutput(tokens, slots, attention, decoded)

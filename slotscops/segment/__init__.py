@@ -1,1 +1,1 @@
-"""Finds the parts in photos with a trained model."""
+"""Finds the parts in photos with a trained model, and exports or publishes such a model."""

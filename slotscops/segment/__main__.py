@@ -29,7 +29,7 @@ from slotscops.core.photos import PHOTO_SUFFIXES, PassedOver, find_photos, read_
 from slotscops.core.pictures import label_image, picture_bytes
 from slotscops.core.pool import usable_cores
 from slotscops.segment.gallery import Entry, Gallery, Skipped, write_pictures
-from slotscops.segment.segmenter import Parts, Segmenter, load
+from slotscops.segment.segmenter import FoundParts, Segmenter, load
 
 _BATCH_PIXELS = 50_000_000  # pixels at which a batch ends early, so that huge photos fit into memory
 _ERRORS_OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
@@ -56,7 +56,7 @@ def _batches(
         yield batch
 
 
-def _write(out: Path, name: str, parts: Parts, num_slots: int, soft: bool) -> Entry:
+def _write(out: Path, name: str, parts: FoundParts, num_slots: int, soft: bool) -> Entry:
     """Writes the files of one photo."""
     write_bytes(out / f"{name}.parts.png", picture_bytes(label_image(parts.labels)))
     overlay = io.BytesIO()

@@ -34,7 +34,7 @@ _STRIP_PIXELS = 1_000_000  # pixels to upsample at a time, so that the labels of
 
 
 @dataclass(frozen=True)
-class Parts:
+class FoundParts:
     """The parts found in one photo. `maps` and `labels` are computed on first use and then kept."""
 
     photo: NDArray[np.uint8]  # (H, W, 3) RGB, upright
@@ -100,7 +100,7 @@ class Segmenter(HubModel):
         """Names of the classes that have parts of their own. Empty if all classes share their parts."""
         return [] if self.network.num_classes is None else self.trained.state.class_names
 
-    def segment(self, photo: str | Path | Image.Image, class_name: str | None = None) -> Parts:
+    def segment(self, photo: str | Path | Image.Image, class_name: str | None = None) -> FoundParts:
         """Finds the parts in one photo, of any size and mode.
 
         Args:
@@ -114,7 +114,9 @@ class Segmenter(HubModel):
         """
         return self.segment_batch([photo], class_name)[0]
 
-    def segment_batch(self, photos: Sequence[str | Path | Image.Image], class_name: str | None = None) -> list[Parts]:
+    def segment_batch(
+        self, photos: Sequence[str | Path | Image.Image], class_name: str | None = None
+    ) -> list[FoundParts]:
         """Finds the parts in several photos at once. They may have different sizes.
 
         Args:
@@ -132,7 +134,7 @@ class Segmenter(HubModel):
         names: list[str | None] = [class_name] * len(images)
         if output.class_logits is not None and class_name is None:
             names = [self.class_names[guess] for guess in output.class_logits.argmax(dim=1).tolist()]
-        return [Parts(np.asarray(image), logits[number], names[number]) for number, image in enumerate(images)]
+        return [FoundParts(np.asarray(image), logits[number], names[number]) for number, image in enumerate(images)]
 
     def _class_id(self, name: str) -> int:
         if name not in self.class_names:

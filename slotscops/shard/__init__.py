@@ -1,1 +1,1 @@
-"""Writes records into indexed tar files and reads them back by index."""
+"""Writes records into indexed tar files, reads them back by index, and shows what they contain."""

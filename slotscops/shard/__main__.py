@@ -24,11 +24,11 @@ from slotscops.datasets.pascal_part.source import open_pascal_part
 from slotscops.datasets.photo_folder import PhotoFolder
 from slotscops.datasets.sources import SPLITS
 from slotscops.datasets.toy import tree as toy
-from slotscops.features.__main__ import add_teacher_options, report
+from slotscops.features.__main__ import add_teacher_options, show_cache
 from slotscops.features.teacher import Teacher
 from slotscops.features.verify import verify_shards
 from slotscops.features.writer import build_cache
-from slotscops.shard.index import Dataset
+from slotscops.shard.index import ShardDataset
 from slotscops.shard.overview import inspect_shards
 from slotscops.shard.reader import ShardReader
 from slotscops.shard.remote import check_local, is_remote, shards_argument
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome = write_shards(pascal_part, options.out, settings, options.workers, source)
     _show(outcome, options.out)
     if teacher is not None:
-        report(build_cache(outcome.dataset, teacher, options.size, options.mirrored))
+        show_cache(build_cache(outcome.dataset, teacher, options.size, options.mirrored))
     return 1 if options.strict and outcome.num_damaged else 0
 
 
@@ -160,7 +160,7 @@ def _show(outcome: Outcome, out: Path) -> None:
         console.warn(f"left out {len(damaged) - _LISTED} more damaged files")
 
 
-def _count(dataset: Dataset, split: str) -> Counter[tuple[str, str]]:
+def _count(dataset: ShardDataset, split: str) -> Counter[tuple[str, str]]:
     """Images, objects, parts and bytes by (what, class)."""
     counts: Counter[tuple[str, str]] = Counter()
     images: set[tuple[str, str]] = set()

@@ -104,7 +104,7 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class ShardDataset:
     """The content of `SHARDS/index/dataset.json`."""
 
     folder: Path  # for remote shards, the folder of their local copies, which exist once opened
@@ -173,7 +173,7 @@ def dataset_path(shards: Path) -> Path:
     return shards / "index" / "dataset.json"
 
 
-def open_dataset(shards: str | Path) -> Dataset:
+def open_dataset(shards: str | Path) -> ShardDataset:
     """Reads `dataset.json` of a folder or a URL, and checks that every tar of a folder has the size it says.
 
     Raises:
@@ -189,7 +189,7 @@ def open_dataset(shards: str | Path) -> Dataset:
     return dataset
 
 
-def _open_remote(remote: RemoteFolder) -> Dataset:
+def _open_remote(remote: RemoteFolder) -> ShardDataset:
     try:
         remote.fetch_anew("index/dataset.json")
     except FileNotFoundError as error:
@@ -197,7 +197,7 @@ def _open_remote(remote: RemoteFolder) -> Dataset:
     return replace(read_dataset(remote.copy), remote=remote)
 
 
-def read_dataset(shards: Path) -> Dataset:
+def read_dataset(shards: Path) -> ShardDataset:
     """Reads `dataset.json` without checking the shards. Raises UserError as `open_dataset` does."""
     path = dataset_path(shards)
     if not path.is_file():
@@ -218,11 +218,11 @@ def read_dataset(shards: Path) -> Dataset:
     return dataset
 
 
-def write_dataset(dataset: Dataset) -> None:
+def write_dataset(dataset: ShardDataset) -> None:
     write_json(dataset_path(dataset.folder), _to_json(dataset) | {"digest": dataset.digest})
 
 
-def _check_tar(dataset: Dataset, entry: ShardEntry) -> None:
+def _check_tar(dataset: ShardDataset, entry: ShardEntry) -> None:
     path = dataset.tar_path(entry)
     if not path.is_file():
         raise UserError(f"{path}: is missing; bring it back or {_REBUILD}")
@@ -230,7 +230,7 @@ def _check_tar(dataset: Dataset, entry: ShardEntry) -> None:
         raise UserError(f"{path}: has {path.stat().st_size} bytes, needed {entry.num_bytes}; {_REBUILD}")
 
 
-def _to_json(dataset: Dataset) -> dict[str, Any]:
+def _to_json(dataset: ShardDataset) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "settings": dataset.settings,
@@ -240,14 +240,14 @@ def _to_json(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _from_json(shards: Path, content: dict[str, Any]) -> Dataset:
+def _from_json(shards: Path, content: dict[str, Any]) -> ShardDataset:
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']!r}, this version reads {FORMAT}")
-    dataset = Dataset(
+    dataset = ShardDataset(
         folder=shards,
         settings=dict(content["settings"]),
         class_names=_names(content["class_names"]),
-        part_names={name: _names(parts) for name, parts in content["part_names"].items()},
+        part_names={class_name: _names(names) for class_name, names in content["part_names"].items()},
         splits={split: [_entry(**entry) for entry in entries] for split, entries in content["splits"].items()},
     )
     if not 1 <= dataset.size <= _MAX_SIZE or not {*dataset.class_names} <= {*dataset.part_names}:

@@ -12,7 +12,7 @@ from slotscops.core import console
 from slotscops.core.errors import UserError
 from slotscops.core.files import write_bytes
 from slotscops.core.pictures import overlay, picture_bytes, sheet, voc_palette
-from slotscops.shard.index import Dataset, open_dataset
+from slotscops.shard.index import ShardDataset, open_dataset
 from slotscops.shard.reader import ShardReader
 from slotscops.shard.remote import is_remote
 
@@ -67,7 +67,7 @@ def inspect_shards(shards: str | Path, picture: Path | None = None) -> None:
     console.say(f"crops with their parts: {picture}")
 
 
-def _read(dataset: Dataset) -> tuple[dict[tuple[str, str], _ClassCounts], list[Image.Image]]:
+def _read(dataset: ShardDataset) -> tuple[dict[tuple[str, str], _ClassCounts], list[Image.Image]]:
     counts: dict[tuple[str, str], _ClassCounts] = defaultdict(_ClassCounts)
     tiles = []
     total = sum(dataset.num_samples(split) for split in dataset.splits)
@@ -77,7 +77,7 @@ def _read(dataset: Dataset) -> tuple[dict[tuple[str, str], _ClassCounts], list[I
     for split, entry in console.track(entries, len(entries), "reading shards"):
         reader = ShardReader(dataset, entry)
         for row in range(len(reader.index)):
-            description, labels = reader.read_description(row), reader.read_parts(row)
+            description, labels = reader.read_description(row), reader.read_part_labels(row)
             count, names = counts[split, description["class"]], dataset.part_names[description["class"]]
             count.objects += 1
             count.object_pixels += int(reader.read_object_mask(row).sum())
@@ -93,7 +93,7 @@ def _read(dataset: Dataset) -> tuple[dict[tuple[str, str], _ClassCounts], list[I
     return counts, tiles
 
 
-def _part_rows(dataset: Dataset, split: str, name: str, count: _ClassCounts) -> list[tuple[str, ...]]:
+def _part_rows(dataset: ShardDataset, split: str, name: str, count: _ClassCounts) -> list[tuple[str, ...]]:
     return [
         (
             name, split, part, f"{count.with_part[part]:,} ({100 * count.with_part[part] / count.objects:.0f} %)",

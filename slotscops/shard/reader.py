@@ -20,7 +20,7 @@ from torch import Tensor
 
 from slotscops.core.errors import DamageError, RunError, first_line
 from slotscops.core.records import MEMBERS, decode_image
-from slotscops.shard.index import Dataset, ShardEntry, ShardIndex
+from slotscops.shard.index import ShardDataset, ShardEntry, ShardIndex
 
 _MAX_OPEN_SHARDS = 64  # an open shard costs a file descriptor, of which a process may have 1,024
 
@@ -28,7 +28,7 @@ _MAX_OPEN_SHARDS = 64  # an open shard costs a file descriptor, of which a proce
 class ShardReader:
     """One shard's samples by row."""
 
-    def __init__(self, dataset: Dataset, entry: ShardEntry, index: ShardIndex | None = None) -> None:
+    def __init__(self, dataset: ShardDataset, entry: ShardEntry, index: ShardIndex | None = None) -> None:
         self.path = dataset.tar_path(entry)
         self.index = dataset.read_index(entry) if index is None else index
         self.size = dataset.size
@@ -80,7 +80,7 @@ class ShardReader:
         if came != pixels.shape:
             raise self._damage(row, "jpg", f"has {came[1]} x {came[0]} pixels, needed {self.size}")
 
-    def read_parts(self, row: int, smallest_on_top: bool = False) -> NDArray[np.uint8]:
+    def read_part_labels(self, row: int, smallest_on_top: bool = False) -> NDArray[np.uint8]:
         """(S, S) uint8 part labels, 0 = none."""
         return self._read_map(row, "parts_small.png" if smallest_on_top else "parts.png")
 
@@ -114,7 +114,7 @@ class ShardReaders:
     """The readers of a data set's shards, opened when first needed; the least recently used is closed beyond 64."""
 
     def __init__(
-        self, dataset: Dataset, entries: Sequence[ShardEntry], read_index: Callable[[int], ShardIndex]
+        self, dataset: ShardDataset, entries: Sequence[ShardEntry], read_index: Callable[[int], ShardIndex]
     ) -> None:
         self._dataset = dataset
         self._entries = entries

@@ -26,7 +26,15 @@ from slotscops.core.files import sha256_of_file, sha256_of_json, write_bytes, wr
 from slotscops.core.pool import WorkerPool
 from slotscops.core.records import MEMBERS, to_members
 from slotscops.datasets.sources import SPLITS, Candidate, LeftOut, Source
-from slotscops.shard.index import Dataset, ShardEntry, ShardIndex, dataset_path, index_path, open_dataset, write_dataset
+from slotscops.shard.index import (
+    ShardDataset,
+    ShardEntry,
+    ShardIndex,
+    dataset_path,
+    index_path,
+    open_dataset,
+    write_dataset,
+)
 
 _IMAGES_PER_SCAN = 256  # a unit of the first phase: a second or two of work
 Sample = tuple[str, str, dict[str, bytes]]  # key, class, members
@@ -44,7 +52,7 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    dataset: Dataset
+    dataset: ShardDataset
     left_out: list[LeftOut]
 
     @property
@@ -235,7 +243,7 @@ def _finish(
         raise UserError(f"{out}: no object is left to write: {left_out[-1].image}: {left_out[-1].reason}")
     write_json(_left_out_path(out), [asdict(item) for item in left_out])
     write_dataset(
-        Dataset(
+        ShardDataset(
             folder=out,
             settings=asdict(settings),
             class_names=settings.classes,

@@ -1,4 +1,4 @@
-"""Builds a network and its optimizer from settings, and a trained network from a checkpoint."""
+"""Builds a network and its optimizer from settings, and loads a trained network from a run or a published model."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from slotscops.train.run.published import is_published, read_published
 
 
 def build_model(config: Config, feature_channels: int, pretrained: bool = True, num_classes: int = 1) -> SlotScops:
-    """Builds the network of the settings on the CPU; the same seed gives the same network.
+    """Builds the network of the settings on the CPU. The same settings, with their seed, give the same network.
 
     What no loss of the settings depends on does not train: every trainable parameter receives a gradient.
 
@@ -25,6 +25,9 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True, 
         feature_channels: C of the teacher's features.
         pretrained: False if a checkpoint is loaded afterwards, so that no ImageNet weights are needed.
         num_classes: number of object classes; it matters only if `slots.per_class` is `own`.
+
+    Raises:
+        UserError: if settings exclude each other, or the encoder's weights cannot be obtained or do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -68,19 +71,21 @@ def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
 
 
 class Trained(NamedTuple):
-    """A network read from a checkpoint, with its settings, the checkpoint's path and the training state."""
+    """A trained network with its settings, the path it was read from, and the training state saved with it."""
 
     network: SlotScops
     config: Config
-    path: Path  # of the checkpoint
+    path: Path  # of the checkpoint or the published model
     state: State
 
 
 def load_model(run_or_checkpoint: Path) -> Trained:
-    """Loads the trained network of a run, of a checkpoint, or of an exported model.
+    """Loads the trained network of a run, of a checkpoint, or of a published model (see `train.run.published`).
+
+    Of a run it loads the newest checkpoint that is whole.
 
     Raises:
-        UserError: the path holds no model, the model is damaged, or its settings do not fit the tensors.
+        UserError: if the path holds no model, the model is damaged, or its settings do not fit the tensors.
     """
     if is_published(run_or_checkpoint):
         path = run_or_checkpoint

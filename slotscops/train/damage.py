@@ -10,7 +10,7 @@ from torch import tensor
 from slotscops.core import console
 from slotscops.core.errors import RunError
 from slotscops.core.files import write_json
-from slotscops.shard.index import Dataset
+from slotscops.shard.index import ShardDataset
 from slotscops.train.run.folder import RunFolder
 
 _NAMED = 3  # samples named in the error that ends the run; each was reported before, and the run folder lists all
@@ -19,7 +19,7 @@ _NAMED = 3  # samples named in the error that ends the run; each was reported be
 class DamageLedger:
     """The damaged samples found so far: key -> reason. It is the same on every process after `agree`."""
 
-    def __init__(self, dataset: Dataset, split: str, max_share: float, folder: RunFolder) -> None:
+    def __init__(self, dataset: ShardDataset, split: str, max_share: float, folder: RunFolder) -> None:
         """
         Args:
             max_share: share of the split's samples that may be damaged; `agree` raises RunError if more are.

@@ -18,7 +18,7 @@ from slotscops.core.files import sha256_of_json
 from slotscops.features.cache import FeatureCache, open_cache, warn_if_random
 from slotscops.features.teacher import Teacher
 from slotscops.loader import plan
-from slotscops.shard.index import Dataset, open_dataset
+from slotscops.shard.index import ShardDataset, open_dataset
 from slotscops.train.trackers import choose_trackers
 
 CPU_LAUNCH = (
@@ -122,7 +122,9 @@ def microbatches_of_process(config: Config, num_processes: int) -> int:
     return train.microbatches // num_processes
 
 
-def check_same_on_all_ranks(config: Config, dataset: Dataset, cache: FeatureCache, start_from: Path | None) -> None:
+def check_same_on_all_ranks(
+    config: Config, dataset: ShardDataset, cache: FeatureCache, start_from: Path | None
+) -> None:
     """Refuses to train if settings or data differ between processes, such as an old copy on one node.
 
     Raises:
@@ -157,7 +159,7 @@ def _check_environment() -> None:
         )
 
 
-def open_training_data(config: Config) -> tuple[Dataset, FeatureCache]:
+def open_training_data(config: Config) -> tuple[ShardDataset, FeatureCache]:
     """Opens the shards and their feature cache, and checks them against the settings.
 
     Raises:
@@ -173,7 +175,7 @@ def open_training_data(config: Config) -> tuple[Dataset, FeatureCache]:
     return dataset, cache
 
 
-def _warn_if_fetched_again_and_again(dataset: Dataset, cache: FeatureCache) -> None:
+def _warn_if_fetched_again_and_again(dataset: ShardDataset, cache: FeatureCache) -> None:
     """Warns if the cache is smaller than the data. Training reads in random order and would fetch again and again."""
     if dataset.remote is None or not console.is_main():
         return
@@ -189,7 +191,7 @@ def _warn_if_fetched_again_and_again(dataset: Dataset, cache: FeatureCache) -> N
         )
 
 
-def open_dataset_of_size(config: Config) -> Dataset:
+def open_dataset_of_size(config: Config) -> ShardDataset:
     dataset = open_dataset(config.data.shards)
     if dataset.size != config.data.size:
         raise UserError(

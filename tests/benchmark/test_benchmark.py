@@ -81,7 +81,7 @@ def test_the_commands_write_the_figures_they_promise(
     assert "images a second by processes, global batch fixed" in text
 
 
-def test_a_report_that_is_none_and_a_readme_without_the_markers_are_refused(tmp_path: Path) -> None:
+def test_a_file_without_figures_and_a_readme_without_the_markers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no markers")
     (tmp_path / "none.json").write_text("{}")
     for arguments in ([], [str(tmp_path / "none.json")]):

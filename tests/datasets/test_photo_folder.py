@@ -138,21 +138,21 @@ def test_greys_of_few_bits_are_the_labels_that_were_written(tmp_path: Path, dept
     labels = tuple(range(1, min(2**depth, 4)))
     out = shard_one(tmp_path, small_png(boxes(*labels), depth))
     assert open_dataset(out).part_names == {"object": [f"part_{label}" for label in labels]}
-    assert set(np.unique(records(out)["a.png"].parts)) == {0, *labels}
+    assert set(np.unique(records(out)["a.png"].part_labels)) == {0, *labels}
 
 
 def test_a_rim_of_255_is_neither_part_nor_object(tmp_path: Path) -> None:
     record = records(shard_one(tmp_path, png(boxes(1, 2, 255))))["a.png"]
-    assert set(np.unique(record.parts)) == {0, 1, 2}
+    assert set(np.unique(record.part_labels)) == {0, 1, 2}
     assert record.description["box"] == [8, 10, 16, 30]
-    assert (record.object_mask == (record.parts > 0)).all()
+    assert (record.object_mask == (record.part_labels > 0)).all()
 
 
 def test_255_alone_is_the_mask_of_an_object_without_parts(tmp_path: Path) -> None:
     out = shard_one(tmp_path, png(boxes(255)))
     record = records(out)["a.png"]
     assert open_dataset(out).part_names == {"object": []}
-    assert not record.parts.any()
+    assert not record.part_labels.any()
     assert record.object_mask.any()
     assert record.description["box"] == [8, 10, 12, 30]
 

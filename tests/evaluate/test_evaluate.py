@@ -37,8 +37,8 @@ def split(toy_shards: Path) -> Split:
 def labels_of(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Class of each sample (N,) and true labels (N, H, W)."""
     batch = split.read(np.arange(len(split)))
-    assert batch.parts is not None
-    return batch.class_ids.numpy(), batch.parts.numpy()
+    assert batch.part_labels is not None
+    return batch.class_ids.numpy(), batch.part_labels.numpy()
 
 
 def test_scores_of_each_class_are_those_of_scikit_learn_on_the_same_labels(split: Split) -> None:
@@ -82,8 +82,8 @@ def test_pooled_scores_keep_the_parts_of_different_classes_apart(split: Split) -
 
 def test_a_perfect_prediction_scores_1(split: Split) -> None:
     def predict(batch: Batch) -> Prediction:
-        assert batch.parts is not None
-        return Prediction(batch.parts, batch.parts)
+        assert batch.part_labels is not None
+        return Prediction(batch.part_labels, batch.part_labels)
 
     scores = score_predictions(predict, evaluation_batches(split, 4), split.dataset, 30)
     for protocol in PROTOCOLS:
@@ -106,9 +106,9 @@ def test_a_baseline_finds_g_labels_and_one_fewer_on_the_object_and_the_same_agai
     batch = split.read(np.arange(6))
     first, second = (baselines.fit(name, split, 4, seed=1, transform="sqrt")(batch) for _ in range(2))
     assert set(first.labels.unique().tolist()) <= set(range(4))
-    assert set(first.parts.unique().tolist()) <= set(range(1, 4))
+    assert set(first.labels_without_background.unique().tolist()) <= set(range(1, 4))
     assert torch.equal(first.labels, second.labels)
-    assert torch.equal(first.parts, second.parts)
+    assert torch.equal(first.labels_without_background, second.labels_without_background)
 
 
 def test_a_classifier_taught_the_true_parts_beats_clusters_of_the_same_features(split: Split) -> None:
@@ -120,7 +120,9 @@ def test_a_classifier_taught_the_true_parts_beats_clusters_of_the_same_features(
     taught, again = (supervised.fit(split, seed=1) for _ in range(2))
     batch = split.read(np.arange(6))
     assert torch.equal(taught(batch).labels, again(batch).labels)
-    assert set(taught(batch).parts.unique().tolist()) <= set(range(1, supervised.num_predicted(split)))
+    assert set(taught(batch).labels_without_background.unique().tolist()) <= set(
+        range(1, supervised.num_predicted(split))
+    )
     assert score(taught, supervised.num_predicted(split), True) > 1.5 * score(
         baselines.fit("kmeans", split, 6), 6, False
     )
@@ -329,12 +331,12 @@ def test_on_real_annotations_the_orders_differ_and_every_protocol_has_its_number
     assert shard.main(["--root", str(real_data / "pascal_part"), "--out", str(out), *small]) == 0
     split = Split(open_dataset(out), "train", None, with_labels=True)
     batch = split.read(np.arange(len(split)))
-    assert batch.parts is not None
-    assert batch.parts_small is not None
-    assert torch.equal(batch.parts > 0, batch.parts_small > 0)
+    assert batch.part_labels is not None
+    assert batch.part_labels_small is not None
+    assert torch.equal(batch.part_labels > 0, batch.part_labels_small > 0)
     # Heads are listed before the eyes on them: only with the smallest on top are there parts below others.
-    assert (batch.parts != batch.parts_small).float().mean() > 0.01
-    assert len(torch.unique(batch.parts_small)) > len(torch.unique(batch.parts))
+    assert (batch.part_labels != batch.part_labels_small).float().mean() > 0.01
+    assert len(torch.unique(batch.part_labels_small)) > len(torch.unique(batch.part_labels))
     json_path = tmp_path / "scores.json"
     command = ["--baseline", "position", "--shards", str(out), "--split", "train", "--json", str(json_path)]
     assert evaluate.main(command) == 0

@@ -18,7 +18,7 @@ from slotscops.features import __main__ as features
 from slotscops.features.cache import open_cache, open_features
 from slotscops.features.teacher import Teacher
 from slotscops.features.writer import build_cache
-from slotscops.shard.index import Dataset, open_dataset
+from slotscops.shard.index import ShardDataset, open_dataset
 from slotscops.shard.reader import ShardReader
 
 TEACHER = ["--teacher-weights", "random:0"]
@@ -39,7 +39,7 @@ def opened(shards: Path) -> features.FeatureCache:
 
 
 def test_every_row_is_the_teachers_answer_to_that_very_crop(toy_shards: Path) -> None:
-    dataset: Dataset = open_dataset(toy_shards)
+    dataset: ShardDataset = open_dataset(toy_shards)
     teacher = Teacher("relu5_4", "random:0")
     for entries in dataset.splits.values():
         for entry in entries:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import python
 
 from slotscops.core.errors import RunError
 from slotscops.core.records import Batch, decode_image
@@ -28,7 +29,7 @@ def plan_of(split: Split, rank: int = 0, ranks: int = 1, accumulation: int = 1, 
 
 def assert_same(first: Batch, second: Batch) -> None:
     assert first.keys == second.keys
-    for name in ("images", "features", "parts", "parts_small", "object_masks", "class_ids"):
+    for name in ("images", "features", "part_labels", "part_labels_small", "object_masks", "class_ids"):
         mine, other = getattr(first, name), getattr(second, name)
         assert (mine is None and other is None) or torch.equal(mine, other), name
 
@@ -37,8 +38,8 @@ def test_a_batch_holds_exactly_what_the_tar_and_the_cache_hold(toy_shards: Path)
     split = open_split(toy_shards)
     order = np.random.default_rng(0).permutation(len(split))
     batch = split.read(order)
-    assert batch.parts is not None
-    assert batch.parts_small is not None
+    assert batch.part_labels is not None
+    assert batch.part_labels_small is not None
     assert batch.object_masks is not None
     assert batch.features is not None
     rows = [(entry, row) for entry in split.dataset.splits["train"] for row in range(entry.num_samples)]
@@ -50,8 +51,8 @@ def test_a_batch_holds_exactly_what_the_tar_and_the_cache_hold(toy_shards: Path)
         assert split.dataset.class_names[int(batch.class_ids[place])] == description["class"]
         pixels = decode_image(reader.read_member(row, "jpg"))
         assert (batch.images[place].permute(1, 2, 0).numpy() == pixels).all()
-        assert (batch.parts[place].numpy() == reader.read_parts(row)).all()
-        assert (batch.parts_small[place].numpy() == reader.read_parts(row, smallest_on_top=True)).all()
+        assert (batch.part_labels[place].numpy() == reader.read_part_labels(row)).all()
+        assert (batch.part_labels_small[place].numpy() == reader.read_part_labels(row, smallest_on_top=True)).all()
         assert (batch.object_masks[place].numpy() == reader.read_object_mask(row)).all()
         assert split.cache is not None
         assert torch.equal(batch.features[place], split.cache.open_shard(entry)[row])
@@ -65,7 +66,7 @@ def test_training_batches_follow_the_plan_with_any_number_of_workers(toy_shards:
     assert [batch.keys for batch in batches] == [[split.key(int(s)) for s in row] for row in samples]
     for batch, row in zip(batches, samples, strict=True):
         assert_same(batch, split.read(row))
-        assert batch.parts is None
+        assert batch.part_labels is None
 
 
 def test_the_microbatches_of_all_ranks_make_up_the_global_batch(toy_shards: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_split_reads_the_members_it_is_told_to_and_no_other(
     assert read == dict.fromkeys(members, 3)
     assert (batch.object_masks is not None) == ("object.png" in members)
     whole = Split(split.dataset, "train", None, with_labels=True).read(np.array([0, 3, len(split) + 1]))
-    for name in ("parts", "parts_small", "object_masks"):
+    for name in ("part_labels", "part_labels_small", "object_masks"):
         assert getattr(batch, name) is None or torch.equal(getattr(batch, name), getattr(whole, name))
 
 
@@ -160,7 +161,7 @@ def test_a_tensor_field_that_is_added_to_a_batch_is_moved_and_kept_with_the_othe
     plain = open_split(toy_shards).read(np.array([0, 1]))
     values = {field.name: getattr(plain, field.name) for field in fields(plain)} | {"damaged": {"a": "cut"}}
     batch = BatchWithDepth(**values, depth=torch.zeros(2, 8, 8))
-    tensors = {"images", "features", "parts", "parts_small", "object_masks", "class_ids", "depth"}
+    tensors = {"images", "features", "part_labels", "part_labels_small", "object_masks", "class_ids", "depth"}
     moved = batch.to(torch.device("meta"))
     assert {name for name in tensors if getattr(moved, name).device.type == "meta"} == tensors
     assert (moved.keys, moved.damaged) == (batch.keys, batch.damaged)
@@ -168,3 +169,18 @@ def test_a_tensor_field_that_is_added_to_a_batch_is_moved_and_kept_with_the_othe
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(tensor))
     batch.record_stream(None)  # type: ignore[arg-type]
     assert {id(tensor) for tensor in kept} == {id(getattr(batch, name)) for name in tensors}
+
+
+def test_a_loader_worker_imports_no_network_and_sharding_no_model() -> None:
+    listed = python(
+        "-c",
+        "import sys, slotscops.loader.batches\n"
+        "print(*sys.modules)\n"
+        "import slotscops.shard.__main__\n"
+        "print(*sys.modules)",
+    )
+    worker, sharding = (set(line.split()) for line in listed.stdout.splitlines())
+    assert "slotscops.loader.split" in worker
+    assert not worker & {"torchvision", "accelerate", "slotscops.model", "slotscops.features.teacher"}
+    assert "slotscops.shard.writer" in sharding
+    assert "slotscops.model" not in sharding

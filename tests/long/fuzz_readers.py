@@ -179,7 +179,7 @@ def read_tar(corpus: Corpus, generator: Generator) -> None:
         for row in range(len(reader.index)):
             try:
                 photo = reader.read_images([row])[0]
-                reader.read_parts(row)
+                reader.read_part_labels(row)
                 reader.read_object_mask(row)
                 reader.read_description(row)
                 for member in MEMBERS:

@@ -27,11 +27,11 @@ def make_batch(generator: np.random.Generator, num_images: int, side: int = 6) -
     batch = Batch(
         images=torch.zeros(num_images, 3, side, side, dtype=torch.uint8),
         features=None,
-        parts=first,
+        part_labels=first,
         object_masks=torch.from_numpy(generator.random(shape) < 0.7),
         class_ids=classes,
         keys=[str(number) for number in range(num_images)],
-        parts_small=small,
+        part_labels_small=small,
     )
     labels, parts = (torch.from_numpy(generator.integers(least, P, shape)) for least in (0, 1))
     return Prediction(labels, parts), batch
@@ -39,12 +39,12 @@ def make_batch(generator: np.random.Generator, num_images: int, side: int = 6) -
 
 def expected_labels(prediction: Prediction, batch: Batch, protocol: str, order: str) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and true label maps (B, H, W), as the protocol's text says; -1 where a pixel does not count."""
-    assert batch.parts is not None
-    assert batch.parts_small is not None
+    assert batch.part_labels is not None
+    assert batch.part_labels_small is not None
     assert batch.object_masks is not None
-    true = (batch.parts if order == "first" else batch.parts_small).numpy().astype(int)
+    true = (batch.part_labels if order == "first" else batch.part_labels_small).numpy().astype(int)
     if protocol == "mask":
-        return np.where(batch.object_masks.numpy(), prediction.parts.numpy(), 0), true
+        return np.where(batch.object_masks.numpy(), prediction.labels_without_background.numpy(), 0), true
     return prediction.labels.numpy(), np.where(true == 0, -1, true) if protocol == "foreground" else true
 
 

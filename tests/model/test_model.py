@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel.distributed import _find_tensors
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from slotscops.config import load_config
 from slotscops.core.errors import UserError
@@ -54,7 +57,10 @@ def test_every_intermediate_has_the_shape_of_the_design(resnet50: ResNetEncoder,
     model = network_of(resnet50)
     with torch.no_grad():
         output = model(photos(2, size))
-    tensors = {name: tensor for name, tensor in output._asdict().items() if tensor is not None}
+    parts_of_output = (output, output.slot_output, output.slot_output.decoded)
+    tensors = {
+        name: value for part in parts_of_output for name, value in part._asdict().items() if torch.is_tensor(value)
+    }
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         "encoded": (2, 2048, side, side),
         "tokens": (2, side * side, 64),
@@ -89,7 +95,7 @@ def test_cached_features_need_no_backbone_and_are_taken_as_they_are() -> None:
 def test_slot_s_of_image_b_lands_in_channel_s_of_image_b() -> None:
     model = network_of(FeatureEncoder(16))
     output = model(torch.rand(3, 16, 4, 4))
-    _, alone = model.part_logits.decoder(output.slots[1:2, 4:5])
+    _, alone = model.part_logits.decoder(output.slot_output.slots[1:2, 4:5])
     torch.testing.assert_close(output.logits[1, 4], alone[0, 0])
     logits = torch.zeros(1, 6, 2, 2)
     logits[0, 2, :, 1] = 3.0
@@ -226,8 +232,8 @@ def test_every_trainable_parameter_gets_a_gradient_in_either_precision(
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
         output = model(photos(2, 64))
     assert output.encoded.dtype == precision
-    for name in ("slots", "attention", "logits", "basis"):
-        assert getattr(output, name).dtype == torch.float32
+    for tensor in (output.slot_output.slots, output.slot_output.attention, output.logits, output.basis):
+        assert tensor.dtype == torch.float32
     torch.autograd.backward(loss_of(output))
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -256,20 +262,36 @@ def test_the_groups_hold_every_trainable_parameter_once() -> None:
     assert set(collected) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
-def test_the_whole_network_is_one_graph_for_the_compiler(resnet18: ResNetEncoder) -> None:
-    model = network_of(resnet18)
+@pytest.mark.parametrize("maps", ["head", "attention", "head_only"])
+def test_the_whole_network_is_one_graph_for_the_compiler(resnet18: ResNetEncoder, maps: str) -> None:
+    model = network_of(resnet18, f"decoder.maps={maps}")
     images = photos(1, 64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        for eager, traced in zip(model(images), compiled(images), strict=True):
-            torch.testing.assert_close(eager, traced)
+        eager, traced = model(images), compiled(images)
+    assert type(traced) is type(eager)
+    assert type(traced.slot_output) is type(eager.slot_output)
+    torch.testing.assert_close(traced, eager)
+
+
+@pytest.mark.parametrize("maps", ["head", "attention", "head_only"])
+def test_accelerate_and_ddp_find_the_tensors_in_the_nested_output(maps: str) -> None:
+    model = network_of(FeatureEncoder(16), f"decoder.maps={maps}")
+    output = model(torch.rand(2, 16, 4, 4))
+    half = tree_map_only(torch.Tensor, lambda tensor: tensor.bfloat16(), output)
+    converted = convert_to_fp32(half)  # Accelerate does this to the output under bf16
+    assert [type(member) for member in converted] == [type(member) for member in output]
+    found, _ = tree_flatten(converted)
+    tensors = [tensor for tensor in found if tensor is not None]
+    assert all(tensor.dtype == torch.float32 for tensor in tensors)
+    # This is the function with which DDP finds where to start looking for unused parameters.
+    assert {id(tensor) for tensor in _find_tensors(converted)} == {id(tensor) for tensor in tensors}
 
 
 def test_without_decoder_the_maps_are_the_attention_on_the_encoders_grid() -> None:
     model = network_of(FeatureEncoder(8), "decoder.maps=attention", feature_channels=8)
     output = model(torch.rand(2, 8, 5, 7))
-    assert output.broadcast is None
-    assert output.slot_logits is None
+    assert output.slot_output.decoded is None
     assert output.logits.shape == (2, 6, 5, 7)
     torch.testing.assert_close(output.logits.softmax(dim=1), output.attention_maps())
     (output.logits.square().sum() + output.basis.sum()).backward()

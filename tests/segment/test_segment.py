@@ -15,7 +15,7 @@ import slotscops
 from slotscops.core.errors import RunError, UserError
 from slotscops.evaluate.__main__ import main as evaluate_main
 from slotscops.segment import __main__ as segment
-from slotscops.segment.segmenter import Parts
+from slotscops.segment.segmenter import FoundParts
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_labels_of_a_large_photo_are_found_strip_by_strip(run: Path, monkeypatch
     parts = slotscops.load(run).segment(photo((83, 131)))
     whole = parts.maps
     monkeypatch.setattr("slotscops.segment.segmenter._STRIP_PIXELS", 1000)
-    strips = Parts(parts.photo, parts.logits)
+    strips = FoundParts(parts.photo, parts.logits)
     np.testing.assert_allclose(strips.maps, whole, atol=1e-6)
     assert (strips.labels == strips.maps.argmax(axis=0)).all()
 

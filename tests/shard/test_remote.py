@@ -22,7 +22,7 @@ from slotscops.loader.plan import TrainingPlan
 from slotscops.loader.split import Split
 from slotscops.shard import __main__ as shard
 from slotscops.shard import remote
-from slotscops.shard.index import Dataset, open_dataset
+from slotscops.shard.index import ShardDataset, open_dataset
 from slotscops.shard.overview import inspect_shards
 
 TAR = "train-000000.tar"
@@ -44,7 +44,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def read_all(dataset: Dataset) -> list[bytes]:
+def read_all(dataset: ShardDataset) -> list[bytes]:
     """Every crop and every feature of the training split, twice, in an order that jumps between shards."""
     split = Split(dataset, "train", open_cache(dataset, "relu5_4", 64), with_labels=True)
     numbers = np.random.default_rng(0).permutation(len(split)).tolist() * 2

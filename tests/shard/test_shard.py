@@ -64,10 +64,10 @@ def test_plain_webdataset_reads_every_sample_with_its_members(shards: Path) -> N
         for sample in samples:
             record = from_members(sample["__key__"], {name: sample[name] for name in sample if name[0] != "_"})
             assert record.image.shape == (48, 48, 3)
-            assert record.parts.shape == record.object_mask.shape == (48, 48)
+            assert record.part_labels.shape == record.object_mask.shape == (48, 48)
             assert record.key == f"{record.description['image']}_{record.description['object']}"
             names = dataset.part_names[record.description["class"]]
-            shown = {names[label - 1] for label in np.unique(record.parts) if label}
+            shown = {names[label - 1] for label in np.unique(record.part_labels) if label}
             assert shown <= set(record.description["part_names"])
     gc.collect()
 

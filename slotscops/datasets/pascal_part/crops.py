@@ -51,8 +51,8 @@ def _make_record(candidate: Candidate, item: AnnotatedObject, photo: Image.Image
     return Record(
         key=f"{candidate.image}_{candidate.object_number}",
         image=crop_photo(photo, crop, size),
-        parts=crop_labels(labels, crop, size),
-        parts_small=crop_labels(small, crop, size),
+        part_labels=crop_labels(labels, crop, size),
+        part_labels_small=crop_labels(small, crop, size),
         object_mask=crop_labels(Image.fromarray(item.mask.astype(np.uint8)), crop, size) > 0,
         description={
             "image": candidate.image,

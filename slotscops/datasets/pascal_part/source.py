@@ -10,7 +10,7 @@ from slotscops.datasets.pascal_part.classes import PART_NAMES
 from slotscops.datasets.pascal_part.crops import read_records
 from slotscops.datasets.pascal_part.scan import scan_image
 from slotscops.datasets.pascal_part.tree import PascalPartTree, find_splits, list_images, open_tree
-from slotscops.datasets.sources import Candidate, ImageScan, LeftOut, SplitsOfImages
+from slotscops.datasets.sources import Candidate, ImageScan, LeftOut, SplitAssignment
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PascalPart:
     def list_images(self) -> list[str]:
         return list_images(self.tree)
 
-    def splits(self, class_names: list[str]) -> SplitsOfImages:
+    def splits(self, class_names: list[str]) -> SplitAssignment:
         return find_splits(self.tree, class_names)
 
     def scan(

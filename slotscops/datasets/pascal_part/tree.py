@@ -144,7 +144,7 @@ def list_images(tree: PascalPartTree) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Splits:
+class SplitLists:
     """Which split an object belongs to: by its class and its image."""
 
     lists: dict[str, dict[str, str]]  # class -> image -> split
@@ -154,7 +154,7 @@ class Splits:
         return {name: splits[image] for name, splits in self.lists.items() if image in splits}
 
 
-def find_splits(tree: PascalPartTree, class_names: list[str]) -> Splits:
+def find_splits(tree: PascalPartTree, class_names: list[str]) -> SplitLists:
     """Reads `ImageSets/Main/{class}_{train,val}.txt`; a class without a list of its own follows `{train,val}.txt`.
 
     A list names all images of the split; its second column says whether the class is in the image. The annotation
@@ -163,7 +163,7 @@ def find_splits(tree: PascalPartTree, class_names: list[str]) -> Splits:
     Raises:
         UserError: no list at all for a class, a line that is none of a list, an image in both splits.
     """
-    return Splits({name: _splits_of_class(tree, name) for name in class_names})
+    return SplitLists({name: _splits_of_class(tree, name) for name in class_names})
 
 
 def _splits_of_class(tree: PascalPartTree, class_name: str) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""A run on disk: its folder, its checkpoints and its page."""
+"""A run on disk: its folder, its checkpoints and its page; and a model published without its run."""

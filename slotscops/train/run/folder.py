@@ -12,7 +12,7 @@ from slotscops.core.claims import differences
 from slotscops.core.errors import UserError
 from slotscops.core.files import json_numbers, write_bytes, write_json
 from slotscops.features.cache import FeatureCache
-from slotscops.shard.index import Dataset
+from slotscops.shard.index import ShardDataset
 from slotscops.train.run.checkpoint import State, list_checkpoints, verify_checkpoint
 
 # Settings that may change between two starts of one run without making it another run.
@@ -167,7 +167,7 @@ def read_config(checkpoint: Path) -> Config:
     raise UserError(f"{checkpoint}: no config.yaml beside it or in its run folder; copy it there")
 
 
-def check_same_run(saved: State, config: Config, dataset: Dataset, cache: FeatureCache, path: Path) -> None:
+def check_same_run(saved: State, config: Config, dataset: ShardDataset, cache: FeatureCache, path: Path) -> None:
     """Refuses to go on with settings or data that make another model or another order of samples."""
     earlier = to_mapping(config_from_mapping(saved.config, str(path)))
     for name in differences(earlier, to_mapping(config)):

@@ -67,13 +67,13 @@ def test_the_masks_of_a_crop_lie_where_the_photo_shows_them(
     (record,), left_out = read_records(tree, "a", [candidate], size)
     assert left_out == []
     assert record.image.shape == (size, size, 3)
-    assert record.parts.shape == record.object_mask.shape == (size, size)
+    assert record.part_labels.shape == record.object_mask.shape == (size, size)
     # Red is the object, green its part; only pixels on an edge may differ, and the fill beyond the photo is grey.
     fill = (np.abs(record.image.astype(int) - (124, 116, 104)) < 40).all(axis=2)
     wrong = ((record.image[..., 0] > 127) != record.object_mask) & ~fill
-    wrong |= ((record.image[..., 1] > 127) != (record.parts == 1)) & ~fill
+    wrong |= ((record.image[..., 1] > 127) != (record.part_labels == 1)) & ~fill
     edges = np.zeros_like(wrong)
-    for values in (record.object_mask, record.parts, fill):
+    for values in (record.object_mask, record.part_labels, fill):
         for axis in (0, 1):
             for shift in (-1, 1):
                 edges |= np.roll(values, shift, axis) != values
@@ -88,7 +88,7 @@ def test_a_crop_beyond_the_photo_is_filled_with_the_mean_colour_of_imagenet(tmp_
     np.testing.assert_array_equal(record.image[:13], np.broadcast_to((124, 116, 104), (13, 66, 3)))
     np.testing.assert_array_equal(record.image[13:53, 3:63], 255)
     np.testing.assert_array_equal(record.object_mask, rectangle(66, 66, (3, 13, 63, 53)))
-    np.testing.assert_array_equal(record.parts, rectangle(66, 66, (3, 13, 63, 53)))
+    np.testing.assert_array_equal(record.part_labels, rectangle(66, 66, (3, 13, 63, 53)))
 
 
 def test_a_record_says_where_it_comes_from_and_which_parts_it_shows(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_record_says_where_it_comes_from_and_which_parts_it_shows(tmp_path: Pa
         "source_size": [60, 40],
         "part_names": ["head", "tail"],  # in the order of the labels; the eye lies below the tail
     }
-    assert set(np.unique(record.parts)) == {0, 1, PART_NAMES["horse"].index("tail") + 1}
+    assert set(np.unique(record.part_labels)) == {0, 1, PART_NAMES["horse"].index("tail") + 1}
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])

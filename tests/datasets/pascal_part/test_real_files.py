@@ -66,7 +66,7 @@ def test_the_real_horse_becomes_a_record(real_data: Path) -> None:
         "head", "torso", "neck", "lfuleg", "lflleg", "lbuleg", "lblleg", "tail", "lfho", "lbho",
     ]  # fmt: skip
     assert 0.1 < record.object_mask.mean() < 0.5
-    assert ((record.parts > 0) <= record.object_mask).all()
+    assert ((record.part_labels > 0) <= record.object_mask).all()
 
 
 def test_all_800_real_faces_are_kept_in_their_splits(real_data: Path) -> None:

@@ -34,14 +34,14 @@ _LINES = {
 }
 
 
-def write_section(reports: Sequence[Path], readme: Path) -> None:
+def write_section(files: Sequence[Path], readme: Path) -> None:
     """Puts a table of all figures between the markers in the README.
 
     Raises:
-        UserError: a report that is none, or a README without the markers.
+        UserError: a file without figures of the benchmark, or a README without the markers.
     """
     rows = ["| what | figure | setting | machine, commit |", "|---|---|---|---|"]
-    for path in reports:
+    for path in files:
         rows += _rows(_read(path))
     text = readme.read_text()
     before, begin, rest = text.partition(_BEGIN)
@@ -53,23 +53,23 @@ def write_section(reports: Sequence[Path], readme: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        report: dict[str, Any] = json.loads(path.read_text())
-        report["machine"]["device"]
+        figures: dict[str, Any] = json.loads(path.read_text())
+        figures["machine"]["device"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no report of the benchmark ({error}); write one with --json") from None
-    return report
+        raise UserError(f"{path}: holds no figures of the benchmark ({error}); write one with --json") from None
+    return figures
 
 
-def _rows(report: dict[str, Any]) -> list[str]:
-    machine = report["machine"]
+def _rows(figures: dict[str, Any]) -> list[str]:
+    machine = figures["machine"]
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['commit']}"
-    setting = report.get("setting", "")
+    setting = figures.get("setting", "")
     rows = [
-        f"| {meaning} | {style.format(report[key])} | {setting} | {where} |"
+        f"| {meaning} | {style.format(figures[key])} | {setting} | {where} |"
         for key, (meaning, style) in _LINES.items()
-        if key in report
+        if key in figures
     ]
-    for kind, rates in report.get("scaling", {}).items():
+    for kind, rates in figures.get("scaling", {}).items():
         listed = ", ".join(f"{count}: {rate:.1f}" for count, rate in rates.items())
         rows.append(f"| images a second by processes, {kind} | {listed} | {setting} | {where} |")
     return rows
