@@ -140,7 +140,7 @@ def test_photos_masks_and_features_are_mirrored_together(shards: Path) -> None:
     plain, turned = split.read(order), split.read(order + len(split))
     assert plain.keys == turned.keys
     assert torch.equal(plain.class_ids, turned.class_ids)
-    for name in ("images", "parts", "object_masks"):
+    for name in ("images", "part_labels", "object_masks"):
         assert torch.equal(getattr(plain, name).flip(-1), getattr(turned, name)), name
     expected = compute_features(Teacher("relu5_4", "random:0"), turned.images, 64).half()
     assert turned.features is not None
