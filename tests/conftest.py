@@ -16,6 +16,16 @@ from slotscops.shard import __main__ as shard
 TOY = ["--toy", "--toy-train", "14", "--toy-val", "6", "--size", "64", "--samples-per-shard", "5", "--workers", "1"]
 
 
+# Their tests start processes, wait for them, and take the longest.
+LONG_FIRST = ("long", "benchmark", "train", "evaluate", "shard/test_remote", "segment/test_export", "test_wheel")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts long tests first, so that no worker is still busy with one after the others have nothing left to do."""
+    root = Path(__file__).parent
+    items.sort(key=lambda item: not item.path.relative_to(root).as_posix().startswith(LONG_FIRST))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder with pascal_part/, faces/ and weights/, or the test is skipped: the project must work without it."""

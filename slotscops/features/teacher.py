@@ -1,17 +1,16 @@
 """The frozen teacher: a torchvision classification network up to a named layer, and the fingerprint of its tensors.
 
+torchvision is imported where a teacher is built, because commands that only read a cache need none of it.
+
 Shapes: B images of H x W pixels; C channels on an h x w grid (VGG19's relu5_4: 512 on H/16 x W/16).
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
-from torchvision.models import get_model, get_model_weights, list_models
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from slotscops.config import suggest
 from slotscops.core import pretrained
@@ -46,6 +45,8 @@ class Teacher(nn.Module):
             UserError: no such network or layer, a layer whose output is no (B, C, h, w) map, layers of different
                 grids, or weights that cannot be loaded or do not fit.
         """
+        from torchvision.models import get_model_weights
+
         super().__init__()
         whole = _build(network)
         nodes = _nodes_by_name(whole, network)
@@ -138,6 +139,9 @@ def compute_features(teacher: Teacher, images: Tensor, size: int) -> Tensor:
 
 def _build(network: str) -> nn.Module:
     """Builds the network on the meta device, because most of its weights, such as a classifier's, are never needed."""
+    import torchvision
+    from torchvision.models import get_model, list_models
+
     names = list_models(module=torchvision.models)
     if network not in names:
         hint = suggest(network, names) or "; give vgg19, vgg16, resnet50 or another of torchvision.models"
@@ -153,6 +157,8 @@ def _nodes_by_name(module: nn.Module, network: str) -> dict[str, str]:
     if network.startswith("vgg"):
         assert isinstance(module.features, nn.Sequential)
         return {name: f"features.{number}" for number, name in enumerate(_name_vgg_layers(module.features))}
+    from torchvision.models.feature_extraction import get_graph_node_names
+
     _, paths = get_graph_node_names(module)
     nodes: dict[str, str] = {}
     for path in paths[1:]:  # the first node is the input
@@ -189,6 +195,8 @@ def _find(nodes: Mapping[str, str], name: str, network: str) -> str:
 
 def _cut(module: nn.Module, nodes: Sequence[str]) -> nn.Module:
     """Cuts the network after the layers and keeps its parameter names. The output maps layer -> feature map."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
     extractor: nn.Module = create_feature_extractor(module, list(nodes))
     for part in extractor.modules():
         # torchvision's activations overwrite their input, which is wrong if that input is one of the layers.

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -187,6 +186,8 @@ def mean_iou(table: NDArray[np.int64]) -> float:
         return math.nan
     union = table.sum(1)[:, None] + occurring.sum(0)[None, :] - occurring
     iou = occurring / union  # no union is 0, because every column has pixels
+    from scipy.optimize import linear_sum_assignment  # here, because a start of training need not wait for SciPy
+
     rows, columns = linear_sum_assignment(iou, maximize=True)
     return float(iou[rows, columns].sum() / occurring.shape[1])
 

@@ -1,5 +1,7 @@
 """Encoders: a ResNet at stride 8 that reads photos, or a pass-through of cached teacher features.
 
+torchvision is imported where a ResNet is built, because it takes a second that training on cached features can save.
+
 Shapes: B images of H x W pixels; C channels on an h x w grid (17 x 17 at 128 pixels, 29 x 29 at 224).
 """
 
@@ -8,23 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models import ResNet18_Weights, ResNet34_Weights, ResNet50_Weights, ResNet101_Weights
-from torchvision.ops import FrozenBatchNorm2d
 
 from slotscops.core import pretrained
 from slotscops.core.errors import UserError
 from slotscops.core.pixels import normalise_images
 
-# torchvision's first ImageNet weights, because only these exist for all four networks.
-_PRETRAINED: dict[str, Any] = {
-    "resnet18": ResNet18_Weights.IMAGENET1K_V1,
-    "resnet34": ResNet34_Weights.IMAGENET1K_V1,
-    "resnet50": ResNet50_Weights.IMAGENET1K_V1,
-    "resnet101": ResNet101_Weights.IMAGENET1K_V1,
-}
+_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 _NUM_STAGES = 4
 
 
@@ -66,8 +59,8 @@ class ResNetEncoder(Encoder):
             UserError: if there is no such network or stage, or the weights cannot be obtained or do not fit.
         """
         super().__init__()
-        if name not in _PRETRAINED:
-            raise UserError(f"encoder {name!r}: no such network; give one of {', '.join(_PRETRAINED)}")
+        if name not in _RESNETS:
+            raise UserError(f"encoder {name!r}: no such network; give one of {', '.join(_RESNETS)}")
         if not 0 <= frozen_stages <= _NUM_STAGES:
             raise UserError(f"frozen_stages {frozen_stages}: a ResNet has {_NUM_STAGES}; give 0 to {_NUM_STAGES}")
         self.trunk = _build_trunk(name)
@@ -77,7 +70,7 @@ class ResNetEncoder(Encoder):
         if weights is None:
             _fill_with_zeros(self.trunk)
         else:
-            pretrained.fill(self.trunk, weights, _PRETRAINED[name])
+            pretrained.fill(self.trunk, weights, _imagenet_weights(name))
             seed = pretrained.random_seed(weights)
             self.is_random = seed is not None
             if seed is not None:
@@ -102,19 +95,32 @@ class ResNetEncoder(Encoder):
         return side, side
 
 
-class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's FrozenBatchNorm2d with a scale and shift that are computed once, and output of the input's type.
+class FrozenBatchNorm(nn.Module):
+    """BatchNorm with fixed statistics and parameters, as torchvision's FrozenBatchNorm2d, under the same tensor names.
 
-    torchvision computes both from the four buffers in every forward pass. On a GPU this costs five kernel launches for
-    each of the 53 layers of a ResNet-50. Its float32 scale also turns bfloat16 maps into float32 maps, which doubles
-    the memory of training.
+        y = x * scale + shift,   scale = weight / sqrt(running_var + eps),   shift = bias - running_mean * scale
+
+    Two things differ. Scale and shift are computed once; torchvision computes them in every forward pass, which costs
+    five kernel launches on a GPU for each of the 53 layers of a ResNet-50. And the output has the type of the input;
+    torchvision's float32 scale turns bfloat16 maps into float32 maps, which doubles the memory of training.
     """
 
+    weight: Tensor  # these six are (C,)
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
-        super().__init__(num_features, eps)
-        for name in ("scale", "shift"):  # both (C,), not saved: they follow from the other buffers
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((num_features,), value))
+        for name in ("scale", "shift"):  # not saved: they follow from the other buffers
             self.register_buffer(name, torch.zeros(num_features), persistent=False)
-        self.register_load_state_dict_post_hook(_refresh_after_loading)
+        self.register_load_state_dict_pre_hook(_drop_batch_count)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_refresh_after_loading)  # type: ignore[no-untyped-call]
         self.refresh()
 
     @torch.no_grad()
@@ -128,13 +134,27 @@ class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision h
         return torch.addcmul(self.shift.to(maps.dtype)[:, None, None], maps, self.scale.to(maps.dtype)[:, None, None])
 
 
+def _drop_batch_count(_: nn.Module, tensors: dict[str, Any], prefix: str, *__: object) -> None:
+    """Weights of a plain BatchNorm also count its batches, which a frozen one does not."""
+    tensors.pop(f"{prefix}num_batches_tracked", None)
+
+
 def _refresh_after_loading(norm: nn.Module, _: object) -> None:
     assert isinstance(norm, FrozenBatchNorm)
     norm.refresh()
 
 
+def _imagenet_weights(name: str) -> Any:
+    """torchvision's first ImageNet weights, because only these exist for all four networks."""
+    from torchvision.models import get_model_weights
+
+    return get_model_weights(name).IMAGENET1K_V1
+
+
 def _build_trunk(name: str) -> nn.Sequential:
     """torchvision's ResNet without pooling and classifier, on the meta device, with torchvision's tensor names."""
+    import torchvision
+
     with torch.device("meta"):
         resnet = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm)
     resnet.maxpool.ceil_mode = True
