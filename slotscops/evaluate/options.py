@@ -26,39 +26,52 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("evaluate", "Score runs and baselines against the true parts.", _EXAMPLE)
     parser.add_argument(
         "--checkpoint", type=Path, nargs="+", default=[], metavar="RUN",
-        help="runs' folders or single checkpoints; of those that differ in their seed alone, mean and deviation",
+        help="folders of runs, or checkpoints; runs that differ only in their seed also get a mean and a deviation",
     )  # fmt: skip
     parser.add_argument(
         "--baseline",
         type=lambda text: text.split(","),
         default=[],
         metavar="NAME,...",
-        help=f"methods without training: {', '.join(baselines.NAMES)}; supervised: taught the true parts, a ceiling",
+        help=f"methods to score beside the runs: {', '.join(baselines.NAMES)}, or supervised, an upper bound that is "
+        "trained on the true parts",
     )
-    parser.add_argument("--shards", type=shards_argument, help="(default: those the first run was trained on)")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--json", type=Path, help="write the scores here, in 0..1")
-    parser.add_argument("--read", type=Path, nargs="+", default=[], metavar="FILE", help="show scores of --json again")
-    parser.add_argument("--landmarks", action="store_true", help="regress part centres too; reads the training split")
-    parser.add_argument("--teacher", help="network of the baselines' features (default: the first run's, or vgg19)")
-    parser.add_argument("--layer", help="of it (default: the first run's, or relu5_4)")
-    parser.add_argument("--size", type=int, help="of the baselines' features, pixels (default: as --layer)")
+    parser.add_argument(
+        "--shards", type=shards_argument, help="shards to score on (default: those of the first run's training)"
+    )
+    parser.add_argument("--split", default="val", help="split to score (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the scores, not multiplied by 100")
+    parser.add_argument(
+        "--read", type=Path, nargs="+", default=[], metavar="FILE", help="show the scores that --json wrote earlier"
+    )
+    parser.add_argument(
+        "--landmarks", action="store_true", help="also score regressed part centres; this reads the training split"
+    )
+    parser.add_argument(
+        "--teacher", help="network whose features the baselines use (default: the first run's, or vgg19)"
+    )
+    parser.add_argument("--layer", help="layer of that network (default: the first run's, or relu5_4)")
+    parser.add_argument(
+        "--size", type=int, help="side of the crops for that network, pixels (default: the first run's)"
+    )
     parser.add_argument(
         "--transform",
         choices=get_args(BaselineTransform),
         default="none",
-        help="of the baselines' features (default: none)",
+        help="what is done to the features before a baseline uses them (default: %(default)s)",
     )
     parser.add_argument(
         "--refinement",
         choices=get_args(Refinement),
         default="none",
-        help="of the baselines' labels; a run has its own in decoder.refinement (default: none)",
+        help="refinement of the baselines' labels; runs use their own decoder.refinement (default: %(default)s)",
     )
     parser.add_argument(
-        "--clusters", type=int, help="of the baselines, background included (default: the first run's slots, or 6)"
+        "--clusters",
+        type=int,
+        help="clusters of each baseline, with the background (default: the first run's slots, or 6)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the baselines")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the baselines (default: %(default)s)")
     options = parser.parse_args(arguments)
     for name in options.baseline:
         if name not in _BASELINES:

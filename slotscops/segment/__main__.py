@@ -137,17 +137,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         " user's mistake.",
     )
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--soft", action="store_true", help="write the soft maps too")
-    parser.add_argument("--batch-size", type=int, default=16, help="photos seen at once (default: 16)")
-    parser.add_argument("--part-names", metavar="A,B,...", help="names of parts 1 to K in the gallery")
+    parser.add_argument("--out", type=Path, required=True, help="folder for label maps, overlays and the page")
+    parser.add_argument("--soft", action="store_true", help="also write the soft part maps")
+    parser.add_argument("--batch-size", type=int, default=16, help="photos that the model sees at once (default: 16)")
+    parser.add_argument("--part-names", metavar="A,B,...", help="names of parts 1 to K on the page")
     parser.add_argument(
         "--class", dest="class_name", metavar="NAME",
-        help="what all photos show, for a model whose classes have parts of their own (default: guessed from each)",
+        help="class of all photos, for a multi-class model (default: guessed for each photo)",
     )  # fmt: skip
     parser.add_argument("--strict", action="store_true", help="exit code 1 if any file was passed over")
-    parser.add_argument("--teacher-weights", help="the teacher's, for a model trained on cached features")
-    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO_OR_FOLDER")
+    parser.add_argument(
+        "--teacher-weights", help="weights of the teacher, for a model that was trained on cached features"
+    )
+    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO_OR_FOLDER", help="photos, or folders of photos")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: give 1 or more")

@@ -212,9 +212,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--checkpoint runs/toy --out toy.onnx photos/",
     )
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
-    parser.add_argument("--out", type=Path, required=True, help="FILE.onnx or FILE.pt2")
-    parser.add_argument("--teacher-weights", help="the teacher's, for a model trained on cached features")
-    parser.add_argument("photos", type=Path, nargs="*", metavar="PHOTO_OR_FOLDER", help="to check the written model on")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="file to write, whose ending .onnx or .pt2 says the format"
+    )
+    parser.add_argument(
+        "--teacher-weights", help="weights of the teacher, for a model that was trained on cached features"
+    )
+    parser.add_argument(
+        "photos", type=Path, nargs="*", metavar="PHOTO_OR_FOLDER", help="photos on which the written model is checked"
+    )
     options = parser.parse_args(arguments)
     if options.out.suffix not in (".onnx", ".pt2"):
         raise UserError(f"--out {options.out}: give a name that ends in .onnx or .pt2")

@@ -86,35 +86,46 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sentence = "Turn annotated photos, or drawn toy photos, into WebDataset shards with an index and features."
     parser = command_parser("shard", sentence, "--toy --out shards/toy")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--root", type=Path, help="folder of VOCdevkit and Annotations_Part, or of their archives")
-    source.add_argument("--toy", action="store_true", help="draw a synthetic tree into OUT/photos and shard that")
-    source.add_argument("--images", type=Path, help="folder of photos, each one object; train/ and val/ are splits")
+    source.add_argument("--root", type=Path, help="folder that holds VOCdevkit and Annotations_Part, or their archives")
+    source.add_argument("--toy", action="store_true", help="draw toy photos into OUT/photos and shard them")
     source.add_argument(
-        "--inspect", type=shards_argument, metavar="SHARDS", help="print statistics and draw a sheet (--out PNG)"
+        "--images", type=Path, help="folder of photos that show one object each; train/ and val/ are splits"
     )
     source.add_argument(
-        "--verify", type=shards_argument, metavar="SHARDS", help="check every hash, say what is damaged"
+        "--inspect",
+        type=shards_argument,
+        metavar="SHARDS",
+        help="print statistics and draw a sheet of crops (--out FILE.png)",
     )
-    parser.add_argument("--parts", type=Path, help="of --images: folder of label PNGs, parts.txt names the labels")
-    parser.add_argument("--val-share", type=float, default=0.1, help="of --images (default: 0.1)")
-    parser.add_argument("--class-name", default="object", help="of --images (default: object)")
-    parser.add_argument("--out", type=shards_argument)
-    parser.add_argument("--classes", help="comma-separated VOC names (default: all 20)")
+    source.add_argument(
+        "--verify", type=shards_argument, metavar="SHARDS", help="check every hash and name what is damaged"
+    )
+    parser.add_argument("--parts", type=Path, help="for --images: folder of label PNGs; its parts.txt names the labels")
+    parser.add_argument(
+        "--val-share", type=float, default=0.1, help="for --images: share of the photos in the val split (default: 0.1)"
+    )
+    parser.add_argument("--class-name", default="object", help="for --images: class of all photos (default: object)")
+    parser.add_argument("--out", type=shards_argument, help="folder for the shards")
+    parser.add_argument("--classes", help="VOC classes to shard, separated by commas (default: all 20)")
     parser.add_argument("--size", type=int, default=128, help="side of the crops, pixels (default: 128)")
     add_teacher_options(parser)
-    parser.add_argument("--no-features", action="store_true", help="shards only; see python -m slotscops.features")
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument(
+        "--no-features", action="store_true", help="write shards without features, which slotscops features adds later"
+    )
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="objects in one tar (default: %(default)s)")
     for split in SPLITS:
         share = BOX_SHARE[split]
         parser.add_argument(
             f"--min-box-{split}", type=float, metavar="SHARE",
-            help=f"leave out {split} objects whose box covers no more of the image (default: {share})",
+            help=f"smallest share of the image that the box of a {split} object must exceed (default: {share})",
         )  # fmt: skip
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes for crops (default: all cores)")
+    parser.add_argument(
+        "--workers", type=int, default=usable_cores(), help="processes that read and crop photos (default: all cores)"
+    )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if any file was damaged or passed over")
     parser.add_argument("--toy-train", type=int, default=600, help="toy photos to train on (default: 600)")
     parser.add_argument("--toy-val", type=int, default=150, help="toy photos to score on (default: 150)")
-    parser.add_argument("--toy-seed", type=int, default=0)
+    parser.add_argument("--toy-seed", type=int, default=0, help="seed of the toy photos (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.out is None and not (options.inspect or options.verify):
         parser.error("the following arguments are required: --out")
