@@ -1,5 +1,6 @@
 """The texts beside the code: short, with links that lead somewhere, and a map that names what is there."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -58,3 +59,11 @@ def test_the_map_of_rooms_names_files_that_exist() -> None:
         for file in re.findall(r"`([\w/]+)`", files):
             place = ROOT / "slotscops" / room / file
             assert place.is_dir() or place.with_suffix(".py").is_file(), f"{room}/{file}"
+
+
+def test_the_map_says_of_each_room_what_the_room_says_of_itself() -> None:
+    rows = re.findall(r"^\| `(\w+)/` \| ([^|]+) \|", (ROOT / "slotscops" / "README.md").read_text(), re.MULTILINE)
+    for room, sentence in rows:
+        docstring = ast.get_docstring(ast.parse((ROOT / "slotscops" / room / "__init__.py").read_text()))
+        assert docstring is not None
+        assert " ".join(docstring.split("\n\n")[0].split()) == sentence

@@ -1,1 +1,1 @@
-"""What lies on disk becomes records."""
+"""Reads annotated photos, photo folders and toy photos from disk and makes records of them."""

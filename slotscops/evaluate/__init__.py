@@ -1,1 +1,1 @@
-"""Scores runs and baselines on the same photos and shows them side by side."""
+"""Scores runs and baselines on the same photos and shows them in one table."""
