@@ -23,6 +23,24 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         UserError: if a baseline is unknown, there is nothing to score or no data to score it on, options exclude
             each other, or --clusters is out of range.
     """
+    options = _parser().parse_args(arguments)
+    for name in options.baseline:
+        if name not in _BASELINES:
+            raise UserError(f"--baseline: unknown '{name}'{suggest(name, _BASELINES) or f'; known are {_KNOWN}'}")
+    if options.read and (options.checkpoint or options.baseline):
+        raise UserError("--read shows what was scored before; give it without --checkpoint and --baseline")
+    if options.read:
+        return options
+    if not (options.checkpoint or options.baseline):
+        raise UserError("nothing to score; give --checkpoint RUN, --baseline NAME or both")
+    if not (options.checkpoint or options.shards):
+        raise UserError("a baseline alone needs data; give --shards SHARDS")
+    if options.clusters is not None and not 2 <= options.clusters <= 255:
+        raise UserError(f"--clusters is {options.clusters}, needed 2 to 255: a background and at least one part")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = command_parser("evaluate", "Score runs and baselines against the true parts.", _EXAMPLE)
     parser.add_argument(
         "--checkpoint", type=Path, nargs="+", default=[], metavar="RUN",
@@ -72,18 +90,4 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="clusters of each baseline, with the background (default: the first run's slots, or 6)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the baselines (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    for name in options.baseline:
-        if name not in _BASELINES:
-            raise UserError(f"--baseline: unknown '{name}'{suggest(name, _BASELINES) or f'; known are {_KNOWN}'}")
-    if options.read and (options.checkpoint or options.baseline):
-        raise UserError("--read shows what was scored before; give it without --checkpoint and --baseline")
-    if options.read:
-        return options
-    if not (options.checkpoint or options.baseline):
-        raise UserError("nothing to score; give --checkpoint RUN, --baseline NAME or both")
-    if not (options.checkpoint or options.shards):
-        raise UserError("a baseline alone needs data; give --shards SHARDS")
-    if options.clusters is not None and not 2 <= options.clusters <= 255:
-        raise UserError(f"--clusters is {options.clusters}, needed 2 to 255: a background and at least one part")
-    return options
+    return parser

@@ -83,6 +83,28 @@ def _min_box_share(options: argparse.Namespace, split: str) -> float:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.out is None and not (options.inspect or options.verify):
+        parser.error("the following arguments are required: --out")
+    if options.out is not None:
+        options.out = check_local(options.out)
+    if options.verify and is_remote(options.verify):
+        raise UserError(f"{options.verify}: files of a URL are verified when fetched; give --verify the folder itself")
+    options.class_name = " ".join(options.class_name.split())  # no-break spaces become plain ones
+    if not options.class_name.isprintable() or not options.class_name:
+        raise UserError(f"--class-name is {options.class_name!r}, needed a name in printable characters")
+    if options.parts and not options.images:
+        parser.error("--parts goes with --images")
+    if not 0 <= options.val_share <= 1:
+        raise UserError(f"--val-share is {options.val_share}, needed 0 to 1")
+    for name, least in (("size", 32), ("samples_per_shard", 1), ("workers", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, needed at least {least}")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
     sentence = "Turn annotated photos, or drawn toy photos, into WebDataset shards with an index and features."
     parser = command_parser("shard", sentence, "--toy --out shards/toy")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -126,24 +148,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--toy-train", type=int, default=600, help="toy photos to train on (default: 600)")
     parser.add_argument("--toy-val", type=int, default=150, help="toy photos to score on (default: 150)")
     parser.add_argument("--toy-seed", type=int, default=0, help="seed of the toy photos (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.out is None and not (options.inspect or options.verify):
-        parser.error("the following arguments are required: --out")
-    if options.out is not None:
-        options.out = check_local(options.out)
-    if options.verify and is_remote(options.verify):
-        raise UserError(f"{options.verify}: files of a URL are verified when fetched; give --verify the folder itself")
-    options.class_name = " ".join(options.class_name.split())  # no-break spaces become plain ones
-    if not options.class_name.isprintable() or not options.class_name:
-        raise UserError(f"--class-name is {options.class_name!r}, needed a name in printable characters")
-    if options.parts and not options.images:
-        parser.error("--parts goes with --images")
-    if not 0 <= options.val_share <= 1:
-        raise UserError(f"--val-share is {options.val_share}, needed 0 to 1")
-    for name, least in (("size", 32), ("samples_per_shard", 1), ("workers", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, needed at least {least}")
-    return options
+    return parser
 
 
 def _show(outcome: Outcome, out: Path) -> None:
