@@ -23,13 +23,12 @@ from PIL import Image
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.photos import PHOTO_SUFFIXES, orientation_of, read_image, shown_name, to_rgb, walk_folder
 from slotscops.core.pixels import Box, box_of, crop_labels, crop_photo, square_crop, whole_square
-from slotscops.core.records import Record
+from slotscops.core.records import IGNORED, Record
 from slotscops.datasets.sources import SPLITS, Candidate, ImageScan, LeftOut
 
 _NAMES = "parts.txt"  # one part name a line, in the order of the labels
 # First lines of parts.txt that name label 0, as labelme and others write them.
 _NAMES_OF_ZERO = {"background", "_background_", "__background__", "__ignore__", "bg", "none", "void", "unlabeled"}
-_IGNORE = 255  # as in PASCAL VOC's masks: neither part nor background
 _MOST_LABELS = 48  # in one map; an antialiased mask or a photo has more
 _WHOLE_FOLDER = "."  # stands in the list of images for all that the search for photos passed over
 _SPLIT_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -47,8 +46,12 @@ _TURNS = {
 
 
 class _Labels(NamedTuple):
-    part_labels: NDArray[np.uint8]  # (H, W) part label, 0 = no part
+    part_labels: NDArray[np.uint8]  # (H, W) part label, 0 = no part, or IGNORED
     object_mask: NDArray[np.bool_]  # (H, W) without what is to be ignored
+
+    def of_parts(self) -> list[int]:
+        """The labels of parts that occur, sorted."""
+        return [label for label in np.unique(self.part_labels).tolist() if label not in (0, IGNORED)]
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class PhotoFolder:
         if share <= min_box_share[split]:
             reason = f"its box covers {100 * share:.3g} % of the image"
             return ImageScan([], [self._left_out(image, split, "box too small", reason)])
-        highest = 0 if labels is None else int(labels.part_labels.max())
+        highest = 0 if labels is None else max(labels.of_parts(), default=0)
         return ImageScan([Candidate(image, 0, self.class_name, split, box, highest)], [])
 
     def read(self, image: str, candidates: list[Candidate], size: int) -> tuple[list[Record], list[LeftOut]]:
@@ -187,8 +190,8 @@ class PhotoFolder:
         unprintable = [name for name in names if not name.isprintable()]
         if unprintable:
             raise UserError(f"{path}: {unprintable[0]!r} cannot be shown; write names in printable characters")
-        if len(set(names)) != len(names) or len(names) >= _IGNORE:
-            raise UserError(f"{path}: needs fewer than {_IGNORE} names, each once, one a line")
+        if len(set(names)) != len(names) or len(names) >= IGNORED:
+            raise UserError(f"{path}: needs fewer than {IGNORED} names, each once, one a line")
         return names
 
     def _names_up_to(self, highest: int) -> list[str]:
@@ -224,7 +227,8 @@ class PhotoFolder:
             labels = _Labels(np.zeros(photo.size[::-1], np.uint8), np.ones(photo.size[::-1], np.bool_))
         else:
             crop = square_crop(candidate.box)
-        names = self._listed_names or self._names_up_to(int(labels.part_labels.max()))
+        seen = labels.of_parts()
+        names = self._listed_names or self._names_up_to(max(seen, default=0))
         part_labels = crop_labels(Image.fromarray(labels.part_labels), crop, size)
         mask = Image.fromarray(labels.object_mask.astype(np.uint8))
         return Record(
@@ -240,7 +244,7 @@ class PhotoFolder:
                 "box": list(candidate.box),
                 "crop": list(crop),
                 "source_size": list(photo.size),
-                "part_names": [names[label - 1] for label in np.unique(labels.part_labels).tolist() if label],
+                "part_names": [names[label - 1] for label in seen],
             },
         )
 
@@ -330,15 +334,16 @@ def _turn(
 def _check_labels(path: Path, labels: NDArray[np.uint8], names: list[str]) -> _Labels:
     """Sorts out 255, and refuses values that are no part labels.
 
-    255 beside other labels is a rim to be ignored: it is no part and not on the object. Alone it is the object's mask.
+    255 beside other labels is a rim to be ignored: it stays in the part labels, and it is not on the object. Alone it
+    is the object's mask.
 
     Raises:
         UserError: more labels than one photo has parts, a label without a name, or, where parts have no names, gaps.
     """
     values = [value for value in np.unique(labels).tolist() if value]
-    small = [value for value in values if value != _IGNORE]
-    if values == [_IGNORE]:
-        return _Labels(np.zeros_like(labels), labels == _IGNORE)
+    small = [value for value in values if value != IGNORED]
+    if values == [IGNORED]:
+        return _Labels(np.zeros_like(labels), labels == IGNORED)
     seen = ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")
     if len(small) > _MOST_LABELS:
         need = f"at most {_MOST_LABELS} can be parts; is it an antialiased mask or a photo?"
@@ -348,5 +353,4 @@ def _check_labels(path: Path, labels: NDArray[np.uint8], names: list[str]) -> _L
     if not names and small != list(range(1, len(small) + 1)):
         need = f"needed 1, 2, 3 and so on without gaps; where a part may be hidden, name all parts in {_NAMES}"
         raise UserError(f"{path}: holds labels {seen}, {need}")
-    part_labels = np.where(labels == _IGNORE, np.uint8(0), labels)
-    return _Labels(part_labels, part_labels > 0)
+    return _Labels(labels, (labels > 0) & (labels != IGNORED))

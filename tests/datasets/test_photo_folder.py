@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from slotscops.core.errors import UserError
 from slotscops.core.photos import read_photo
 from slotscops.core.pixels import PADDING
-from slotscops.core.records import MEMBERS, Record, from_members
+from slotscops.core.records import IGNORED, MEMBERS, Record, from_members
 from slotscops.shard import __main__ as shard
 from slotscops.shard.index import open_dataset
 from slotscops.shard.reader import ShardReader
@@ -141,11 +141,15 @@ def test_greys_of_few_bits_are_the_labels_that_were_written(tmp_path: Path, dept
     assert set(np.unique(records(out)["a.png"].part_labels)) == {0, *labels}
 
 
-def test_a_rim_of_255_is_neither_part_nor_object(tmp_path: Path) -> None:
-    record = records(shard_one(tmp_path, png(boxes(1, 2, 255))))["a.png"]
-    assert set(np.unique(record.part_labels)) == {0, 1, 2}
+def test_a_rim_of_255_is_neither_part_nor_object_and_stays_to_be_ignored(tmp_path: Path) -> None:
+    out = shard_one(tmp_path, png(boxes(1, 2, 255)))
+    assert shard.main(["--inspect", str(out)]) == 0
+    assert open_dataset(out).part_names == {"object": ["part_1", "part_2"]}
+    record = records(out)["a.png"]
+    assert set(np.unique(record.part_labels)) == {0, 1, 2, IGNORED}
     assert record.description["box"] == [8, 10, 16, 30]
-    assert (record.object_mask == (record.part_labels > 0)).all()
+    assert record.description["part_names"] == ["part_1", "part_2"]
+    assert (record.object_mask == ((record.part_labels == 1) | (record.part_labels == 2))).all()
 
 
 def test_255_alone_is_the_mask_of_an_object_without_parts(tmp_path: Path) -> None:
