@@ -17,8 +17,14 @@ from slotscops.core.files import write_bytes
 # Pydantic would otherwise turn the text '2e-4', which YAML does not read as a number, into a number unnoticed.
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+# Upper bounds are far beyond what anybody trains, so that a mistyped number, or the settings of a model from elsewhere,
+# end in a line and not in a machine without memory.
+_MANY = 2**31 - 1
+_MAX_SETTINGS_BYTES = 1_000_000  # of a YAML file; all settings together take 3,000
+Positive = Annotated[int, Field(gt=0, le=_MANY)]
+Count = Annotated[int, Field(ge=0, le=_MANY)]
+Side = Annotated[int, Field(ge=32, le=8192)]  # pixels
+Width = Annotated[int, Field(gt=0, le=65_536)]  # channels
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # Each choice stands here once; every other module imports it from here.
@@ -37,6 +43,7 @@ TargetMask = Literal["none", "object"]
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["poly", "cosine", "constant"]
 Reduction = Literal["ddp", "deterministic"]
+BestScore = Literal["nmi", "ari", "fg_nmi", "fg_ari", "miou", "mask_nmi", "mask_ari"]
 MixedPrecision = Literal["no", "bf16"]
 # YAML reads an unquoted `no` as false.
 Precision = Annotated[MixedPrecision, BeforeValidator(lambda value: "no" if value is False else value)]
@@ -45,11 +52,13 @@ Precision = Annotated[MixedPrecision, BeforeValidator(lambda value: "no" if valu
 @dataclass(frozen=True, config=_STRICT)
 class Data:
     shards: str = "shards/toy"  # The folder that python -m slotscops.shard wrote.
-    size: Annotated[int, Field(ge=32)] = 128  # The side of the square crops, in pixels.
+    size: Side = 128  # The side of the square crops, in pixels.
     # Mirroring is the only augmentation. Cached features must match what is done to the photo, so every augmentation
     # needs features of its own (python -m slotscops.features --mirrored), and training refuses to start without them.
     mirror: bool = False  # Training turns each sample left to right with probability 1/2.
-    num_workers: Count = 1  # Loader processes for each training process. 0 reads in the training process itself.
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = (
+        1  # Loader processes for each training process. 0 reads in the training process itself.
+    )
     # The largest share of a split's samples that may be damaged. Training ends when more of them are.
     max_damaged_share: Annotated[float, Field(ge=0, le=1)] = 0.001
 
@@ -58,7 +67,9 @@ class Data:
 class TeacherSettings:
     network: str = "vgg19"  # Any of torchvision's classification networks.
     layer: str = "relu5_4"  # The layer whose features are the target. "relu5_2+relu5_4" joins the channels of both.
-    size: Positive | None = None  # The side of the crops that the teacher saw, in pixels. null takes data.size.
+    size: Annotated[int, Field(gt=0, le=8192)] | None = (
+        None  # The side of the crops that the teacher saw, in pixels. null takes data.size.
+    )
     weights: str | None = None  # A cache made with other weights than these is refused. null accepts any cache.
     transform: Transform = "none"  # What is done to the features before the parts rebuild them.
 
@@ -73,9 +84,11 @@ class EncoderSettings:
 @dataclass(frozen=True, config=_STRICT)
 class Slots:
     num_parts: Annotated[int, Field(ge=1, le=254)] = 5  # K. There is one slot more, for the background.
-    dim: Positive = 64  # The width of a slot.
-    token_hidden: Count = 0  # The width of a hidden layer between encoder and slots. 0 leaves one linear map.
-    iterations: Positive = 3
+    dim: Width = 64  # The width of a slot.
+    token_hidden: Annotated[int, Field(ge=0, le=65_536)] = (
+        0  # The width of a hidden layer between encoder and slots. 0 leaves one linear map.
+    )
+    iterations: Annotated[int, Field(gt=0, le=100)] = 3
     # "image_conditioned" adds a linear map of the mean token to the learned starts. "shared_gaussian" is the paper's.
     # It stays at chance and is kept for comparison.
     init: SlotInit = "learned"
@@ -94,7 +107,9 @@ class Decoder:
     kind: DecoderKind = "scops"  # The kind of decoder, for maps: head.
     # With kind scops, a 1x1 convolution and a ReLU before the head. The head alone is linear and cannot place a slot.
     mixing: bool = False
-    grid: Positive | None = 8  # The side of the grid on which each slot is broadcast. null takes the encoder's grid.
+    grid: Annotated[int, Field(gt=0, le=1024)] | None = (
+        8  # The side of the grid on which each slot is broadcast. null takes the encoder's grid.
+    )
     # "pamr" moves the borders of maps that are scored or drawn to where the photo's colours change. It never trains.
     refinement: Refinement = "none"
 
@@ -134,7 +149,7 @@ class Losses(LossWeights):
 class WarpSettings:
     """How the second photo of the equivariance terms is warped. The defaults are SCOPS' published ones, plus jitter."""
 
-    points: Annotated[int, Field(ge=2)] = 5  # Control points on each side of the thin-plate spline.
+    points: Annotated[int, Field(ge=2, le=100)] = 5  # Control points on each side of the thin-plate spline.
     bend: Rate = 0.01  # The standard deviation of the control points' shifts, in half-image units.
     rotation: Rate = 60.0  # The largest rotation, in degrees.
     translation: Rate = 0.1  # The largest shift, in half-image units.
@@ -147,7 +162,9 @@ class WarpSettings:
 class Train:
     total_steps: Positive = 20_000
     stop_after_steps: Positive | None = None  # Stop after so many steps of this start, as if interrupted.
-    batch_size: Positive = 64  # The global batch, over all processes and accumulation steps.
+    batch_size: Annotated[int, Field(gt=0, le=10_000_000)] = (
+        64  # The global batch, over all processes and accumulation steps.
+    )
     accumulation_steps: Positive = 1  # Each process splits its share of the batch into so many microbatches.
     optimizer: OptimizerName = "adamw"  # "sgd" is what SCOPS used.
     learning_rate: Rate = 4.0e-4  # The rate of slots, decoder and projection.
@@ -162,7 +179,9 @@ class Train:
     channels_last: bool = True
     compile: bool = False
     num_processes: Positive | None = None  # Training refuses any other number of processes. null accepts any.
-    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0  # The run ends if a process waits longer for another one.
+    timeout_minutes: Annotated[float, Field(gt=0, le=43_200)] = (
+        30.0  # The run ends if a process waits longer for another one.
+    )
     reduction: Reduction = "ddp"  # "deterministic" gives the same bits on any number of processes.
     # The number of parts into which "deterministic" cuts a global batch. The number of processes must divide it.
     microbatches: Positive = 4
@@ -171,7 +190,7 @@ class Train:
     save_every_steps: Positive = 500
     keep_checkpoints: Positive = 3  # So many of the newest checkpoints are kept, and the best one.
     # The score on the val split, evaluated while training, that decides which checkpoint is best. null keeps no best.
-    best_score: str | None = "nmi"
+    best_score: BestScore | None = "nmi"
     eval_every_steps: Count = 1000  # 0 never evaluates while training.
     eval_images: Positive = 512  # Evaluations while training score so many images, the first of the val split.
 
@@ -179,7 +198,7 @@ class Train:
 @dataclass(frozen=True, config=_STRICT)
 class Config:
     run_dir: str = "runs/default"
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     data: Data = Data()
     teacher: TeacherSettings = TeacherSettings()
     encoder: EncoderSettings = EncoderSettings()
@@ -231,7 +250,15 @@ def write_config(config: Config, path: Path) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text())
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_MAX_SETTINGS_BYTES + 1)
+        if len(text) > _MAX_SETTINGS_BYTES:
+            raise UserError(f"{path}: has more than {_MAX_SETTINGS_BYTES:,} characters, which no settings need")
+        settings = _parse_yaml(text)
+    except RecursionError:
+        raise UserError(
+            f"{path}: is nested too deeply; settings have two levels, such as 'train: {{total_steps: 500}}'"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give --config an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -242,6 +269,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: holds a {type(settings).__name__}, needed settings such as 'seed: 0'")
     return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML without aliases, a few hundred bytes of which can stand for gigabytes, or for themselves."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                None, None, f"alias *{event.anchor}: settings take no aliases; write the value out", event.start_mark
+            )
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
+
+def _parse_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _apply_override(settings: dict[str, Any], override: str) -> None:
@@ -269,8 +317,8 @@ def _parse_value(name: str, text: str) -> Any:
         except ValueError:
             continue
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return _parse_yaml(text)
+    except (yaml.YAMLError, RecursionError):
         return text
 
 
@@ -280,6 +328,10 @@ def _build(settings: dict[str, Any], origin: str) -> Config:
         return TypeAdapter(Config).validate_json(json.dumps(settings, default=str))
     except ValidationError as error:
         raise UserError(f"{origin}: {_explain(error)}") from None
+    except RecursionError:
+        raise UserError(
+            f"{origin}: settings are nested too deeply; they have two levels, such as train.total_steps"
+        ) from None
 
 
 def _explain(error: ValidationError) -> str:

@@ -1,15 +1,20 @@
 import dataclasses
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 import slotscops
-from slotscops.config import Config, config_from_mapping, load_config, setting_names, to_mapping, to_yaml
+from slotscops.config import BestScore, Config, config_from_mapping, load_config, setting_names, to_mapping, to_yaml
 from slotscops.core.claims import differences
 from slotscops.core.errors import UserError
+from slotscops.core.records import Batch
+from slotscops.metrics.protocols import Prediction, ProtocolScores
 
 
 def written(folder: Path, text: str) -> Path:
@@ -113,3 +118,50 @@ def test_each_choice_of_words_is_written_in_config_alone() -> None:
     package = Path(slotscops.__file__).parent
     elsewhere = [path for path in package.rglob("*.py") if "Literal[" in path.read_text()]
     assert elsewhere == [package / "config.py"]
+
+
+def test_aliases_which_can_stand_for_gigabytes_are_refused(tmp_path: Path) -> None:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 8)]
+    for text in ("\n".join(levels), "train: &train\n  total_steps: *train\n", "seed: &seed 1\ndata: {size: *seed}\n"):
+        (tmp_path / "bomb.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"bomb\.yaml: is not YAML: alias \*\w+: settings take no aliases"):
+            load_config(tmp_path / "bomb.yaml")
+
+
+def test_deep_nesting_and_huge_files_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        load_config(tmp_path / "deep.yaml")
+    (tmp_path / "large.yaml").write_text("#" * 2_000_000)
+    with pytest.raises(UserError, match="which no settings need"):
+        load_config(tmp_path / "large.yaml")
+    with pytest.raises(UserError, match=r"command line: (settings are nested too deeply|unknown setting)"):
+        load_config(None, [".".join(["a"] * 5000) + "=1"])
+
+
+def test_a_yaml_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "marked.yaml").write_text("seed: 7\n", encoding="utf-8-sig")
+    assert load_config(tmp_path / "marked.yaml").seed == 7
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "slots.iterations=1000000000", "slots.dim=1000000000", "data.size=100000", "seed=4294967296",
+        "decoder.grid=9999",
+        "train.timeout_minutes=1.0e30", "train.best_score=bogus", "data.num_workers=100000",
+        "train.batch_size=100000000", "warp.points=100000", "train.total_steps=99999999999",
+    ],
+)  # fmt: skip
+def test_values_that_no_machine_can_serve_are_refused_at_the_start(override: str) -> None:
+    with pytest.raises(UserError, match=f"command line: {re.escape(override.split('=')[0])} is .*must be"):
+        load_config(None, [override])
+
+
+def test_every_score_that_may_choose_the_best_checkpoint_is_computed() -> None:
+    scores = ProtocolScores({"horse": ["head"]}, 3)
+    label = torch.ones(1, 2, 2, dtype=torch.uint8)
+    batch = Batch(torch.zeros(1, 3, 2, 2), None, label, label > 0, torch.zeros(1, dtype=torch.int64), ["a"], label)
+    scores.update(Prediction(label.long(), label.long()), batch)
+    assert scores.pooled().keys() == {*get_args(BestScore)}

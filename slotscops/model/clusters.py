@@ -98,7 +98,9 @@ def find_uneven_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor
 
     # The vectors are in the order of the photos. We take every n-th one, so each photo keeps its share.
     some = vectors[:: -(-len(vectors) // _MAX_COMPARED)].numpy()
-    seeds = range(_NUM_STARTS * seed, _NUM_STARTS * (seed + 1))
+    seeds = [
+        start % 2**32 for start in range(_NUM_STARTS * seed, _NUM_STARTS * (seed + 1))
+    ]  # scikit-learn takes 32 bits
     runs = [KMeans(num_clusters, n_init=1, random_state=start).fit(some) for start in seeds]
     highest = min(run.inertia_ for run in runs) * _INERTIA_SLACK
     chosen = min((run for run in runs if run.inertia_ <= highest), key=lambda run: _entropy_of_sizes(run.labels_))

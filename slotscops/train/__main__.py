@@ -25,11 +25,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "") -> int:
     """Trains, or prints settings or their schema. `prog` is the program's name in the help, if a script calls this."""
     options = _parse(arguments, prog)
     if options.print_schema:
-        console.say(json.dumps(TypeAdapter(Config).json_schema(), indent=2))
+        console.print_text(json.dumps(TypeAdapter(Config).json_schema(), indent=2))
         return 0
     config = load_config(recipes.find_config(options.config), options.overrides)
     if options.print_config:
-        console.say(to_yaml(config).rstrip())
+        console.print_text(to_yaml(config).rstrip())
         return 0
     from slotscops.train.fit import fit
 

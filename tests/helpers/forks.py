@@ -83,9 +83,10 @@ def run_forked(command: list[str], folder: Path, out: Path, err: Path, timeout_s
 
 
 def _end() -> None:
-    """Ends the forking process, which stops at the end of its input."""
+    """Ends the forking process, which has nothing to save."""
     if _forker is not None:
-        _forker.communicate()
+        _forker.kill()
+        _forker.wait()
 
 
 def _run(arguments: list[str], out: str, err: str) -> None:
