@@ -21,7 +21,7 @@ _INFLATE_STEP = 2048  # bytes; masks shrink 200-fold, so this gives pieces that 
 _MAX_DEPTH = 8  # of structs within structs; real annotations have 3
 _MATRIX, _COMPRESSED = 14, 15  # element types; the next two tables have the others
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-_TEXTS = {1: "ascii", 2: "ascii", 4: "utf-16", 16: "utf-8", 17: "utf-16"}
+_TEXTS = {4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}  # others are ASCII
 _STRUCT, _CHAR, _NUMERIC = 2, 4, range(6, 16)  # matrix classes
 _COMPLEX = 0x800
 
@@ -119,14 +119,12 @@ class _Elements:
         return np.frombuffer(payload, dtype)
 
     def take_text(self) -> str:
+        """A name; as in SciPy, U+FFFD stands for bytes that are no text, so that one of them costs no other name."""
         kind, payload = self.take()
         encoding = _TEXTS.get(kind, "ascii")
-        if encoding == "utf-16":
+        if encoding in ("utf-16", "utf-32"):
             encoding += "-le" if self.order == "<" else "-be"
-        try:
-            return str(payload, encoding)
-        except UnicodeDecodeError:
-            raise MatlabError("is damaged, needed a name") from None
+        return str(payload, encoding, errors="replace")
 
     def _cut(self, size: int) -> memoryview:
         if size > len(self.data):

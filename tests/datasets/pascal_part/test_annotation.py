@@ -225,3 +225,14 @@ def test_sizes_in_unsigned_numbers_are_read() -> None:
     assert content.count(signed) == 2  # of the mask of the object and of its part
     (item,) = read_annotation(io.BytesIO(content.replace(signed, unsigned)))
     assert item.mask.shape == (40, 60)
+
+
+@pytest.mark.parametrize("name", ["2008_000001", "head"])
+def test_a_name_of_broken_utf_8_is_read_as_scipy_reads_it_and_costs_no_other(name: str) -> None:
+    broken = b"\xff" + name.encode()[1:]
+    content = annotation([HORSE], compress=False).replace(name.encode(), broken)
+    assert broken in content
+    scipy_part = scipy.io.loadmat(io.BytesIO(content), squeeze_me=True)["anno"]["objects"].item()["parts"].item()
+    (item,) = read_annotation(io.BytesIO(content))
+    assert item.class_name == "horse"
+    assert item.parts[0][0] == scipy_part["part_name"].item() == ("\ufffdead" if name == "head" else "head")
