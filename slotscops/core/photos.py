@@ -23,6 +23,7 @@ from slotscops.core.pixels import PADDING
 PHOTO_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif"}
 )
+NO_PHOTO = "no photo by its ending"  # a kind of file that is passed over
 _HEIF_SUFFIXES = {".heic", ".heif"}
 # Files that operating systems leave in folders, in lower case. `._*`, which a Mac leaves, is checked separately.
 _LITTER = {
@@ -154,7 +155,7 @@ def why_passed_over(path: Path) -> PassedOver | None:
         return _fault(path, "not a regular file", "is not a regular file")
     suffix = path.suffix.lower()
     if suffix not in PHOTO_SUFFIXES:
-        return _fault(path, "no photo by its ending", f"its ending '{path.suffix}' is not one of a photo")
+        return _fault(path, NO_PHOTO, f"its ending '{path.suffix}' is not one of a photo")
     if suffix in _HEIF_SUFFIXES and not _reads_heif():
         return _fault(path, "HEIC without pillow-heif", _NEEDS_HEIF)
     if suffix == ".avif" and not _reads_avif():

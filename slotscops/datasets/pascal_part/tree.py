@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from slotscops.core import console
 from slotscops.core.errors import UserError
+from slotscops.core.files import decode_text
 from slotscops.datasets.pascal_part.archives import (
     ArchivePlace,
     FolderPlace,
@@ -186,7 +187,7 @@ def _read_list(lists: Place, name: str) -> Iterator[tuple[int, str]]:
     path = lists.path(name)
     try:
         with lists.open(name) as file:
-            lines = _decode(file.read()).split("\n")
+            lines = decode_text(file.read()).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); it must be a VOC image list") from None
     for number, line in enumerate(lines, start=1):
@@ -197,8 +198,3 @@ def _read_list(lists: Place, name: str) -> Iterator[tuple[int, str]]:
             came = " ".join(columns)[:40]
             raise UserError(f"{path}, line {number}: '{came}' came, needed an image name and -1, 0 or 1; mend the line")
         yield number, columns[0].removesuffix(".jpg")
-
-
-def _decode(content: bytes) -> str:
-    """The text of a list. Some editors begin it with a byte order mark, which is no part of the first name."""
-    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
