@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, features
+from PIL import Image, features
 
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.pixels import PADDING
@@ -35,6 +35,15 @@ _RESULT_ENDINGS = (".parts.png", ".overlay.jpg", ".maps.safetensors")
 _MAX_PIXELS = 100_000_000  # a larger photo is refused before it is decoded
 _MAX_SIDE = 100_000  # its padded square is resized in strips, which takes time by the square's area
 _ORIENTATION = 0x0112  # Exif's entry that says how to turn a photo
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by Exif's orientation, as Pillow's exif_transpose
 
 
 class PassedOver(NamedTuple):
@@ -211,7 +220,14 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
             if image.width * image.height > _MAX_PIXELS or max(image.size) > _MAX_SIDE:
                 limit = f"at most {_MAX_PIXELS} and {_MAX_SIDE} a side are read"
                 raise UserError(f"{shown_name(path)}: {image.width} x {image.height} pixels, {limit}")
-            return ImageOps.exif_transpose(image), orientation_of(image) or 1
+            if image.format == "EPS":  # Pillow would hand this program to Ghostscript
+                raise UserError(f"{shown_name(path)}: is PostScript, which is no photo")
+            orientation = orientation_of(image) or 1
+            image.load()
+            # A TIFF is turned as it is loaded, and has no orientation any more.
+            upright = turned(image, orientation_of(image) or 1)
+            upright.info = {name: value for name, value in upright.info.items() if name == "transparency"}
+            return upright, orientation
     except FileNotFoundError:
         raise UserError(f"{shown_name(path)}: no such photo") from None
     except UserError:
@@ -221,20 +237,30 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
 
 
 def orientation_of(image: Image.Image) -> int | None:
-    """Exif's orientation, 1 to 8; None where there is none or another value."""
-    value = image.getexif().get(_ORIENTATION)
-    return value if value in range(1, 9) else None
+    """Exif's orientation, 1 to 8; None where there is none, another value, or an Exif block that cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow raises anything on damaged blocks, and the photo may be whole
+        return None
+    return int(value) if value is not None and value in range(1, 9) else None
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """A copy of the image, turned as it is to be shown. Unlike Pillow's exif_transpose, it rewrites no Exif block."""
+    turn = _TURNS.get(orientation)
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image of any mode; what is transparent gets the colour of padding.
 
     Pixels of 16 bits are divided by 257. Of floating-point pixels, white is 1, 255 or 65535, the smallest that no
-    pixel exceeds, or else the brightest pixel.
+    pixel exceeds, or else the brightest pixel. Whole numbers of 32 bits are scaled likewise, except that 1 is no white.
     """
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion clips these at 255
         pixels = np.asarray(image).astype(np.float64)
-        white = 65535.0 if image.mode != "F" else _white_of(pixels)
+        whites = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, ())
+        white = _white_of(pixels, whites) if whites else 65535.0
         scaled = np.nan_to_num(pixels * (255 / white)).clip(0, 255).round()
         return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -243,9 +269,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _white_of(pixels: NDArray[np.float64]) -> float:
+def _white_of(pixels: NDArray[np.float64], whites: tuple[float, ...]) -> float:
     brightest = float(pixels.max(initial=0, where=np.isfinite(pixels)))
-    return next((white for white in (1.0, 255.0, 65535.0) if brightest <= white), brightest)
+    return next((white for white in whites if brightest <= white), brightest)
 
 
 def shown_name(name: str | Path) -> str:

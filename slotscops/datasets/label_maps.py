@@ -16,7 +16,7 @@ from PIL import Image
 
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import decode_text
-from slotscops.core.photos import orientation_of
+from slotscops.core.photos import orientation_of, turned
 from slotscops.core.records import IGNORED
 
 NAMES_FILE = "parts.txt"  # one part name a line, in the order of the labels
@@ -29,15 +29,6 @@ _NUMBERED = re.compile(r"(\d+)\s*[:.,;=)\s]\s*(\S.*)")  # a line of parts.txt th
 _MOST_LABELS = 48  # in one map; an antialiased mask or a photo has more
 _BIT_DEPTH, _COLOUR_TYPE = 24, 25  # bytes of a PNG's header
 _GREY, _PALETTE = 0, 3
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # by Exif's orientation, as Pillow's exif_transpose
 
 
 class LabelMapError(UserError):
@@ -113,12 +104,9 @@ def _turn(
     labels: NDArray[np.uint8], shown_size: tuple[int, int], orientation: int, own_orientation: int | None
 ) -> NDArray[np.uint8]:
     """Turns labels by their own Exif entry, or else by the photo's unless only the unturned map has the shown size."""
-    turn = _TURNS.get(own_orientation or orientation)
-    if turn is None:
-        return labels
-    turned = np.asarray(Image.fromarray(labels).transpose(turn))
-    is_upright_already = labels.shape[::-1] == shown_size != turned.shape[::-1]
-    return labels if own_orientation is None and is_upright_already else turned
+    upright = np.asarray(turned(Image.fromarray(labels), own_orientation or orientation))
+    is_upright_already = labels.shape[::-1] == shown_size != upright.shape[::-1]
+    return labels if own_orientation is None and is_upright_already else upright
 
 
 def _check_values(path: Path, labels: NDArray[np.uint8], names: list[str]) -> LabelMap:

@@ -1,15 +1,16 @@
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from small_runs import photo
 
 from slotscops.core.errors import UserError
-from slotscops.core.photos import find_photos, read_photo, to_rgb, unique_names
+from slotscops.core.photos import find_photos, read_image, read_photo, to_rgb, unique_names
 from slotscops.core.pixels import PADDING
 
 
@@ -103,3 +104,55 @@ def test_a_message_about_a_photo_stays_on_one_line_whatever_its_name(tmp_path: P
     with pytest.raises(UserError, match=r"two\\nlines \\x1b\[2J \\xe9\.jpg: is no readable image") as refused:
         read_photo(path)
     assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
+def test_a_photo_is_turned_as_pillow_turns_it_and_says_by_what(tmp_path: Path, orientation: int, ending: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{ending}"
+    photo((7, 5)).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    image, said = read_image(path)
+    assert (np.asarray(to_rgb(image)) == expected).all()
+    assert said == orientation
+
+
+def entry(kind: int, count: int, value: bytes) -> bytes:
+    """An Exif block with nothing but an orientation of some type."""
+    head = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12"
+    return head + struct.pack(">HI", kind, count) + value + bytes(20)
+
+
+@pytest.mark.parametrize(
+    ("exif", "size"),
+    [
+        (entry(3, 1, b"\0\x06\0\0"), (5, 7)),
+        (entry(4, 1, b"\0\0\0\x06"), (5, 7)),
+        (entry(11, 1, struct.pack(">f", 6)), (5, 7)),
+        (entry(3, 1, b"\0\x09\0\0"), (7, 5)),
+        (entry(2, 2, b"6\0\0\0"), (7, 5)),
+        (entry(5, 1, b"\xff\xff\xff\xff"), (7, 5)),
+        (entry(3, 1, b"\0\x06\0\0")[:20], (7, 5)),
+        (b"Exif\0\0" + bytes(range(60)), (7, 5)),
+    ],
+)
+def test_a_damaged_exif_block_costs_no_photo(tmp_path: Path, exif: bytes, size: tuple[int, int]) -> None:
+    photo((7, 5)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_photo(tmp_path / "a.jpg").size == size
+
+
+@pytest.mark.parametrize("white", [255, 65535, 2**31 - 1])
+def test_whole_numbers_of_32_bits_are_scaled_and_not_clipped(tmp_path: Path, white: int) -> None:
+    values = np.linspace(0, white, 256).round().astype(np.int32)[None]
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    assert np.asarray(read_photo(tmp_path / "deep.tif"))[0, :, 0].tolist() == list(range(256))
+
+
+def test_postscript_is_not_given_to_an_interpreter(tmp_path: Path) -> None:
+    photo((7, 5)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.jpg: is PostScript, which is no photo"):
+        read_photo(tmp_path / "a.jpg")

@@ -105,11 +105,13 @@ def small_png(values: NDArray[np.uint8], depth: int) -> bytes:
     return content
 
 
-def shard_one(folder: Path, label: bytes, names: str | None = None, exif: Image.Exif | None = None) -> Path:
+def shard_one(
+    folder: Path, label: bytes, names: str | None = None, exif: Image.Exif | None = None, photo: str = "a.png"
+) -> Path:
     """One photo of 60 x 40 pixels with one label map, as shards."""
     (folder / "photos").mkdir(exist_ok=True)
     (folder / "parts").mkdir(exist_ok=True)
-    Image.new("RGB", (60, 40), (90, 120, 30)).save(folder / "photos" / "a.png", exif=exif or Image.Exif())
+    Image.new("RGB", (60, 40), (90, 120, 30)).save(folder / "photos" / photo, exif=exif or Image.Exif())
     (folder / "parts" / "a.png").write_bytes(label)
     if names is not None:
         (folder / "parts" / "parts.txt").write_text(names, encoding="utf-8")
@@ -223,12 +225,15 @@ def test_a_part_that_one_photo_hides_needs_a_list_of_names_which_may_begin_with_
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("own", [False, True])
-def test_a_label_map_of_the_stored_pixels_is_turned_with_its_photo(tmp_path: Path, orientation: int, own: bool) -> None:
+@pytest.mark.parametrize(("own", "photo"), [(False, "a.png"), (True, "a.png"), (False, "a.jpg"), (False, "a.tif")])
+def test_a_label_map_of_the_stored_pixels_is_turned_with_its_photo(
+    tmp_path: Path, orientation: int, own: bool, photo: str
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = boxes(1, 1, 2)
-    record = records(shard_one(tmp_path, png(stored, exif=orientation if own else None), exif=exif))["a.png"]
+    label = png(stored, exif=orientation if own else None)
+    record = records(shard_one(tmp_path, label, exif=exif, photo=photo))[photo]
     marked = Image.fromarray(stored)
     marked.getexif()[0x0112] = orientation
     shown = np.asarray(ImageOps.exif_transpose(marked))
