@@ -73,11 +73,13 @@ def find_photos(paths: Iterable[Path], out: Path | None = None) -> FoundPhotos:
     passed_over: list[PassedOver] = []
     for path in paths:
         if path.is_dir():
-            found = walk_folder(path, lambda inside: out is not None and _is_result(inside.resolve(), out.resolve()))
+            found = walk_folder(path, lambda inside: out is not None and _is_result(real_path(inside), real_path(out)))
             photos |= dict.fromkeys(found.photos)
             passed_over += found.passed_over
-        elif path.exists():
+        elif path.is_file():
             photos[path] = None
+        elif path.exists():
+            passed_over.append(_fault(path, "not a regular file", "is not a regular file"))
         else:
             raise UserError(f"{path}: no such photo or folder")
     return FoundPhotos(list(photos), passed_over)
@@ -100,7 +102,7 @@ def walk_folder(root: Path, is_ours: Callable[[Path], bool] = lambda path: False
     folders = [root]
     links: list[Path] = []  # to folders, entered when all real ones have been
     linked_photos: list[Path] = []
-    seen = {_identity(parent) for parent in root.resolve().parents}  # a link to one of these would leave the folder
+    seen = {_identity(parent) for parent in real_path(root).parents}  # a link to one of these would leave the folder
     taken = set()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
@@ -138,8 +140,13 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def real_path(path: Path) -> Path:
+    """The path without links. Path.resolve raises a RuntimeError on links in a circle before Python 3.13."""
+    return Path(os.path.realpath(path))
+
+
 def _is_shards(path: Path) -> bool:
-    return (path / "index" / "plan.json").is_file()
+    return os.path.isfile(path / "index" / "plan.json")  # noqa: PTH113, Path.is_file raises in a closed folder
 
 
 def _fault(path: Path, kind: str, reason: str) -> PassedOver:
@@ -156,7 +163,8 @@ def why_passed_over(path: Path) -> PassedOver | None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        kind = "link that leads nowhere" if path.is_symlink() else "file that cannot be read"
+        is_link = os.path.islink(path)  # noqa: PTH114, Path.is_symlink raises in a folder that may not be entered
+        kind = "link that leads nowhere" if is_link else "file that cannot be read"
         return _fault(path, kind, f"{kind} ({error.strerror})")
     if stat.S_ISDIR(mode):
         return None
@@ -233,6 +241,8 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
     except UserError:
         raise
     except Exception as error:  # Pillow raises anything on damaged files
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{shown_name(path)}: cannot be read ({error.strerror})") from None
         raise UserError(f"{shown_name(path)}: is no readable image ({first_line(error)[:200]})") from None
 
 

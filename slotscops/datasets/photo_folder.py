@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from slotscops.core.errors import UserError
-from slotscops.core.photos import NO_PHOTO, PHOTO_SUFFIXES, read_image, shown_name, to_rgb, walk_folder
+from slotscops.core.photos import NO_PHOTO, PHOTO_SUFFIXES, read_image, real_path, shown_name, to_rgb, walk_folder
 from slotscops.core.pixels import Box, box_of, crop_labels, crop_photo, square_crop, whole_square
 from slotscops.core.records import Record
 from slotscops.datasets.label_maps import NAMES_FILE, LabelMap, LabelMapError, read_label_map, read_part_names
@@ -83,8 +83,8 @@ class PhotoFolder:
 
     def walk(self) -> tuple[list[str], list[LeftOut]]:
         """Paths of photos below `root`, and what was passed over."""
-        labels = self.label_folder and self.label_folder.resolve()
-        photos, passed_over = walk_folder(self.root, lambda path: labels is not None and path.resolve() == labels)
+        labels = self.label_folder and real_path(self.label_folder)
+        photos, passed_over = walk_folder(self.root, lambda path: labels is not None and real_path(path) == labels)
         split_folders = self._split_folders()
         images: list[str] = []
         taken = set()
@@ -117,8 +117,8 @@ class PhotoFolder:
         if self.label_folder is None:
             return []
         used = {self._label_path(image) for image in self.walk()[0]}
-        root = self.root.resolve()
-        maps, passed_over = walk_folder(self.label_folder, lambda path: path.resolve() == root)
+        root = real_path(self.root)
+        maps, passed_over = walk_folder(self.label_folder, lambda path: real_path(path) == root)
         found = [(path, "label map without a photo", "belongs to no photo") for path in maps]
         found += [
             (item.path, item.kind, item.reason) for item in passed_over if item.is_fault and item.kind != NO_PHOTO

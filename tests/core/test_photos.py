@@ -1,4 +1,6 @@
+import errno
 import os
+import socket
 import struct
 from pathlib import Path
 
@@ -156,3 +158,48 @@ def test_postscript_is_not_given_to_an_interpreter(tmp_path: Path) -> None:
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
     with pytest.raises(UserError, match=r"a\.jpg: is PostScript, which is no photo"):
         read_photo(tmp_path / "a.jpg")
+
+
+def test_links_in_a_circle_and_what_is_no_file_are_passed_over_wherever_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photo((4, 4)).save(folder / "a.png")
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    (folder / "there").symlink_to(folder / "back")
+    (folder / "back").symlink_to(folder / "there")
+    os.mkfifo(folder / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(folder)
+        server.bind("socket.png")  # its whole path may be too long for a socket
+        found = find_photos([folder, folder / "pipe.jpg"], out=tmp_path / "out")
+    assert found.photos == [folder / "a.png"]
+    assert [(item.path.name, item.kind) for item in found.passed_over] == [
+        ("back", "link that leads nowhere"),
+        ("circle.png", "link that leads nowhere"),
+        ("pipe.jpg", "not a regular file"),
+        ("socket.png", "not a regular file"),
+        ("there", "link that leads nowhere"),
+        ("pipe.jpg", "not a regular file"),
+    ]
+
+
+def test_files_of_a_folder_that_may_be_listed_but_not_entered_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    for path in (tmp_path / "a.png", closed / "b.png"):
+        photo((4, 4)).save(path)
+    stat = Path.stat
+
+    def refuse(path: Path, **how: bool) -> os.stat_result:  # the tests may run as root, who may enter everything
+        if path.parent == closed:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    found = find_photos([tmp_path])
+    assert found.photos == [tmp_path / "a.png"]
+    assert [(item.path, item.kind) for item in found.passed_over] == [(closed / "b.png", "file that cannot be read")]
