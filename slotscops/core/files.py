@@ -54,7 +54,10 @@ def decode_text(content: bytes) -> str:
     Raises:
         UnicodeDecodeError: it is neither.
     """
-    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    if "\0" in text:  # UTF-16 or UTF-32 without its mark
+        raise UnicodeDecodeError("utf-8", content, 0, 1, "holds zeros, as no text does")
+    return text
 
 
 def json_numbers(scores: Mapping[str, Any]) -> dict[str, Any]:

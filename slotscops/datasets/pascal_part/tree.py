@@ -1,6 +1,7 @@
 """Where the files of PASCAL-Part lie in the folders that people have, and what their split lists say."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from slotscops.datasets.sources import SPLITS
 
 _GET_PHOTOS = "unpack VOCtrainval_03-May-2010.tar"
 _GET_PARTS = "unpack PASCAL-Part's trainval.tar.gz"
+_PHOTO_ENDING = re.compile(r"\.jpe?g$", re.IGNORECASE)  # some lists name files
 _ANY_YEAR = "VOC20[0-9][0-9]"
 _FOLDERS = ("JPEGImages", "ImageSets/Main", "Annotations_Part")
 
@@ -197,4 +199,4 @@ def _read_list(lists: Place, name: str) -> Iterator[tuple[int, str]]:
         if len(columns) > 2 or (len(columns) == 2 and columns[1] not in ("-1", "0", "1")):
             came = " ".join(columns)[:40]
             raise UserError(f"{path}, line {number}: '{came}' came, needed an image name and -1, 0 or 1; mend the line")
-        yield number, columns[0].removesuffix(".jpg")
+        yield number, _PHOTO_ENDING.sub("", columns[0])
