@@ -153,10 +153,15 @@ def _fault(path: Path, kind: str, reason: str) -> PassedOver:
     return PassedOver(path, kind, reason, is_fault=True)
 
 
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of that name is what operating systems leave behind."""
+    return name.startswith("._") or name.lower() in _LITTER
+
+
 def why_passed_over(path: Path) -> PassedOver | None:
     """Why a file or folder found in a folder is no photo and is not entered; None where it is taken or entered."""
-    name = path.name.lower()
-    if name.startswith("._") or name in _LITTER:
+    name = path.name
+    if is_litter(name):
         return PassedOver(path, "litter of an operating system", "is litter of an operating system", is_fault=False)
     if name.startswith("."):
         return PassedOver(path, "hidden", "is hidden: its name starts with a dot", is_fault=False)

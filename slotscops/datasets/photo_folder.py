@@ -23,9 +23,8 @@ from slotscops.core.photos import NO_PHOTO, PHOTO_SUFFIXES, read_image, real_pat
 from slotscops.core.pixels import Box, box_of, crop_labels, crop_photo, square_crop, whole_square
 from slotscops.core.records import Record
 from slotscops.datasets.label_maps import NAMES_FILE, LabelMap, LabelMapError, read_label_map, read_part_names
-from slotscops.datasets.sources import SPLITS, Candidate, ImageScan, LeftOut
+from slotscops.datasets.sources import SPLITS, WHOLE_FOLDER, Candidate, ImageScan, LeftOut
 
-_WHOLE_FOLDER = "."  # stands in the list of images for all that the search for photos passed over
 _SPLIT_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 
 
@@ -70,7 +69,7 @@ class PhotoFolder:
         if not images:
             why = f"; passed over {len(passed_over)}, such as {passed_over[0].reason}" if passed_over else ""
             raise UserError(f"{self.root}: holds no photo ({', '.join(sorted(PHOTO_SUFFIXES))}){why}")
-        return [*images, _WHOLE_FOLDER]
+        return [*images, WHOLE_FOLDER]
 
     def splits(self, class_names: list[str]) -> _PhotoFolderSplits:
         return _PhotoFolderSplits(self.val_share, self.class_name, self._split_folders())
@@ -128,7 +127,7 @@ class PhotoFolder:
     def scan(
         self, image: str, split_of_class: dict[str, str], class_names: list[str], min_box_share: Mapping[str, float]
     ) -> ImageScan:
-        if image == _WHOLE_FOLDER:
+        if image == WHOLE_FOLDER:
             return ImageScan([], [*self.walk()[1], *self._unused_label_maps()])
         split = split_of_class[self.class_name]
         try:

@@ -9,6 +9,7 @@ from slotscops.core.pixels import Box
 from slotscops.core.records import Record
 
 SPLITS = ("train", "val")
+WHOLE_FOLDER = "."  # stands in a list of images for all that the search for them passed over
 
 
 @dataclass(frozen=True)

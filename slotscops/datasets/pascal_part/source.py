@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from slotscops.core.photos import shown_name
 from slotscops.core.records import Record
 from slotscops.datasets.pascal_part.classes import PART_NAMES
 from slotscops.datasets.pascal_part.crops import read_records
 from slotscops.datasets.pascal_part.scan import scan_image
-from slotscops.datasets.pascal_part.tree import PascalPartTree, find_splits, list_images, open_tree
-from slotscops.datasets.sources import Candidate, ImageScan, LeftOut, SplitAssignment
+from slotscops.datasets.pascal_part.tree import PascalPartTree, find_splits, list_images, list_passed_over, open_tree
+from slotscops.datasets.sources import WHOLE_FOLDER, Candidate, ImageScan, LeftOut, SplitAssignment
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class PascalPart:
         return self.tree.root
 
     def list_images(self) -> list[str]:
-        return list_images(self.tree)
+        passed_over = [WHOLE_FOLDER] if list_passed_over(self.tree) else []
+        return [*list_images(self.tree), *passed_over]
 
     def splits(self, class_names: list[str]) -> SplitAssignment:
         return find_splits(self.tree, class_names)
@@ -32,6 +34,8 @@ class PascalPart:
     def scan(
         self, image: str, split_of_class: dict[str, str], class_names: list[str], min_box_share: Mapping[str, float]
     ) -> ImageScan:
+        if image == WHOLE_FOLDER:
+            return ImageScan([], [_passed_over(name, reason) for name, reason in list_passed_over(self.tree)])
         return scan_image(self.tree, image, split_of_class, class_names, dict(min_box_share))
 
     def read(self, image: str, candidates: list[Candidate], size: int) -> tuple[list[Record], list[LeftOut]]:
@@ -39,6 +43,10 @@ class PascalPart:
 
     def part_names(self, class_name: str, candidates: list[Candidate]) -> list[str]:
         return list(PART_NAMES[class_name])
+
+
+def _passed_over(name: str, reason: str) -> LeftOut:
+    return LeftOut(shown_name(name), None, None, None, "no annotation", reason, damaged=True)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from slotscops.core import console
 from slotscops.core.errors import UserError
 from slotscops.core.files import decode_text
+from slotscops.core.photos import is_litter, real_path
 from slotscops.datasets.pascal_part.archives import (
     ArchivePlace,
     FolderPlace,
@@ -24,6 +25,8 @@ from slotscops.datasets.sources import SPLITS
 
 _GET_PHOTOS = "unpack VOCtrainval_03-May-2010.tar"
 _GET_PARTS = "unpack PASCAL-Part's trainval.tar.gz"
+_SHARD_LABEL_MAPS = "python -m slotscops.shard --images PHOTOS --parts LABELS --out SHARDS"
+_FOR_LABEL_MAPS = f"; for label maps in PNG files: {_SHARD_LABEL_MAPS}"
 _PHOTO_ENDING = re.compile(r"\.jpe?g$", re.IGNORECASE)  # some lists name files
 _ANY_YEAR = "VOC20[0-9][0-9]"
 _FOLDERS = ("JPEGImages", "ImageSets/Main", "Annotations_Part")
@@ -81,7 +84,8 @@ def find_tree(root: Path, places: Mapping[str, Place] | None = None) -> PascalPa
     """Finds the folders below `root`; those that are not there are taken from `places`.
 
     Known are the official layout, `VOCdevkit/VOC2010/` with `Annotations_Part/` in `root`, in `VOCdevkit` or beside
-    it, and that of Choudhury et al., `VOCdevkit_2010/{VOC2010,Annotations_Part}`; `root` may be any folder of these.
+    it, and that of Choudhury et al., `VOCdevkit_2010/{VOC2010,Annotations_Part}`; `root` may be any folder of these,
+    and the folder above them. Where there is no VOC2010, another year is used and named.
 
     Raises:
         UserError: no such folder, or one of the three is missing; says where it was looked for.
@@ -91,17 +95,18 @@ def find_tree(root: Path, places: Mapping[str, Place] | None = None) -> PascalPa
     archived = dict(places or {})
     base = root.parent if root.is_file() else root
     vocs = [base / "VOCdevkit" / "VOC2010", base / "VOCdevkit_2010" / "VOC2010", base / "VOC2010", base]
-    others = [folder for place in (base / "VOCdevkit", base) for folder in sorted(place.glob(_ANY_YEAR), reverse=True)]
+    patterns = (f"VOCdevkit/{_ANY_YEAR}", _ANY_YEAR, f"*/VOCdevkit/{_ANY_YEAR}", f"*/{_ANY_YEAR}")
+    others = [folder for pattern in patterns for folder in sorted(base.glob(pattern), reverse=True)]
     voc = next((folder for folder in (*vocs, *others) if _is_folder(folder / "JPEGImages")), None)
-    if voc in others and voc not in vocs:
-        console.say(f"{voc}: using the photos of {voc.name}; PASCAL-Part was annotated on VOC2010")
+    if voc is not None and fnmatch(real_path(voc).name, _ANY_YEAR) and real_path(voc).name != "VOC2010":
+        console.say(f"{voc}: using the photos of {real_path(voc).name}; PASCAL-Part was annotated on VOC2010")
     if voc is not None:
         photos, lists = voc / "JPEGImages", voc / "ImageSets" / "Main"
         archived["JPEGImages"] = FolderPlace(photos)
         if _is_folder(lists):
             archived["ImageSets/Main"] = FolderPlace(lists)
     if "JPEGImages" not in archived:
-        raise UserError(f"{root}: no folder JPEGImages in {_listed(vocs)}; {_GET_PHOTOS} into {root}")
+        raise UserError(f"{root}: no folder JPEGImages in {_listed(vocs)}; {_GET_PHOTOS} into {root}{_FOR_LABEL_MAPS}")
     if "ImageSets/Main" not in archived:
         where = voc / "ImageSets" / "Main" if voc else "ImageSets/Main"
         raise UserError(f"{root}: no folder {where}; {_GET_PHOTOS} into {root}")
@@ -110,15 +115,17 @@ def find_tree(root: Path, places: Mapping[str, Place] | None = None) -> PascalPa
     if annotations is not None:
         archived["Annotations_Part"] = FolderPlace(annotations)
     if "Annotations_Part" not in archived:
-        raise UserError(f"{root}: no folder Annotations_Part in {_listed(around)}; {_GET_PARTS} into {root}")
+        raise UserError(
+            f"{root}: no folder Annotations_Part in {_listed(around)}; {_GET_PARTS} into {root}{_FOR_LABEL_MAPS}"
+        )
     tree = PascalPartTree(root, *(archived[folder] for folder in _FOLDERS))
     if not list_images(tree):
         if any(name.lower().endswith(".png") for name in tree.annotations.names()):
             raise UserError(
                 f"{tree.annotations.path('')}: holds PNG label maps, as Pascal-Part-116 has, needed PASCAL-Part's .mat "
-                f"files; shard the maps with: python -m slotscops.shard --images PHOTOS --parts LABELS --out SHARDS"
+                f"files; shard the maps with: {_SHARD_LABEL_MAPS}"
             )
-        raise UserError(f"{tree.annotations.path('')}: holds no .mat file; {_GET_PARTS} into {root}")
+        raise UserError(f"{tree.annotations.path('')}: holds no .mat file; {_GET_PARTS} into {root}{_FOR_LABEL_MAPS}")
     return tree
 
 
@@ -138,9 +145,28 @@ def _listed(folders: list[Path]) -> str:
 
 def list_images(tree: PascalPartTree) -> list[str]:
     """Names of all annotated images, sorted."""
-    # A name with a dot in front is what a Mac's tar leaves beside each file.
-    names = tree.annotations.names()
-    return sorted({name[:-4] for name in names if name.lower().endswith(".mat") and not name.startswith(".")})
+    return sorted(_annotations_of_images(tree))
+
+
+def list_passed_over(tree: PascalPartTree) -> list[tuple[str, str]]:
+    """What else lies among the annotations, without litter: names, sorted, each with the reason."""
+    taken = set(_annotations_of_images(tree).values())
+    others = [name for name in tree.annotations.names() if name not in taken and not _is_hidden(name)]
+    same = "another file has this name with another ending"
+    return [(name, same if name.lower().endswith(".mat") else "is no annotation by its ending") for name in others]
+
+
+def _annotations_of_images(tree: PascalPartTree) -> dict[str, str]:
+    """The file of each image; where several differ in the letters of their ending, the one that is opened."""
+    found: dict[str, str] = {}
+    for name in tree.annotations.names():
+        if name.lower().endswith(".mat") and not _is_hidden(name):
+            found[name[:-4]] = max(name, found.get(name[:-4], name))  # .mat is above .MAT
+    return found
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or is_litter(name)  # a Mac's tar leaves ._NAME beside each file
 
 
 # ---- split lists -------------------------------------------------------------------------------------------------

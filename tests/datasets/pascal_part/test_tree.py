@@ -1,5 +1,7 @@
 """Folders and split lists of a PASCAL-Part tree."""
 
+import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from annotations import HORSE, annotation, scan, write_tree
 
 from slotscops.core.errors import UserError
 from slotscops.datasets.pascal_part.tree import find_splits, find_tree, list_images, open_tree
+from slotscops.shard import __main__ as shard
 
 
 @pytest.mark.parametrize(
@@ -136,9 +139,9 @@ def test_the_photos_of_another_year_are_used_and_the_year_is_named(
     with pytest.raises(UserError, match="no folder JPEGImages"):
         find_tree(tmp_path / "whole")
     write_tree(tmp_path / "whole" / "data", content, f"VOCdevkit/{year}")
-    for root in ("data", "data/VOCdevkit", f"data/VOCdevkit/{year}"):
+    for root in ("", "data", "data/VOCdevkit", f"data/VOCdevkit/{year}"):
         assert len(scan(find_tree(tmp_path / "whole" / root)).candidates) == 1
-    assert f"using the photos of {year}" in capsys.readouterr().out
+        assert f"using the photos of {year}" in capsys.readouterr().out
 
 
 def test_label_maps_instead_of_annotations_are_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -146,3 +149,28 @@ def test_label_maps_instead_of_annotations_are_refused_with_what_to_do(tmp_path:
     (tmp_path / "Annotations_Part" / "a.mat").rename(tmp_path / "Annotations_Part" / "a.png")
     with pytest.raises(UserError, match=r"PNG label maps.*--images PHOTOS --parts LABELS"):
         find_tree(tmp_path)
+
+
+def test_what_lies_among_the_annotations_and_is_none_counts_for_strict(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"a": annotation([HORSE]), "b": annotation([HORSE])})
+    folder, out = tmp_path / "Annotations_Part", tmp_path / "out"
+    common = ["--classes", "horse", "--no-features", "--size", "32", "--workers", "1", "--strict"]
+    for name in ("Thumbs.db", ".DS_Store", "._a.mat"):
+        (folder / name).write_bytes(b"x")
+    assert shard.main(["--root", str(tmp_path), "--out", str(tmp_path / "clean"), *common]) == 0
+    (folder / "b.mat").rename(folder / "b.png")
+    (folder / "a.MAT").write_bytes((folder / "a.mat").read_bytes())
+    assert shard.main(["--root", str(tmp_path), "--out", str(out), *common]) == 1
+    left_out = json.loads((out / "index" / "left_out.json").read_text())
+    assert [(item["image"], item["kind"]) for item in left_out] == [
+        ("a.MAT", "no annotation"),
+        ("b.png", "no annotation"),
+    ]
+
+
+def test_a_pipe_in_place_of_a_file_is_no_file(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path, {"a": annotation([HORSE])})
+    tree.annotations.path("a.mat").unlink()
+    os.mkfifo(tree.annotations.path("a.mat"))
+    with pytest.raises(UserError, match=r"a\.mat: no such file"):
+        tree.open_annotation("a")
