@@ -25,6 +25,7 @@ PHOTO_SUFFIXES = frozenset(
 )
 NO_PHOTO = "no photo by its ending"  # a kind of file that is passed over
 _HEIF_SUFFIXES = {".heic", ".heif"}
+_HEIF_KINDS = {b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"heim", b"heis"}  # in the first bytes of a file
 # Files that operating systems leave in folders, in lower case. `._*`, which a Mac leaves, is checked separately.
 _LITTER = {
     ".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", ".appledouble", ".spotlight-v100", ".trashes",
@@ -206,8 +207,9 @@ def _reads_avif() -> bool:
 def _is_heif(path: Path) -> bool:
     """Whether the first bytes are HEIF's. Photos of telephones are often renamed to .jpg."""
     with path.open("rb") as file:
-        header = file.read(12)
-    return header[4:8] == b"ftyp" and header[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"heim", b"heis")
+        header = file.read(64)
+    is_avif = b"avif" in header[8:]  # among the compatible kinds of a mif1 or msf1
+    return header[4:8] == b"ftyp" and header[8:12] in _HEIF_KINDS and not is_avif
 
 
 def read_photo(path: Path) -> Image.Image:

@@ -26,6 +26,7 @@ from slotscops.datasets.label_maps import NAMES_FILE, LabelMap, LabelMapError, r
 from slotscops.datasets.sources import SPLITS, WHOLE_FOLDER, Candidate, ImageScan, LeftOut
 
 _SPLIT_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+_TEST_FOLDERS = {"test", "testing"}  # the val split where there is a train folder and none for val
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ class PhotoFolder:
 
     def _split_folders(self) -> dict[str, str]:
         """Folder name -> split, such as Train -> train; empty unless there are folders of both splits."""
-        names = [path.name for path in self.root.iterdir() if path.name.lower() in _SPLIT_OF_FOLDER and path.is_dir()]
-        found = {name: _SPLIT_OF_FOLDER[name.lower()] for name in sorted(names)}
+        folders = sorted(path.name for path in self.root.iterdir() if os.path.isdir(path))  # noqa: PTH112, never raises
+        found = {name: _SPLIT_OF_FOLDER[name.lower()] for name in folders if name.lower() in _SPLIT_OF_FOLDER}
+        if "val" not in found.values():
+            found |= {name: "val" for name in folders if name.lower() in _TEST_FOLDERS}
         return found if set(found.values()) == set(SPLITS) else {}
 
     def walk(self) -> tuple[list[str], list[LeftOut]]:

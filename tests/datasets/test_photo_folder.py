@@ -318,6 +318,13 @@ def test_litter_alone_is_no_reason_to_fail_and_does_not_change_the_plan(tmp_path
     assert write(tmp_path / "photos", tmp_path / "out", "--strict") == 0
 
 
+def test_photos_of_a_test_folder_are_never_trained_on(tmp_path: Path) -> None:
+    for number in range(3):
+        draw(tmp_path / "photos" / ("train", "Test")[number == 2], number)
+    assert write(tmp_path / "photos", tmp_path / "out", "--val-share", "0", "--strict") == 0
+    assert [open_dataset(tmp_path / "out").num_samples(split) for split in ("train", "val")] == [2, 1]
+
+
 @pytest.mark.parametrize("folders", [("train", "validation"), ("Train", "Val"), ("training", "VALID")])
 def test_folders_named_after_splits_are_the_splits(tmp_path: Path, folders: tuple[str, str]) -> None:
     for number in range(3):
