@@ -46,13 +46,29 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def decode_text(content: bytes) -> str:
+    """The text of a file that a person wrote: UTF-8, or UTF-16 where it begins with a byte order mark.
+
+    Some editors begin a file with a byte order mark, which is no part of the text.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    if "\0" in text:  # UTF-16 or UTF-32 without its mark
+        raise UnicodeDecodeError("utf-8", content, 0, 1, "holds zeros, as no text does")
+    return text
+
+
 def json_numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
     """The scores with NaN replaced by None, because JSON has no NaN."""
     return {name: None if value != value else value for name, value in scores.items()}
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_bytes(path, (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    # Bytes of a file name that are not UTF-8 are lone surrogates in Python, which JSON holds only as escapes.
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def sha256_of_file(path: Path) -> str:

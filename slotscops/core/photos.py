@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, features
+from PIL import Image, features
 
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.pixels import PADDING
@@ -23,6 +23,7 @@ from slotscops.core.pixels import PADDING
 PHOTO_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif"}
 )
+NO_PHOTO = "no photo by its ending"  # a kind of file that is passed over
 _HEIF_SUFFIXES = {".heic", ".heif"}
 # Files that operating systems leave in folders, in lower case. `._*`, which a Mac leaves, is checked separately.
 _LITTER = {
@@ -34,6 +35,15 @@ _RESULT_ENDINGS = (".parts.png", ".overlay.jpg", ".maps.safetensors")
 _MAX_PIXELS = 100_000_000  # a larger photo is refused before it is decoded
 _MAX_SIDE = 100_000  # its padded square is resized in strips, which takes time by the square's area
 _ORIENTATION = 0x0112  # Exif's entry that says how to turn a photo
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by Exif's orientation, as Pillow's exif_transpose
 
 
 class PassedOver(NamedTuple):
@@ -63,11 +73,13 @@ def find_photos(paths: Iterable[Path], out: Path | None = None) -> FoundPhotos:
     passed_over: list[PassedOver] = []
     for path in paths:
         if path.is_dir():
-            found = walk_folder(path, lambda inside: out is not None and _is_result(inside.resolve(), out.resolve()))
+            found = walk_folder(path, lambda inside: out is not None and _is_result(real_path(inside), real_path(out)))
             photos |= dict.fromkeys(found.photos)
             passed_over += found.passed_over
-        elif path.exists():
+        elif path.is_file():
             photos[path] = None
+        elif path.exists():
+            passed_over.append(_fault(path, "not a regular file", "is not a regular file"))
         else:
             raise UserError(f"{path}: no such photo or folder")
     return FoundPhotos(list(photos), passed_over)
@@ -90,7 +102,7 @@ def walk_folder(root: Path, is_ours: Callable[[Path], bool] = lambda path: False
     folders = [root]
     links: list[Path] = []  # to folders, entered when all real ones have been
     linked_photos: list[Path] = []
-    seen = {_identity(parent) for parent in root.resolve().parents}  # a link to one of these would leave the folder
+    seen = {_identity(parent) for parent in real_path(root).parents}  # a link to one of these would leave the folder
     taken = set()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
@@ -128,8 +140,13 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def real_path(path: Path) -> Path:
+    """The path without links. Path.resolve raises a RuntimeError on links in a circle before Python 3.13."""
+    return Path(os.path.realpath(path))
+
+
 def _is_shards(path: Path) -> bool:
-    return (path / "index" / "plan.json").is_file()
+    return os.path.isfile(path / "index" / "plan.json")  # noqa: PTH113, Path.is_file raises in a closed folder
 
 
 def _fault(path: Path, kind: str, reason: str) -> PassedOver:
@@ -146,7 +163,8 @@ def why_passed_over(path: Path) -> PassedOver | None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        kind = "link that leads nowhere" if path.is_symlink() else "file that cannot be read"
+        is_link = os.path.islink(path)  # noqa: PTH114, Path.is_symlink raises in a folder that may not be entered
+        kind = "link that leads nowhere" if is_link else "file that cannot be read"
         return _fault(path, kind, f"{kind} ({error.strerror})")
     if stat.S_ISDIR(mode):
         return None
@@ -154,7 +172,7 @@ def why_passed_over(path: Path) -> PassedOver | None:
         return _fault(path, "not a regular file", "is not a regular file")
     suffix = path.suffix.lower()
     if suffix not in PHOTO_SUFFIXES:
-        return _fault(path, "no photo by its ending", f"its ending '{path.suffix}' is not one of a photo")
+        return _fault(path, NO_PHOTO, f"its ending '{path.suffix}' is not one of a photo")
     if suffix in _HEIF_SUFFIXES and not _reads_heif():
         return _fault(path, "HEIC without pillow-heif", _NEEDS_HEIF)
     if suffix == ".avif" and not _reads_avif():
@@ -210,30 +228,49 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
             if image.width * image.height > _MAX_PIXELS or max(image.size) > _MAX_SIDE:
                 limit = f"at most {_MAX_PIXELS} and {_MAX_SIDE} a side are read"
                 raise UserError(f"{shown_name(path)}: {image.width} x {image.height} pixels, {limit}")
-            return ImageOps.exif_transpose(image), orientation_of(image) or 1
+            if image.format == "EPS":  # Pillow would hand this program to Ghostscript
+                raise UserError(f"{shown_name(path)}: is PostScript, which is no photo")
+            orientation = orientation_of(image) or 1
+            image.load()
+            # A TIFF is turned as it is loaded, and has no orientation any more.
+            upright = turned(image, orientation_of(image) or 1)
+            upright.info = {name: value for name, value in upright.info.items() if name == "transparency"}
+            return upright, orientation
     except FileNotFoundError:
         raise UserError(f"{shown_name(path)}: no such photo") from None
     except UserError:
         raise
     except Exception as error:  # Pillow raises anything on damaged files
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{shown_name(path)}: cannot be read ({error.strerror})") from None
         raise UserError(f"{shown_name(path)}: is no readable image ({first_line(error)[:200]})") from None
 
 
 def orientation_of(image: Image.Image) -> int | None:
-    """Exif's orientation, 1 to 8; None where there is none or another value."""
-    value = image.getexif().get(_ORIENTATION)
-    return value if value in range(1, 9) else None
+    """Exif's orientation, 1 to 8; None where there is none, another value, or an Exif block that cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow raises anything on damaged blocks, and the photo may be whole
+        return None
+    return int(value) if value is not None and value in range(1, 9) else None
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """A copy of the image, turned as it is to be shown. Unlike Pillow's exif_transpose, it rewrites no Exif block."""
+    turn = _TURNS.get(orientation)
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image of any mode; what is transparent gets the colour of padding.
 
     Pixels of 16 bits are divided by 257. Of floating-point pixels, white is 1, 255 or 65535, the smallest that no
-    pixel exceeds, or else the brightest pixel.
+    pixel exceeds, or else the brightest pixel. Whole numbers of 32 bits are scaled likewise, except that 1 is no white.
     """
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion clips these at 255
         pixels = np.asarray(image).astype(np.float64)
-        white = 65535.0 if image.mode != "F" else _white_of(pixels)
+        whites = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, ())
+        white = _white_of(pixels, whites) if whites else 65535.0
         scaled = np.nan_to_num(pixels * (255 / white)).clip(0, 255).round()
         return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -242,9 +279,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _white_of(pixels: NDArray[np.float64]) -> float:
+def _white_of(pixels: NDArray[np.float64], whites: tuple[float, ...]) -> float:
     brightest = float(pixels.max(initial=0, where=np.isfinite(pixels)))
-    return next((white for white in (1.0, 255.0, 65535.0) if brightest <= white), brightest)
+    return next((white for white in whites if brightest <= white), brightest)
 
 
 def shown_name(name: str | Path) -> str:

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from slotscops.core.records import IGNORED
+
 _GAP = 4  # pixels between the tiles of a sheet
 
 
@@ -25,7 +27,7 @@ def voc_palette(num_labels: int = 256) -> NDArray[np.uint8]:
 
 
 def overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], opacity: float = 0.6) -> Image.Image:
-    """The photo with its parts coloured; label 0, the background, stays as it is.
+    """The photo with its parts coloured; label 0, the background, and pixels to be ignored (255) stay as they are.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -34,7 +36,8 @@ def overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], opacity: float 
     """
     colours = voc_palette()[labels].astype(np.float32)
     mixed = (1 - opacity) * image + opacity * colours
-    return Image.fromarray(np.where((labels > 0)[..., None], mixed, image).round().astype(np.uint8))
+    is_part = (labels > 0) & (labels != IGNORED)
+    return Image.fromarray(np.where(is_part[..., None], mixed, image).round().astype(np.uint8))
 
 
 def label_image(labels: NDArray[np.uint8]) -> Image.Image:

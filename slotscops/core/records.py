@@ -19,6 +19,8 @@ from torch import Tensor
 # Members of one sample, in the order they stand in the tar.
 MEMBERS = ("jpg", "parts.png", "parts_small.png", "object.png", "json")
 JPEG_QUALITY = 95
+# A part label that says: nobody knows what this pixel is, leave it out of every score. As in PASCAL VOC's masks.
+IGNORED = 255
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Record:
 
     key: str  # "{image}_{object}", unique within a dataset
     image: NDArray[np.uint8]  # (S, S, 3) RGB, 0..255
-    part_labels: NDArray[np.uint8]  # (S, S) part label of the object's class, 0 = no part; first listed on top
+    part_labels: NDArray[
+        np.uint8
+    ]  # (S, S) part label of the object's class, 0 = no part, or IGNORED; first listed on top
     part_labels_small: NDArray[np.uint8]  # (S, S) the same with the smallest part on top
     object_mask: NDArray[np.bool_]  # (S, S) True on the object
     description: dict[str, Any]  # image, object, class, box, crop, source_size, part_names
@@ -87,7 +91,7 @@ class Batch:
 
     images: Tensor  # (B, 3, S, S) uint8 RGB, not yet normalised: a quarter of float32 to carry to the device
     features: Tensor | None  # (B, C, h, w) float16 teacher features of the same crops; None where no cache is read
-    part_labels: Tensor | None  # (B, S, S) uint8 part labels, 0 = none; None where the split does not read them
+    part_labels: Tensor | None  # (B, S, S) uint8 part labels, 0 = none, or IGNORED; None where not read
     object_masks: Tensor | None  # (B, S, S) bool; None where the split does not read them
     class_ids: Tensor  # (B,) int64 row of the index's class table
     keys: list[str]  # B record keys

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slotscops.config import BaselineTransform
-from slotscops.core.records import Batch
+from slotscops.core.records import IGNORED, Batch
 from slotscops.evaluate.baselines import transformed_features
 from slotscops.loader.split import Split
 from slotscops.metrics.protocols import Prediction, Predictor
@@ -33,7 +33,7 @@ def fit(train: Split, seed: int = 0, transform: BaselineTransform = "none", refi
 
     Args:
         train: must be read with labels. The label of a cell is that of most of its pixels, with the smallest part on
-            top.
+            top. Pixels to be ignored have no say, and cells of nothing else are not used.
         seed: for the sampled cells and the networks.
         transform: applied to the features, see `TargetTransform`.
         refine: refine the maps with `refine_maps`, as networks do with `decoder.refinement: pamr`.
@@ -49,7 +49,9 @@ def fit(train: Split, seed: int = 0, transform: BaselineTransform = "none", refi
     classifiers = {}
     for class_id in np.unique(train.class_ids()).tolist():
         cells = sample_vectors(train, seed, labelled, class_id=class_id).numpy()
-        classifiers[class_id] = _classifier(cells[:, :-1], cells[:, -1].astype(np.int64), seed)
+        cells = cells[cells[:, -1] != IGNORED]
+        if len(cells):
+            classifiers[class_id] = _classifier(cells[:, :-1], cells[:, -1].astype(np.int64), seed)
     num_labels = num_predicted(train)
 
     def predict(batch: Batch) -> Prediction:
@@ -92,7 +94,10 @@ def _classifier(cells: NDArray[np.float32], labels: NDArray[np.int64], seed: int
 
 
 def _cell_labels(batch: Batch, height: int, width: int) -> Tensor:
-    """(B, 1, h, w) float32 label of each cell: the one that most of its pixels have."""
+    """(B, 1, h, w) float32 label of each cell: the one that most of its pixels have, `IGNORED` if none has any."""
     assert batch.part_labels_small is not None
-    one_hot = functional.one_hot(batch.part_labels_small.long()).movedim(-1, 1).float()  # (B, T, H, W)
-    return functional.adaptive_avg_pool2d(one_hot, (height, width)).argmax(dim=1, keepdim=True).float()
+    is_known = batch.part_labels_small != IGNORED
+    one_hot = functional.one_hot(batch.part_labels_small.long().where(is_known, 0)).movedim(-1, 1)  # (B, T, H, W)
+    shares = functional.adaptive_avg_pool2d((one_hot * is_known[:, None]).float(), (height, width))
+    most, labels = shares.max(dim=1, keepdim=True)
+    return labels.float().where(most > 0, IGNORED)

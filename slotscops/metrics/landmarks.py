@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotscops.core.records import Batch
+from slotscops.core.records import IGNORED, Batch
 from slotscops.metrics.protocols import ALL_CLASSES, Prediction
 
 _UNITS = 1024  # units per side of the crop in which centres are rounded: an eighth of a pixel at 128 px
@@ -27,7 +27,7 @@ def label_centres(labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
     """The centre of the pixels of each label.
 
     Args:
-        labels: (B, H, W) in 0 .. num_labels - 1.
+        labels: (B, H, W) in 0 .. num_labels - 1, or `IGNORED` (255) for pixels to leave out.
 
     Returns:
         centres: (B, num_labels, 2) int64 y and x from the middle of the crop, in units of 1/1024 of its side. They are
@@ -38,11 +38,13 @@ def label_centres(labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
     # Twice the distance from the middle in pixels, which is an integer: -(W - 1), ..., W - 1.
     y = (2 * torch.arange(height) - (height - 1))[:, None].expand(height, width)
     x = (2 * torch.arange(width) - (width - 1))[None, :].expand(height, width)
-    cells = (labels.long() + num_labels * torch.arange(num_images)[:, None, None]).flatten()
+    columns = labels.long().where(labels != IGNORED, num_labels)  # one column more for what is left out
+    cells = (columns + (num_labels + 1) * torch.arange(num_images)[:, None, None]).flatten()
 
     def totals(values: Tensor) -> Tensor:
-        zeros = torch.zeros(num_images * num_labels, dtype=torch.int64)
-        return zeros.index_add_(0, cells, values.expand(num_images, -1, -1).flatten()).view(num_images, num_labels)
+        zeros = torch.zeros(num_images * (num_labels + 1), dtype=torch.int64)
+        sums = zeros.index_add_(0, cells, values.expand(num_images, -1, -1).flatten())
+        return sums.view(num_images, num_labels + 1)[:, :num_labels]
 
     count = totals(torch.ones_like(y))
     sums = torch.stack([totals(y), totals(x)], dim=2).double()
@@ -83,7 +85,7 @@ class LandmarkRegression:
 
     def fit(self, prediction: Prediction, batch: Batch) -> None:
         """Adds a batch, read with labels, to the data that the maps are fit to."""
-        inputs = regressors(prediction.labels.cpu(), self._num_predicted)
+        inputs = self._inputs(prediction, batch)
         for part, chosen, centres in self._true_centres(batch):
             x = inputs[chosen]
             self._squares[part] += x.T @ x
@@ -91,7 +93,7 @@ class LandmarkRegression:
 
     def score(self, prediction: Prediction, batch: Batch) -> None:
         """Adds the distances between the true and the regressed centres of a batch that was read with labels."""
-        inputs = regressors(prediction.labels.cpu(), self._num_predicted).double()
+        inputs = self._inputs(prediction, batch).double()
         for part, chosen, centres in self._true_centres(batch):
             off = (inputs[chosen] @ self._map(part) - centres).norm(dim=1) / _UNITS
             self._distances[part] += int((off * _FINE).round().long().sum())
@@ -131,6 +133,12 @@ class LandmarkRegression:
         if len(rows) > 1:
             rows[ALL_CLASSES] = float(np.mean([value for values in means.values() for value in values]))
         return rows
+
+    def _inputs(self, prediction: Prediction, batch: Batch) -> Tensor:
+        """(B, F) int64 regressors of the predicted labels, without the pixels to be ignored."""
+        assert batch.part_labels_small is not None
+        labels = prediction.labels.cpu().long()
+        return regressors(labels.where(batch.part_labels_small != IGNORED, IGNORED), self._num_predicted)
 
     def _true_centres(self, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
         """For each true part in the batch: its number, the n images that show it (n,), its centres (n, 2) int64."""

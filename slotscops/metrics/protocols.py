@@ -9,6 +9,8 @@
 The paint order decides which part a pixel belongs to if true masks overlap. `first` takes the part listed first in the
 file, as Choudhury et al. do. `small` takes the part with the fewest pixels, so that eyes lie on top of the head.
 
+No protocol counts pixels whose true label is `IGNORED` (255), such as the rim of a label map.
+
 Shapes: B images, H x W pixels, P predicted labels, T true labels of a class.
 """
 

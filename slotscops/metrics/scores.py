@@ -1,6 +1,6 @@
 """Scores of predicted parts against true parts, from one table of pixel counts.
 
-Shapes: P predicted labels, T true labels. Label 0 is background or no part.
+Shapes: P predicted labels, T true labels. Label 0 is background or no part. Pixels of the true label 255 are ignored.
 """
 
 import math
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from slotscops.core.records import IGNORED
 
 
 class PartScores:
@@ -60,6 +62,8 @@ class PartScores:
     def update(self, predicted: Tensor | NDArray[Any], true: Tensor | NDArray[Any]) -> None:
         """Adds the pixels of two label maps of the same shape. Any shape will do.
 
+        Pixels whose true label is 255 are left out, unless 255 is one of the true labels.
+
         Raises:
             ValueError: if the shapes differ, or labels are not integers or lie outside the table. Nothing is added.
         """
@@ -67,8 +71,8 @@ class PartScores:
             raise ValueError(f"predicted {tuple(predicted.shape)}, true {tuple(true.shape)}: needed the same shape")
         num_predicted, num_true = self._table.shape
         rows = _as_labels(predicted, "predicted", num_predicted)
-        columns = _as_labels(true, "true", num_true)
-        cells = rows.to(columns.device) * num_true + columns
+        columns = _as_labels(true, "true", num_true, may_be_ignored=True)
+        cells = (rows.to(columns.device) * num_true + columns)[columns < num_true]
         counts = torch.bincount(cells, minlength=num_predicted * num_true)
         self._table += counts.cpu().view(num_predicted, num_true)
 
@@ -221,8 +225,12 @@ def _ordered_pairs(counts: NDArray[Any]) -> int:
     return sum(count * (count - 1) for count in counts.tolist())
 
 
-def _as_labels(labels: Tensor | NDArray[Any], name: str, num_labels: int) -> Tensor:
-    """Flattens labels to (N,) int64 and raises a ValueError if one is not an integer in 0 .. num_labels - 1."""
+def _as_labels(labels: Tensor | NDArray[Any], name: str, num_labels: int, may_be_ignored: bool = False) -> Tensor:
+    """Flattens labels to (N,) int64.
+
+    Raises:
+        ValueError: if a label is not an integer in 0 .. num_labels - 1, nor `IGNORED` where it may be.
+    """
     if isinstance(labels, Tensor):
         is_whole = not (labels.is_floating_point() or labels.is_complex())
         flat = labels.detach().flatten().long()
@@ -231,8 +239,9 @@ def _as_labels(labels: Tensor | NDArray[Any], name: str, num_labels: int) -> Ten
         flat = torch.from_numpy(labels.ravel().astype(np.int64))  # a copy, because torch warns about read-only arrays
     if not is_whole:
         raise ValueError(f"{name} labels of {labels.dtype}: needed whole numbers")
-    if flat.numel():
-        for label in (int(flat.min()), int(flat.max())):
+    checked = flat[flat != IGNORED] if may_be_ignored else flat
+    if checked.numel():
+        for label in (int(checked.min()), int(checked.max())):
             if not 0 <= label < num_labels:
                 raise ValueError(f"{name} label {label}: needed 0 to {num_labels - 1}")
     return flat

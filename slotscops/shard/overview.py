@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from slotscops.core import console
 from slotscops.core.errors import UserError
 from slotscops.core.files import write_bytes
 from slotscops.core.pictures import overlay, picture_bytes, sheet, voc_palette
+from slotscops.core.records import IGNORED
 from slotscops.shard.index import ShardDataset, open_dataset
 from slotscops.shard.reader import ShardReader
 from slotscops.shard.remote import is_remote
@@ -83,7 +85,7 @@ def _read(dataset: ShardDataset) -> tuple[dict[tuple[str, str], _ClassCounts], l
             count.object_pixels += int(reader.read_object_mask(row).sum())
             left, top, right, bottom = description["box"]
             count.box_sides.append(max(right - left, bottom - top))
-            for label in np.unique(labels[labels > 0]).tolist():
+            for label in _labels_of_parts(labels):
                 count.with_part[names[label - 1]] += 1
                 count.part_pixels[names[label - 1]] += int((labels == label).sum())
             if number in shown:
@@ -91,6 +93,10 @@ def _read(dataset: ShardDataset) -> tuple[dict[tuple[str, str], _ClassCounts], l
                 tiles.append(_tile(photo, labels, names, f"{split} {description['class']}"))
             number += 1
     return counts, tiles
+
+
+def _labels_of_parts(labels: NDArray[np.uint8]) -> list[int]:
+    return [label for label in np.unique(labels).tolist() if label not in (0, IGNORED)]
 
 
 def _part_rows(dataset: ShardDataset, split: str, name: str, count: _ClassCounts) -> list[tuple[str, ...]]:
@@ -109,7 +115,7 @@ def _tile(photo: Any, labels: Any, names: list[str], title: str) -> Image.Image:
     tile.paste(overlay(photo, labels).resize((_TILE, _TILE), Image.Resampling.BICUBIC), (0, 0))
     draw, colours = ImageDraw.Draw(tile), voc_palette()
     draw.text((1, _TILE), title, fill=(0, 0, 0))
-    for place, label in enumerate(np.unique(labels[labels > 0]).tolist()[: 2 * _NAMES_SHOWN]):
+    for place, label in enumerate(_labels_of_parts(labels)[: 2 * _NAMES_SHOWN]):
         x, y = place // _NAMES_SHOWN * (_TILE // 2), _TILE + _LINE * (1 + place % _NAMES_SHOWN)
         draw.rectangle((x + 1, y + 2, x + 8, y + 9), fill=tuple(colours[label].tolist()))
         draw.text((x + 12, y), names[label - 1], fill=(0, 0, 0))

@@ -81,7 +81,7 @@ class ShardReader:
             raise self._damage(row, "jpg", f"has {came[1]} x {came[0]} pixels, needed {self.size}")
 
     def read_part_labels(self, row: int, smallest_on_top: bool = False) -> NDArray[np.uint8]:
-        """(S, S) uint8 part labels, 0 = none."""
+        """(S, S) uint8 part labels, 0 = none, `IGNORED` (255) = to be left out of every score."""
         return self._read_map(row, "parts_small.png" if smallest_on_top else "parts.png")
 
     def read_object_mask(self, row: int) -> NDArray[np.bool_]:

@@ -1,15 +1,18 @@
+import errno
 import os
+import socket
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from small_runs import photo
 
 from slotscops.core.errors import UserError
-from slotscops.core.photos import find_photos, read_photo, to_rgb, unique_names
+from slotscops.core.photos import find_photos, read_image, read_photo, to_rgb, unique_names
 from slotscops.core.pixels import PADDING
 
 
@@ -103,3 +106,100 @@ def test_a_message_about_a_photo_stays_on_one_line_whatever_its_name(tmp_path: P
     with pytest.raises(UserError, match=r"two\\nlines \\x1b\[2J \\xe9\.jpg: is no readable image") as refused:
         read_photo(path)
     assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
+def test_a_photo_is_turned_as_pillow_turns_it_and_says_by_what(tmp_path: Path, orientation: int, ending: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{ending}"
+    photo((7, 5)).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    image, said = read_image(path)
+    assert (np.asarray(to_rgb(image)) == expected).all()
+    assert said == orientation
+
+
+def entry(kind: int, count: int, value: bytes) -> bytes:
+    """An Exif block with nothing but an orientation of some type."""
+    head = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12"
+    return head + struct.pack(">HI", kind, count) + value + bytes(20)
+
+
+@pytest.mark.parametrize(
+    ("exif", "size"),
+    [
+        (entry(3, 1, b"\0\x06\0\0"), (5, 7)),
+        (entry(4, 1, b"\0\0\0\x06"), (5, 7)),
+        (entry(11, 1, struct.pack(">f", 6)), (5, 7)),
+        (entry(3, 1, b"\0\x09\0\0"), (7, 5)),
+        (entry(2, 2, b"6\0\0\0"), (7, 5)),
+        (entry(5, 1, b"\xff\xff\xff\xff"), (7, 5)),
+        (entry(3, 1, b"\0\x06\0\0")[:20], (7, 5)),
+        (b"Exif\0\0" + bytes(range(60)), (7, 5)),
+    ],
+)
+def test_a_damaged_exif_block_costs_no_photo(tmp_path: Path, exif: bytes, size: tuple[int, int]) -> None:
+    photo((7, 5)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_photo(tmp_path / "a.jpg").size == size
+
+
+@pytest.mark.parametrize("white", [255, 65535, 2**31 - 1])
+def test_whole_numbers_of_32_bits_are_scaled_and_not_clipped(tmp_path: Path, white: int) -> None:
+    values = np.linspace(0, white, 256).round().astype(np.int32)[None]
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    assert np.asarray(read_photo(tmp_path / "deep.tif"))[0, :, 0].tolist() == list(range(256))
+
+
+def test_postscript_is_not_given_to_an_interpreter(tmp_path: Path) -> None:
+    photo((7, 5)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.jpg: is PostScript, which is no photo"):
+        read_photo(tmp_path / "a.jpg")
+
+
+def test_links_in_a_circle_and_what_is_no_file_are_passed_over_wherever_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photo((4, 4)).save(folder / "a.png")
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    (folder / "there").symlink_to(folder / "back")
+    (folder / "back").symlink_to(folder / "there")
+    os.mkfifo(folder / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(folder)
+        server.bind("socket.png")  # its whole path may be too long for a socket
+        found = find_photos([folder, folder / "pipe.jpg"], out=tmp_path / "out")
+    assert found.photos == [folder / "a.png"]
+    assert [(item.path.name, item.kind) for item in found.passed_over] == [
+        ("back", "link that leads nowhere"),
+        ("circle.png", "link that leads nowhere"),
+        ("pipe.jpg", "not a regular file"),
+        ("socket.png", "not a regular file"),
+        ("there", "link that leads nowhere"),
+        ("pipe.jpg", "not a regular file"),
+    ]
+
+
+def test_files_of_a_folder_that_may_be_listed_but_not_entered_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    for path in (tmp_path / "a.png", closed / "b.png"):
+        photo((4, 4)).save(path)
+    stat = Path.stat
+
+    def refuse(path: Path, **how: bool) -> os.stat_result:  # the tests may run as root, who may enter everything
+        if path.parent == closed:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    found = find_photos([tmp_path])
+    assert found.photos == [tmp_path / "a.png"]
+    assert [(item.path, item.kind) for item in found.passed_over] == [(closed / "b.png", "file that cannot be read")]

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from slotscops.core.pictures import comparison, label_image, overlay, picture_bytes, voc_palette
+from slotscops.core.records import IGNORED
 
 
 def test_the_first_colours_are_those_of_pascal_voc() -> None:
@@ -14,9 +15,9 @@ def test_the_first_colours_are_those_of_pascal_voc() -> None:
 
 
 def test_an_overlay_leaves_the_background_alone_and_mixes_the_rest() -> None:
-    photo = np.full((1, 2, 3), 100, np.uint8)
-    mixed = np.asarray(overlay(photo, np.array([[0, 1]], np.uint8), opacity=0.5))
-    assert mixed[0, 0].tolist() == [100, 100, 100]
+    photo = np.full((1, 3, 3), 100, np.uint8)
+    mixed = np.asarray(overlay(photo, np.array([[0, 1, IGNORED]], np.uint8), opacity=0.5))
+    assert mixed[0, 0].tolist() == mixed[0, 2].tolist() == [100, 100, 100]
     assert mixed[0, 1].tolist() == [114, 50, 50]
 
 

@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from slotscops.core.errors import UserError
 from slotscops.core.photos import read_photo
 from slotscops.core.pixels import PADDING
-from slotscops.core.records import MEMBERS, Record, from_members
+from slotscops.core.records import IGNORED, MEMBERS, Record, from_members
+from slotscops.datasets.label_maps import read_part_names
 from slotscops.shard import __main__ as shard
 from slotscops.shard.index import open_dataset
 from slotscops.shard.reader import ShardReader
@@ -104,11 +105,13 @@ def small_png(values: NDArray[np.uint8], depth: int) -> bytes:
     return content
 
 
-def shard_one(folder: Path, label: bytes, names: str | None = None, exif: Image.Exif | None = None) -> Path:
+def shard_one(
+    folder: Path, label: bytes, names: str | None = None, exif: Image.Exif | None = None, photo: str = "a.png"
+) -> Path:
     """One photo of 60 x 40 pixels with one label map, as shards."""
     (folder / "photos").mkdir(exist_ok=True)
     (folder / "parts").mkdir(exist_ok=True)
-    Image.new("RGB", (60, 40), (90, 120, 30)).save(folder / "photos" / "a.png", exif=exif or Image.Exif())
+    Image.new("RGB", (60, 40), (90, 120, 30)).save(folder / "photos" / photo, exif=exif or Image.Exif())
     (folder / "parts" / "a.png").write_bytes(label)
     if names is not None:
         (folder / "parts" / "parts.txt").write_text(names, encoding="utf-8")
@@ -141,11 +144,15 @@ def test_greys_of_few_bits_are_the_labels_that_were_written(tmp_path: Path, dept
     assert set(np.unique(records(out)["a.png"].part_labels)) == {0, *labels}
 
 
-def test_a_rim_of_255_is_neither_part_nor_object(tmp_path: Path) -> None:
-    record = records(shard_one(tmp_path, png(boxes(1, 2, 255))))["a.png"]
-    assert set(np.unique(record.part_labels)) == {0, 1, 2}
+def test_a_rim_of_255_is_neither_part_nor_object_and_stays_to_be_ignored(tmp_path: Path) -> None:
+    out = shard_one(tmp_path, png(boxes(1, 2, 255)))
+    assert shard.main(["--inspect", str(out)]) == 0
+    assert open_dataset(out).part_names == {"object": ["part_1", "part_2"]}
+    record = records(out)["a.png"]
+    assert set(np.unique(record.part_labels)) == {0, 1, 2, IGNORED}
     assert record.description["box"] == [8, 10, 16, 30]
-    assert (record.object_mask == (record.part_labels > 0)).all()
+    assert record.description["part_names"] == ["part_1", "part_2"]
+    assert (record.object_mask == ((record.part_labels == 1) | (record.part_labels == 2))).all()
 
 
 def test_255_alone_is_the_mask_of_an_object_without_parts(tmp_path: Path) -> None:
@@ -166,6 +173,8 @@ def test_255_alone_is_the_mask_of_an_object_without_parts(tmp_path: Path) -> Non
         (png(np.tile(np.arange(60, dtype=np.uint8), (40, 1))), r"59 labels \(1, 2, 3, 4, 5, 6, 7, 8 and 51 more\)"),
         (png(np.zeros((40, 60, 3), np.uint8)), "a PNG of mode RGB"),
         (png(boxes(1).T), "labels of 40 x 60"),
+        (png(np.zeros((80, 120), np.uint8)), "labels of 120 x 80"),
+        (png(255 - boxes(255)), "only 255 along its whole edge, as an inverted mask does"),
     ],
 )
 def test_values_that_are_no_part_labels_are_refused_with_what_was_seen(
@@ -175,6 +184,40 @@ def test_values_that_are_no_part_labels_are_refused_with_what_was_seen(
         shard_one(tmp_path, label)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbfhead\r\nbody side\r\n\r\n",
+        "\ufeffhead\nbody\u00a0side \n".encode("utf-16-le"),
+        "\ufeffhead\nbody side".encode("utf-16-be"),
+        b"__ignore__\n_Background_\nhead\nbody side\n",
+        b"0: background\n1: head\n2: body side\n255: void\n",
+        b"1\thead\n2\tbody side\n",
+    ],
+)
+def test_a_list_of_names_is_read_as_editors_and_tools_write_it(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "parts.txt").write_bytes(text)
+    assert read_part_names(tmp_path / "parts.txt") == ["head", "body side"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"t\xeate\n", "is no UTF-8 text"),
+        (b"1 head\n3 tail\n", "begin with 1, ..., 3, needed 1, 2, 3"),
+        (b"head\nhead\n", "each once"),
+        (b"he\x1bad\n", "cannot be shown"),
+    ],
+)
+def test_a_list_of_names_that_is_none_is_one_line_before_any_photo_is_read(
+    tmp_path: Path, text: bytes, message: str
+) -> None:
+    draw(tmp_path / "photos", 0, tmp_path / "parts")
+    (tmp_path / "parts" / "parts.txt").write_bytes(text)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/parts/parts\.txt: .*{message}"):
+        write(tmp_path / "photos", tmp_path / "out", "--parts", str(tmp_path / "parts"))
+
+
 def test_a_part_that_one_photo_hides_needs_a_list_of_names_which_may_begin_with_0(tmp_path: Path) -> None:
     out = shard_one(tmp_path, png(boxes(1, 3)), "\ufeffbackground\nhead\nbody\u00a0side\ntail\n")
     assert open_dataset(out).part_names == {"object": ["head", "body side", "tail"]}
@@ -182,12 +225,15 @@ def test_a_part_that_one_photo_hides_needs_a_list_of_names_which_may_begin_with_
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("own", [False, True])
-def test_a_label_map_of_the_stored_pixels_is_turned_with_its_photo(tmp_path: Path, orientation: int, own: bool) -> None:
+@pytest.mark.parametrize(("own", "photo"), [(False, "a.png"), (True, "a.png"), (False, "a.jpg"), (False, "a.tif")])
+def test_a_label_map_of_the_stored_pixels_is_turned_with_its_photo(
+    tmp_path: Path, orientation: int, own: bool, photo: str
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = boxes(1, 1, 2)
-    record = records(shard_one(tmp_path, png(stored, exif=orientation if own else None), exif=exif))["a.png"]
+    label = png(stored, exif=orientation if own else None)
+    record = records(shard_one(tmp_path, label, exif=exif, photo=photo))[photo]
     marked = Image.fromarray(stored)
     marked.getexif()[0x0112] = orientation
     shown = np.asarray(ImageOps.exif_transpose(marked))
@@ -283,11 +329,71 @@ def test_folders_named_after_splits_are_the_splits(tmp_path: Path, folders: tupl
     assert (item["image"], item["kind"]) == ("test/photo.3.jpg", "in no split folder")
 
 
-def test_two_photos_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
-    draw(tmp_path / "a", 0)
-    draw(tmp_path / "b", 0)
-    with pytest.raises(UserError, match=r"photo\.0\.jpg and .*two photos of one name"):
-        write(tmp_path, tmp_path / "out")
+def test_photos_of_one_name_have_their_paths_as_keys_and_labels_of_their_own(tmp_path: Path) -> None:
+    photos, parts = tmp_path / "photos", tmp_path / "parts"
+    draw(photos, 0)
+    for folder, label in (("a", 1), ("b", 2), ("c", 0)):
+        draw(photos / folder, 1)
+        (parts / folder).mkdir(parents=True)
+        (parts / folder / "photo.1.png").write_bytes(png(boxes(*range(1, label + 1))))
+    for name in ("photo.0.png", "photo.1.png"):  # the second could be of any of three photos
+        (parts / name).write_bytes(png(boxes(1)))
+    (parts / "c" / "photo.1.png").unlink()
+    assert write(photos, tmp_path / "out", "--parts", str(parts), "--strict") == 1
+    found = {name: (record.key, record.description["part_names"]) for name, record in records(tmp_path / "out").items()}
+    assert found == {
+        "photo.0.jpg": ("photo_0_0", ["part_1"]),
+        "a/photo.1.png": ("a%2Fphoto%2E1%2Epng_0", ["part_1"]),
+        "b/photo.1.png": ("b%2Fphoto%2E1%2Epng_0", ["part_1", "part_2"]),
+    }
+    reasons = {(item["image"], item["kind"]): item["reason"] for item in left_out(tmp_path / "out")}
+    assert "must lie there because other photos have the same name" in reasons["c/photo.1.png", "no label map"]
+    assert reasons.keys() == {
+        ("c/photo.1.png", "no label map"),
+        (f"{parts}/photo.1.png", "label map without a photo"),
+    }
+
+
+def test_photos_whose_names_are_one_on_a_mac_are_not_both_taken(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    names = [unicodedata.normalize(form, "caf\u00e9.png") for form in ("NFC", "NFD")]
+    for name in names:
+        Image.new("RGB", (60, 40)).save(tmp_path / "photos" / name)
+    assert write(tmp_path / "photos", tmp_path / "out", "--strict") == 1
+    assert [item["kind"] for item in left_out(tmp_path / "out")] == ["name of another photo"]
+    assert len(records(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("num_workers", ["1", "2"])
+def test_label_maps_that_are_not_used_are_counted_by_reason(tmp_path: Path, num_workers: str) -> None:
+    photos, parts = tmp_path / "photos", tmp_path / "parts"
+    for number in range(4):
+        draw(photos, number, parts)
+    (parts / "photo.1.png").rename(parts / "photo.1.tif")
+    (parts / "photo.2.png").rename(parts / "other.png")
+    (parts / "photo.3.png").write_bytes(png(boxes(85)))
+    (parts / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    for name in ("readme.md", "Thumbs.db", "parts.txt"):
+        (parts / name).write_text("top\nbottom\n")
+    more = ["--parts", str(parts), "--strict", "--workers", num_workers]
+    assert write(photos, tmp_path / "out", *more) == 1
+    assert records(tmp_path / "out").keys() == {"photo.0.jpg"}
+    assert {(item["image"], item["kind"]) for item in left_out(tmp_path / "out")} == {
+        ("photo.1.png", "no label map"),
+        ("photo.2.webp", "no label map"),
+        ("photo.3.jpg", "label map that cannot be used"),
+        (f"{parts}/photo.1.tif", "label map without a photo"),
+        (f"{parts}/other.png", "label map without a photo"),
+        (f"{parts}/gone.png", "link that leads nowhere"),
+    }
+    (reason,) = (item["reason"] for item in left_out(tmp_path / "out") if item["image"] == "photo.1.png")
+    assert "only photo.1.tif" in reason
+
+
+def test_label_maps_among_the_photos_are_refused(tmp_path: Path) -> None:
+    draw(tmp_path, 0, tmp_path)
+    with pytest.raises(UserError, match="put the label maps into a folder of their own"):
+        write(tmp_path, tmp_path / "out", "--parts", str(tmp_path))
 
 
 def test_a_folder_of_plain_photos_trains_and_evaluates_and_is_inspected(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from slotscops.config import load_config
 from slotscops.core.errors import UserError
-from slotscops.core.records import Batch
+from slotscops.core.records import IGNORED, Batch
 from slotscops.evaluate import __main__ as evaluate
 from slotscops.evaluate import baselines, scoreboard
 from slotscops.evaluate import ceiling as supervised
@@ -127,6 +128,29 @@ def test_a_classifier_taught_the_true_parts_beats_clusters_of_the_same_features(
     assert score(taught, supervised.num_predicted(split), True) > 1.5 * score(
         baselines.fit("kmeans", split, 6), 6, False
     )
+
+
+def test_the_classifier_is_not_taught_pixels_to_be_ignored(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, taught = split.read, []
+
+    def read_with_rim(samples: np.ndarray) -> Batch:
+        batch = read(samples)
+        assert batch.part_labels_small is not None
+        labels = batch.part_labels_small.clone()
+        labels[:, :20] = IGNORED  # one of four rows of cells and a part of the second
+        return dataclasses.replace(batch, part_labels_small=labels)
+
+    def classify(cells: np.ndarray, labels: np.ndarray, seed: int) -> object:
+        taught.append(labels)
+        return classifier(cells, labels, seed)
+
+    classifier = supervised._classifier
+    monkeypatch.setattr(supervised, "_classifier", classify)
+    monkeypatch.setattr(split, "read", read_with_rim)
+    predict = supervised.fit(split)
+    assert sum(map(len, taught)) == len(split) * 3 * 4
+    assert max(labels.max() for labels in taught) < supervised.num_predicted(split)
+    assert predict(split.read(np.arange(2))).labels.max() < supervised.num_predicted(split)
 
 
 def test_of_a_class_that_it_was_never_taught_the_classifier_finds_nothing(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slotscops.core.records import Batch
+from slotscops.core.records import IGNORED, Batch
 from slotscops.metrics.landmarks import LandmarkRegression, label_centres
 from slotscops.metrics.protocols import ALL_CLASSES, Prediction
 
@@ -50,6 +50,21 @@ def test_centres_of_a_small_grid_by_hand() -> None:
     assert centres[0, 1].tolist() == [-384, -256]
     assert centres[0, 2].tolist() == [256, 384]
     assert centres[0, 3].tolist() == [0, 0]
+
+
+def test_pixels_to_be_ignored_move_no_centre() -> None:
+    true, labels = moving(60, seed=0)
+    rimmed, beside = true.clone(), labels.clone()
+    rimmed[:, :, :3] = IGNORED
+    beside[:, :, :3] = 1  # found where nobody knows what is there
+    assert torch.equal(label_centres(rimmed, 3)[0][:, 1:], label_centres(true, 3)[0][:, 1:])
+    clean = labels.clone()
+    clean[:, :, :3] = IGNORED
+    regression, expected = (LandmarkRegression({"cow": ["head", "tail"]}, 3, side_per_box=1.0) for _ in range(2))
+    regression.fit(Prediction(beside.long(), beside.long()), make_batch(rimmed, [0] * 60))
+    expected.fit(Prediction(clean.long(), clean.long()), make_batch(rimmed, [0] * 60))
+    assert torch.equal(regression.fit_counts(), expected.fit_counts())
+    assert int(regression.fit_counts().count_nonzero())
 
 
 def test_parts_that_follow_linearly_are_found_on_photos_not_fit_to() -> None:

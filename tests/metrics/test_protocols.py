@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from slotscops.core.records import Batch
+from slotscops.core.records import IGNORED, Batch
 from slotscops.metrics.protocols import ALL_CLASSES, ORDERS, PROTOCOLS, Prediction, ProtocolScores
 from slotscops.metrics.scores import PartScores, score_table
 
@@ -17,13 +17,18 @@ PARTS = {"cow": ["head", "leg"], "horse": ["head", "leg", "tail"]}
 P = 4
 
 
-def make_batch(generator: np.random.Generator, num_images: int, side: int = 6) -> tuple[Prediction, Batch]:
+def make_batch(
+    generator: np.random.Generator, num_images: int, side: int = 6, rim: bool = False
+) -> tuple[Prediction, Batch]:
     shape = (num_images, side, side)
     classes = torch.from_numpy(generator.integers(0, 2, num_images))
     first, small = (
         torch.from_numpy(generator.integers(0, 3 + classes.numpy()[:, None, None], shape).astype(np.uint8))
         for _ in range(2)
     )
+    if rim:
+        ignored = torch.from_numpy(generator.random(shape) < 0.2)
+        first[ignored] = small[ignored] = IGNORED
     batch = Batch(
         images=torch.zeros(num_images, 3, side, side, dtype=torch.uint8),
         features=None,
@@ -43,17 +48,18 @@ def expected_labels(prediction: Prediction, batch: Batch, protocol: str, order: 
     assert batch.part_labels_small is not None
     assert batch.object_masks is not None
     true = (batch.part_labels if order == "first" else batch.part_labels_small).numpy().astype(int)
+    true = np.where(true == IGNORED, -1, true)
     if protocol == "mask":
         return np.where(batch.object_masks.numpy(), prediction.labels_without_background.numpy(), 0), true
     return prediction.labels.numpy(), np.where(true == 0, -1, true) if protocol == "foreground" else true
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10_000), st.sampled_from(PROTOCOLS), st.sampled_from(ORDERS), st.booleans())
+@given(st.integers(0, 10_000), st.sampled_from(PROTOCOLS), st.sampled_from(ORDERS), st.booleans(), st.booleans())
 def test_each_protocol_equals_scikit_learn_on_the_pixels_it_looks_at(
-    seed: int, protocol: str, order: str, own_parts: bool
+    seed: int, protocol: str, order: str, own_parts: bool, rim: bool
 ) -> None:
-    prediction, batch = make_batch(np.random.default_rng(seed), 6)
+    prediction, batch = make_batch(np.random.default_rng(seed), 6, rim=rim)
     scores = ProtocolScores(PARTS, P, own_parts)
     scores.update(prediction, batch)
     predicted, true = expected_labels(prediction, batch, protocol, order)

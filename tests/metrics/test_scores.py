@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
+from slotscops.core.records import IGNORED
 from slotscops.metrics.scores import PartScores
 
 P, T = 5, 4
@@ -212,3 +213,16 @@ def test_tables_of_other_labels_are_not_merged() -> None:
 def test_scores_need_at_least_one_label_of_each() -> None:
     with pytest.raises(ValueError, match="0 predicted and 2 true labels"):
         PartScores(0, 2)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(0, P - 1), st.sampled_from([*range(T), IGNORED])), min_size=1, max_size=60).filter(
+        lambda pairs: any(true != IGNORED for _, true in pairs)
+    )
+)
+def test_pixels_to_be_ignored_are_in_no_score(pairs: list[tuple[int, int]]) -> None:
+    kept = [(found, true) for found, true in pairs if true != IGNORED]
+    scores = score([found for found, _ in pairs], [true for _, true in pairs])
+    assert scores["nmi"] == pytest.approx(normalized_mutual_info_score(*zip(*kept, strict=True)))
+    assert scores["ari"] == pytest.approx(adjusted_rand_score(*zip(*kept, strict=True)))

@@ -31,7 +31,7 @@ def read_annotation(source: Path | str | BinaryIO) -> list[AnnotatedObject]:
                 sizes = f"{size_of(item.mask)}, object 0 of {size_of(objects[0].mask)}"
                 raise MatlabError(f"object {number} has a mask of {sizes}, needed the photo's size in both")
     except MatlabError as damage:
-        raise UserError(f"{name}: {damage}; fetch the file again") from None
+        raise UserError(f"{name}: {damage}; {damage.remedy}") from None
     return objects
 
 
@@ -69,10 +69,11 @@ def _rows(row: dict[str, Any], field: str) -> list[dict[str, Any]]:
 
 
 def _text(row: dict[str, Any], field: str, where: str) -> str:
+    """A name without blanks around it; U+FFFD stands for what cannot be shown, so that it costs no other object."""
     value = row.get(field)
-    if not isinstance(value, str) or not value or not value.isprintable():
+    if not isinstance(value, str) or not value.strip():
         raise MatlabError(f"{where} lacks its name, '{field}'")
-    return value
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(value.split()))
 
 
 def _mask(row: dict[str, Any], where: str) -> NDArray[np.bool_]:

@@ -63,9 +63,10 @@ class FolderPlace:
     def open(self, name: str) -> BinaryIO:
         path = self.path(name)
         try:
-            return next(filter(Path.is_file, map(self.path, spellings(name))), path).open("rb")
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; fetch it again") from None
+            found = next(filter(Path.is_file, map(self.path, spellings(name))), None)
+            if found is not None:  # neither a folder nor a pipe, which would never end
+                return found.open("rb")
+            raise UserError(f"{path}: no such file; fetch it again")
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 

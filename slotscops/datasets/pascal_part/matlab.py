@@ -21,13 +21,21 @@ _INFLATE_STEP = 2048  # bytes; masks shrink 200-fold, so this gives pieces that 
 _MAX_DEPTH = 8  # of structs within structs; real annotations have 3
 _MATRIX, _COMPRESSED = 14, 15  # element types; the next two tables have the others
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-_TEXTS = {1: "ascii", 2: "ascii", 4: "utf-16", 16: "utf-8", 17: "utf-16"}
-_STRUCT, _CHAR, _NUMERIC = 2, 4, range(6, 16)  # matrix classes
+_TEXTS = {4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}  # others are ASCII
+_CELL, _STRUCT, _CHAR, _NUMERIC = 1, 2, 4, range(6, 16)  # matrix classes
 _COMPLEX = 0x800
 
 
 class MatlabError(Exception):
     """What is wrong with a file; its name is the caller's to add."""
+
+    remedy = "fetch the file again"
+
+
+class MatlabVersionError(MatlabError):
+    """The file is whole, but of a version that is not read."""
+
+    remedy = "open it in MATLAB and save it with: save -v7"
 
 
 def read_matlab_structs(content: bytes, variable: str) -> list[dict[str, Any]]:
@@ -42,11 +50,12 @@ def read_matlab_structs(content: bytes, variable: str) -> list[dict[str, Any]]:
     if len(content) > MAX_MATLAB_BYTES:
         raise MatlabError(f"has more than {MAX_MATLAB_BYTES} bytes, as no annotation of PASCAL-Part has")
     # MATLAB puts 512 bytes of text before the HDF5 file, and some versions call themselves 7.0 there.
-    if b"\x89HDF" in (content[:4], content[512:516]) or content[:10] == b"MATLAB 7.3":
-        raise MatlabError("is a MATLAB 7.3 file, needed version 5 (MATLAB: save -v7)")
+    is_hdf5 = any(content[at : at + 4] == b"\x89HDF" for at in (0, 512, 1024, 2048))
+    if is_hdf5 or content[:10] == b"MATLAB 7.3" or content[124:128] in (b"\x00\x02IM", b"\x02\x00MI"):
+        raise MatlabVersionError("is a MATLAB 7.3 file, needed version 5")
     order = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}.get(content[124:128])
     if order is None and _is_version_4(content):
-        raise MatlabError("is a MATLAB 4 file, needed version 5 (MATLAB: save -v7)")
+        raise MatlabVersionError("is a MATLAB 4 file, needed version 5")
     if order is None:
         raise MatlabError("is no MATLAB 5 file")
     elements = _Elements(memoryview(bytearray(content))[128:], order)  # masks are views of it: writable ones
@@ -57,7 +66,7 @@ def read_matlab_structs(content: bytes, variable: str) -> list[dict[str, Any]]:
             kind, payload = _Elements(memoryview(_inflate(payload)), order).take()
         if kind != _MATRIX:
             raise MatlabError("is damaged, needed a matrix")
-        name, value = _read_matrix(payload, order, depth=0)
+        name, value = _read_matrix(payload, order, depth=0, wanted=variable)
         found = value if name == variable else found
     if not isinstance(found, list):
         raise MatlabError(f"lacks the struct '{variable}'")
@@ -72,8 +81,9 @@ def _is_version_4(content: bytes) -> bool:
     for order in "<>" if len(content) > 20 else "":
         kind, rows, columns, imaginary, length = struct.unpack(f"{order}5i", content[:20])
         name = content[20 : 20 + length] if 0 < length < 64 else b""
+        is_name = name[-1:] == b"\0" and name[:-1].replace(b"_", b"").isalnum()
         is_type = kind // 1000 in range(5) and kind // 10 % 10 in range(6) and kind % 10 in range(3)
-        if is_type and min(rows, columns) >= 0 and imaginary in (0, 1) and name[-1:] == b"\0" and name[:-1].isalnum():
+        if is_type and is_name and min(rows, columns) >= 0 and imaginary in (0, 1):
             return True
     return False
 
@@ -119,14 +129,12 @@ class _Elements:
         return np.frombuffer(payload, dtype)
 
     def take_text(self) -> str:
+        """A name; as in SciPy, U+FFFD stands for bytes that are no text, so that one of them costs no other name."""
         kind, payload = self.take()
         encoding = _TEXTS.get(kind, "ascii")
-        if encoding == "utf-16":
+        if encoding in ("utf-16", "utf-32"):
             encoding += "-le" if self.order == "<" else "-be"
-        try:
-            return str(payload, encoding)
-        except UnicodeDecodeError:
-            raise MatlabError("is damaged, needed a name") from None
+        return str(payload, encoding, errors="replace")
 
     def _cut(self, size: int) -> memoryview:
         if size > len(self.data):
@@ -135,22 +143,26 @@ class _Elements:
         return head
 
 
-def _read_matrix(data: memoryview, order: str, depth: int) -> tuple[str, Any]:
-    """A matrix's name and value."""
+def _read_matrix(data: memoryview, order: str, depth: int, wanted: str | None = None) -> tuple[str, Any]:
+    """A matrix's name and value; the value is not read, and is None, where another name is wanted."""
     if not data:
         return "", np.empty((0, 0))
     elements = _Elements(data, order)
     flags = elements.take_numbers()
-    if flags.dtype.kind != "u" or len(flags) != 2:
+    if flags.dtype.kind not in "iu" or len(flags) != 2:
         raise MatlabError("is damaged, needed a matrix's class")
     kind = int(flags[0]) & 0xFF
-    if kind not in (_STRUCT, _CHAR, *_NUMERIC) or int(flags[0]) & _COMPLEX:
+    if kind not in (_CELL, _STRUCT, _CHAR, *_NUMERIC) or int(flags[0]) & _COMPLEX:
         return "", None
     shape, name = elements.take_numbers(), elements.take_text()
+    if wanted not in (None, name):
+        return name, None
     # The format wants signed numbers here; some writers use unsigned ones, which SciPy reads as well.
     if shape.dtype.kind not in "iu" or len(shape) < 2 or shape.min() < 0:
         raise MatlabError("is damaged, needed a matrix's size")
     value: Any
+    if kind == _CELL:  # only an empty one has a meaning here, as an empty matrix has
+        return name, None if shape.all() else np.empty((0, 0))
     if kind == _STRUCT:
         value = _read_structs(elements, math.prod(shape.tolist()), depth + 1)
     elif kind == _CHAR:
@@ -167,7 +179,7 @@ def _read_matrix(data: memoryview, order: str, depth: int) -> tuple[str, Any]:
 
 def _read_structs(elements: _Elements, count: int, depth: int) -> list[dict[str, Any]]:
     lengths, (_, joined) = elements.take_numbers(), elements.take()
-    length = int(lengths[0]) if len(lengths) and lengths.dtype.kind == "i" else 0
+    length = int(lengths[0]) if len(lengths) and lengths.dtype.kind in "iu" else 0
     if length < 1 or len(joined) % length or depth > _MAX_DEPTH:
         raise MatlabError("is damaged, needed names of fields")
     names = [bytes(joined[at : at + length]).split(b"\0")[0].decode("latin-1") for at in range(0, len(joined), length)]

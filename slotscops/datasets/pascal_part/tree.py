@@ -1,6 +1,7 @@
 """Where the files of PASCAL-Part lie in the folders that people have, and what their split lists say."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import BinaryIO
 
 from slotscops.core import console
 from slotscops.core.errors import UserError
+from slotscops.core.files import decode_text
 from slotscops.datasets.pascal_part.archives import (
     ArchivePlace,
     FolderPlace,
@@ -22,6 +24,7 @@ from slotscops.datasets.sources import SPLITS
 
 _GET_PHOTOS = "unpack VOCtrainval_03-May-2010.tar"
 _GET_PARTS = "unpack PASCAL-Part's trainval.tar.gz"
+_PHOTO_ENDING = re.compile(r"\.jpe?g$", re.IGNORECASE)  # some lists name files
 _ANY_YEAR = "VOC20[0-9][0-9]"
 _FOLDERS = ("JPEGImages", "ImageSets/Main", "Annotations_Part")
 
@@ -186,7 +189,7 @@ def _read_list(lists: Place, name: str) -> Iterator[tuple[int, str]]:
     path = lists.path(name)
     try:
         with lists.open(name) as file:
-            lines = _decode(file.read()).split("\n")
+            lines = decode_text(file.read()).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); it must be a VOC image list") from None
     for number, line in enumerate(lines, start=1):
@@ -196,9 +199,4 @@ def _read_list(lists: Place, name: str) -> Iterator[tuple[int, str]]:
         if len(columns) > 2 or (len(columns) == 2 and columns[1] not in ("-1", "0", "1")):
             came = " ".join(columns)[:40]
             raise UserError(f"{path}, line {number}: '{came}' came, needed an image name and -1, 0 or 1; mend the line")
-        yield number, columns[0].removesuffix(".jpg")
-
-
-def _decode(content: bytes) -> str:
-    """The text of a list. Some editors begin it with a byte order mark, which is no part of the first name."""
-    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        yield number, _PHOTO_ENDING.sub("", columns[0])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.io
+import scipy.sparse
 from annotations import (
     HORSE,
     Described,
@@ -156,9 +157,9 @@ def with_mask(mask: Any) -> bytes:
     return annotation([("horse", mask, [])])
 
 
-def version_4() -> bytes:
+def version_4(name: str = "anno") -> bytes:
     file = io.BytesIO()
-    scipy.io.savemat(file, {"anno": np.eye(3)}, format="4")
+    scipy.io.savemat(file, {name: np.eye(3)}, format="4")
     return file.getvalue()
 
 
@@ -166,7 +167,9 @@ BROKEN = {
     "is no MATLAB 5 file": b"no MATLAB at all" * 20,
     "is a MATLAB 7.3 file, needed version 5": b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + b"\x89HDF" * 9,
     "is a MATLAB 7.3 file, needed version 5|": b"MATLAB 7.0 MAT-file, HDF5 schema 0.5".ljust(512) + b"\x89HDF" * 9,
+    "is a MATLAB 7.3 file, needed version 5||": bytes(124) + b"\x00\x02IM" + bytes(1920) + b"\x89HDF" * 9,
     "is a MATLAB 4 file, needed version 5": version_4(),
+    "is a MATLAB 4 file, needed version 5|": version_4("my_anno"),
     "lacks the struct 'anno'": matlab_bytes(1, "other"),
     "lacks the struct 'anno'|": matlab_bytes(np.eye(3)),
     "has 2 structs 'anno', needed one": matlab_bytes(structs(("a",), [(1,), (2,)])),
@@ -211,12 +214,32 @@ def test_absurd_sizes_are_refused_before_they_fill_the_memory(monkeypatch: pytes
     assert "has more than 300 bytes" in message(bytes(301))
 
 
-def test_an_empty_struct_beside_the_annotation_does_no_harm() -> None:
+def nested(depth: int) -> dict[str, Any]:
+    return {"inner": nested(depth - 1)} if depth else {"inner": 1}
+
+
+@pytest.mark.parametrize("other", [{}, nested(12), "text", 1 + 2j, scipy.sparse.eye(4), np.array([1, "x"], object)])
+def test_other_variables_beside_the_annotation_do_no_harm(other: Any) -> None:
     file = io.BytesIO()
     anno = structs(("imname", "objects"), [("a", objects_struct([HORSE]))])
-    scipy.io.savemat(file, {"empty": {}, "anno": anno})
+    scipy.io.savemat(file, {"before": other, "anno": anno, "behind": other})
     file.seek(0)
     assert [item.class_name for item in read_annotation(file)] == ["horse"]
+
+
+@pytest.mark.parametrize("nothing", [np.empty((0, 0)), np.empty((0, 0), object), {}], ids=["matrix", "cell", "struct"])
+def test_an_object_without_parts_may_say_so_with_anything_empty(nothing: Any) -> None:
+    fields = ("class", "class_ind", "mask", "parts")
+    rows = structs(fields, [("horse", np.uint8([[1]]), HORSE[1], nothing)])
+    (item,) = read_annotation(io.BytesIO(matlab_bytes(structs(("imname", "objects"), [("a", rows)]))))
+    assert (item.class_name, item.parts) == ("horse", [])
+
+
+def test_blanks_around_a_name_and_what_cannot_be_shown_cost_no_object() -> None:
+    part = HORSE[2][0][1]
+    described = ("horse\u00a0", HORSE[1], [(" head ", part), ("ta\x1bil", part)])
+    (item,) = read_annotation(io.BytesIO(annotation([described])))
+    assert (item.class_name, [name for name, _ in item.parts]) == ("horse", ["head", "ta\ufffdil"])
 
 
 def test_sizes_in_unsigned_numbers_are_read() -> None:
@@ -225,3 +248,17 @@ def test_sizes_in_unsigned_numbers_are_read() -> None:
     assert content.count(signed) == 2  # of the mask of the object and of its part
     (item,) = read_annotation(io.BytesIO(content.replace(signed, unsigned)))
     assert item.mask.shape == (40, 60)
+    lengths = content.replace(struct.pack("<HH", 5, 4), struct.pack("<HH", 6, 4))  # of the names of fields
+    assert lengths != content
+    assert len(read_annotation(io.BytesIO(lengths))) == 1
+
+
+@pytest.mark.parametrize("name", ["2008_000001", "head"])
+def test_a_name_of_broken_utf_8_is_read_as_scipy_reads_it_and_costs_no_other(name: str) -> None:
+    broken = b"\xff" + name.encode()[1:]
+    content = annotation([HORSE], compress=False).replace(name.encode(), broken)
+    assert broken in content
+    scipy_part = scipy.io.loadmat(io.BytesIO(content), squeeze_me=True)["anno"]["objects"].item()["parts"].item()
+    (item,) = read_annotation(io.BytesIO(content))
+    assert item.class_name == "horse"
+    assert item.parts[0][0] == scipy_part["part_name"].item() == ("\ufffdead" if name == "head" else "head")

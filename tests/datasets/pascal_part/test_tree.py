@@ -90,9 +90,10 @@ def test_a_list_that_is_none_is_named_with_its_line(tmp_path: Path, lists: dict[
         find_splits(tree, ["horse"])
 
 
-def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", "a\n".encode("utf-16-le"), "a\n".encode("utf-32"), b"\xe9\n"])
+def test_a_list_that_is_no_text_is_named(tmp_path: Path, content: bytes) -> None:
     tree = write_tree(tmp_path, {"a": annotation([HORSE])})
-    tree.lists.path("train.txt").write_bytes(b"\xff\xfe\x00")
+    tree.lists.path("train.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"train\.txt: cannot be read \(UnicodeDecodeError\)"):
         find_splits(tree, ["horse"])
 
@@ -104,8 +105,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path, encoding
     assert find_splits(tree, ["horse"]).lists == {"horse": {"a": "train", "b": "train"}}
 
 
-def test_a_list_may_name_the_files_of_the_photos(tmp_path: Path) -> None:
-    tree = write_tree(tmp_path, {"a": annotation([HORSE])}, lists={"train.txt": "a.jpg 1\n", "val.txt": ""})
+@pytest.mark.parametrize("ending", [".jpg", ".JPG", ".jpeg"])
+def test_a_list_may_name_the_files_of_the_photos(tmp_path: Path, ending: str) -> None:
+    tree = write_tree(tmp_path, {"a": annotation([HORSE])}, lists={"train.txt": f"a{ending} 1\n", "val.txt": ""})
     assert find_splits(tree, ["horse"]).of_image("a") == {"horse": "train"}
 
 
