@@ -1,10 +1,18 @@
 """Describes the machine and software that a figure was measured with."""
 
+import os
 import platform
 import subprocess
 from pathlib import Path
 
 import torch
+
+
+def own_device() -> torch.device:
+    """The device of this process: among the GPUs of its node the one of its local rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -6,6 +6,7 @@ Shapes: B images of H x W pixels; C channels on an h x w grid (VGG19's relu5_4: 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -130,10 +131,26 @@ class Teacher(nn.Module):
 
 @torch.inference_mode()
 def compute_features(teacher: Teacher, images: Tensor, size: int) -> Tensor:
-    """(B, C, h, w) float32 features of (B, 3, S, S) uint8 crops, which are first resized to `size` if S differs."""
+    """Computes features of crops on the teacher's device. They do not depend on which device that is.
+
+    Crops are resized on the CPU, since CUDA has no such kernel for uint8 and the one for float gives other numbers. On
+    a GPU, convolutions compute in true float32, not in TF32.
+
+    Args:
+        images: (B, 3, S, S) uint8 crops, which are first resized to `size` pixels if S differs.
+
+    Returns:
+        (B, C, h, w) float32.
+    """
     if images.shape[-1] != size:
-        images = functional.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
-    features: Tensor = teacher(images)
+        on_cpu = images if images.device.type == "cpu" else images.cpu()
+        images = functional.interpolate(on_cpu, size=(size, size), mode="bicubic", antialias=True)
+    device = next(teacher.parameters()).device
+    if images.device != device:
+        images = images.to(device)
+    precise = torch.backends.cudnn.flags(allow_tf32=False) if device.type == "cuda" else nullcontext()
+    with precise:
+        features: Tensor = teacher(images)
     return features
 
 

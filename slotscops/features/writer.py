@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from slotscops.core import console
 from slotscops.core.claims import claim, units_in_turn
 from slotscops.core.errors import RunError
 from slotscops.core.files import sha256_of_file, write_bytes
+from slotscops.core.machine import own_device
 from slotscops.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from slotscops.features.cache import FeatureCache, open_cache
 from slotscops.features.manifest import file_label, name_of, write_manifest
@@ -53,7 +53,7 @@ def write_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bo
     if (folder / "manifest.json").is_file():
         return
     entries = [entry for split in dataset.splits.values() for entry in split]
-    teacher = teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = teacher.to(own_device())
     for number in units_in_turn(len(entries)):
         path = folder / f"{entries[number].name}.safetensors"
         if not path.is_file():
@@ -82,12 +82,11 @@ def _compute_shard(
 ) -> NDArray[np.float16]:
     """(N, C, h, w) features of one shard's crops."""
     reader = ShardReader(dataset, entry)
-    device = next(teacher.parameters()).device
     features = np.empty((entry.num_samples, *teacher.output_shape(size)), np.float16)
     starts = range(0, entry.num_samples, _BATCH_SIZE)
     what = f"features of {entry.name}{', mirrored' if mirrored else ''}, batches of {_BATCH_SIZE}"
     for start in console.track(starts, len(starts), what):
-        images = reader.read_images(range(start, min(start + _BATCH_SIZE, entry.num_samples))).to(device)
+        images = reader.read_images(range(start, min(start + _BATCH_SIZE, entry.num_samples)))
         maps = compute_features(teacher, images.flip(-1) if mirrored else images, size)
         features[start : start + _BATCH_SIZE] = maps.half().cpu().numpy()
     if not np.isfinite(features).all():

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from slotscops.config import Config
 from slotscops.core import console
@@ -32,10 +33,11 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
             checkpoint; names step and cause.
     """
     accelerator = start_accelerator(config, () if dry_run else trackers)
+    folder = RunFolder.of(config)
     trainer = None
     try:
         with failures.named(lambda: trainer.step if trainer else 0):
-            start_from = None if dry_run else RunFolder.of(config).find_checkpoint(resume)
+            start_from = None if dry_run else _find_start(folder, resume, accelerator.is_main_process)
             trainer = Trainer(config, accelerator, start_from)
             signal_number = _rehearse(trainer) if dry_run else trainer.train()
     except BaseException as error:
@@ -45,8 +47,17 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
         for tracker in accelerator.trackers:  # not end_training, which would wait for lost processes
             tracker.finish()
         raise
+    finally:
+        folder.release()
     accelerator.end_training()
     return 128 + signal_number if signal_number else 0
+
+
+def _find_start(folder: RunFolder, resume: str, is_main: bool) -> Path | None:
+    """The checkpoint to continue from. Where there are some, the folder is owned before they are looked at."""
+    if is_main and folder.checkpoints.is_dir():
+        folder.own()
+    return folder.find_checkpoint(resume)
 
 
 def _rehearse(trainer: Trainer) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import ONE_PROCESS, python, train
+from commands import PYTHON, python, train
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -410,7 +410,7 @@ def test_a_folder_of_plain_photos_trains_and_evaluates_and_is_inspected(tmp_path
     more = ["--teacher-weights", "random:0", *COMMON]
     assert shard.main(["--images", str(tmp_path / "photos"), "--out", str(out), *more]) == 0
     assert [open_dataset(out).num_samples(split) for split in ("train", "val")] == [12, 4]
-    trained = train(ONE_PROCESS, out, tmp_path / "run", "train.eval_every_steps=3")
+    trained = train(PYTHON, out, tmp_path / "run", "train.eval_every_steps=3")
     assert trained.returncode == 0, trained.stderr
     scored = python("-m", "slotscops.evaluate", "--checkpoint", tmp_path / "run", "--shards", out)
     assert scored.returncode == 0, scored.stderr

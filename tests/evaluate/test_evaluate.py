@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import TWO_PROCESSES, python, run, train
+from commands import python, run, train
+from forks import ranks
 from scipy.optimize import nnls
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
@@ -324,7 +325,7 @@ def test_one_and_two_processes_give_the_same_numbers(toy_shards: Path, tmp_path:
     done = train([sys.executable], toy_shards, tmp_path / "run", "train.total_steps=2", "train.learning_rate=0.01")
     assert done.returncode == 0, done.stderr
     contents = []
-    for launcher in ([sys.executable], TWO_PROCESSES):
+    for launcher in ([sys.executable], ranks(2)):
         out = tmp_path / f"{len(contents)}.json"
         # The shards and the baselines' features are those of the run; given twice, it deviates from itself by nothing.
         runs = ["--checkpoint", str(tmp_path / "run"), str(tmp_path / "run"), "--baseline", "kmeans"]

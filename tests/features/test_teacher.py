@@ -12,9 +12,10 @@ from torch.nn import functional
 from torchvision.models import get_model, vgg19
 
 from slotscops.core.errors import UserError
+from slotscops.core.machine import own_device
 from slotscops.core.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from slotscops.core.pretrained import draw
-from slotscops.features.teacher import Teacher
+from slotscops.features.teacher import Teacher, compute_features
 
 MEAN = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
 STD = torch.tensor(IMAGENET_STD).view(3, 1, 1)
@@ -263,3 +264,39 @@ def centre_crop(photo: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return np.asarray(image.convert("RGB").resize((128, 128), box=(left, top, left + side, top + side)))
+
+
+def test_crops_are_resized_on_the_cpu_and_then_go_to_the_teachers_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA has no antialiased bicubic kernel for uint8, and the one for float gives other numbers."""
+
+    class Through(nn.Module):
+        """Gives the images back, and stands on the meta device as a teacher stands on a GPU."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(1, device="meta"))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images
+
+    resized: list[torch.Tensor] = []
+    plain = torch.nn.functional.interpolate
+    monkeypatch.setattr(
+        "torch.nn.functional.interpolate", lambda *a, **k: resized.append(plain(*a, **k)) or resized[-1]
+    )
+    features = compute_features(Through(), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), 96)  # type: ignore[arg-type]
+    assert (features.device.type, features.shape) == ("meta", (2, 3, 96, 96))
+    assert [(images.device.type, images.dtype) for images in resized] == [("cpu", torch.uint8)]
+
+
+@pytest.mark.parametrize(("local_rank", "device"), [(None, "cuda:0"), ("1", "cuda:1"), ("5", "cuda:1")])
+def test_each_rank_computes_on_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str | None, device: str
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert own_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert own_device() == torch.device(device)

@@ -85,8 +85,8 @@ def run_forked(command: list[str], folder: Path, out: Path, err: Path, timeout_s
 def _end() -> None:
     """Ends the forking process, which has nothing to save."""
     if _forker is not None:
-        _forker.kill()
-        _forker.wait()
+        with _forker:
+            _forker.kill()
 
 
 def _run(arguments: list[str], out: str, err: str) -> None:

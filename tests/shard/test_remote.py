@@ -11,6 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 from commands import TWO_PROCESSES, metrics, python, run, training
+from forks import ranks
 from servers import WebServer, nginx, nginx_program, s3_server, web_server
 
 from slotscops.core.errors import RunError, UserError
@@ -295,7 +296,7 @@ def test_two_processes_train_from_a_server_that_drops_connections_with_a_cache_s
     server: WebServer, toy_shards: Path, tmp_path: Path
 ) -> None:
     settings = ("data.num_workers=1", "train.eval_every_steps=3")
-    local = run(training(TWO_PROCESSES, toy_shards, tmp_path / "local", *settings))
+    local = run(training(ranks(2), toy_shards, tmp_path / "local", *settings))
     assert local.returncode == 0, local.stderr
     server.faults = {name: ["drop"] * 3 for name in (TAR, FEATURES, INDEX)}
     small = f"{(largest(toy_shards) * 2) / 1e9:.9f}"

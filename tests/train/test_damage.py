@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import TWO_PROCESSES, metrics, train
+from commands import metrics, train
 from damages import CACHE, OTHER, ROW, flip, index_of, offset, tar, tensor_offset, values_name
+from forks import ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -149,7 +150,7 @@ def test_resuming_over_damage_is_exact_and_reports_nothing_twice(
 def test_two_processes_count_together_and_train_on_the_same_samples(
     damaged_shards: Path, damaged_run: Path, tmp_path: Path
 ) -> None:
-    done = train(TWO_PROCESSES, damaged_shards, tmp_path, ALLOWED)
+    done = train(ranks(2), damaged_shards, tmp_path, ALLOWED)
     assert done.returncode == 0, done.stderr
     for mine, other in zip(metrics(tmp_path), metrics(damaged_run), strict=True):
         assert mine["batch_digest"] == other["batch_digest"]
@@ -159,7 +160,7 @@ def test_two_processes_count_together_and_train_on_the_same_samples(
 
 
 def test_above_the_budget_all_processes_stop_with_the_list(damaged_shards: Path, tmp_path: Path) -> None:
-    done = train(TWO_PROCESSES, damaged_shards, tmp_path, "data.num_workers=1")  # 0.1 % of a small split: none at all
+    done = train(ranks(2), damaged_shards, tmp_path, "data.num_workers=1")  # 0.1 % of a small split: none at all
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if "data.max_damaged_share=0.001 allows" in line]
     assert [line.split(":")[1] for line in sorted(lines)] == [" rank 0", " rank 1"]

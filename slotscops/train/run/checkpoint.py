@@ -6,8 +6,10 @@
 """
 
 import json
+import os
 import re
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from slotscops.core.errors import UserError
 from slotscops.core.files import fsync, sha256_of_file, write_bytes, write_json
@@ -28,6 +30,7 @@ from slotscops.train.averaging import WeightAverage
 
 FORMAT = 1
 _FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+_BEST_NAME = "best.txt"
 _EMA = "ema.safetensors"  # only where weights are averaged
 
 
@@ -82,11 +85,13 @@ def save_checkpoint(
 
     Args:
         tensors: what each safetensors file holds, by its name without ending: model, optimizer, rng, and ema if any.
-        best_step: a checkpoint that stays, however old; the link `best` leads to it.
+        best_step: a checkpoint that stays, however old; the link `best` leads to it, or where links cannot be made
+            the text `best.txt` names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step}"
-    partial, replaced = folder / f".{final.name}.partial", folder / f".{final.name}.replaced"
+    writer = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"  # so that two writers never mix their files
+    partial, replaced = folder / f".{final.name}.{writer}.partial", folder / f".{final.name}.{writer}.replaced"
     for left_over in folder.glob(".step-*"):  # by a process that died while writing
         shutil.rmtree(left_over)
     partial.mkdir()
@@ -119,9 +124,24 @@ def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], stat
 
 def _link_best(folder: Path, step: int) -> None:
     link = folder / ".best"
-    link.unlink(missing_ok=True)
-    link.symlink_to(f"step-{step}")
-    link.rename(folder / "best")
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"step-{step}")
+        link.replace(folder / "best")
+    except OSError:  # no links on this file system, or `best` was copied into a folder; the checkpoint itself is whole
+        link.unlink(missing_ok=True)
+        write_bytes(folder / _BEST_NAME, f"step-{step}\n".encode())
+    else:
+        (folder / _BEST_NAME).unlink(missing_ok=True)
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The best checkpoint where no link leads to it; None if there is no note of it."""
+    try:
+        name = (folder / _BEST_NAME).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return folder / name if re.fullmatch(r"step-\d+", name) else None
 
 
 def _remove(checkpoint: Path) -> None:
@@ -193,7 +213,11 @@ def verify_checkpoint(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise UserError(f"{file}: is missing; {_USE_ANOTHER}")
-        if file.stat().st_size != num_bytes or sha256_of_file(file) != sha256:
+        try:
+            is_whole = file.stat().st_size == num_bytes and sha256_of_file(file) == sha256
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror}); {_USE_ANOTHER}") from None
+        if not is_whole:
             raise UserError(f"{file}: is damaged (its sha256 differs from the manifest); {_USE_ANOTHER}")
 
 
@@ -226,12 +250,12 @@ def restore(
         UserError: tensors of a model with other settings.
     """
     restore_model(network, saved.model, saved.path)
-    restore_optimizer(optimizer, saved_parameter_names(network), saved.optimizer)
+    restore_optimizer(optimizer, saved_parameter_names(network), saved.optimizer, saved.path)
     if average:
         average.restart()
         if saved.ema is not None:
             restore_model(average.network, saved.ema, saved.path)
-    restore_rng(saved.rng, rank)
+    restore_rng(saved.rng, rank, saved.path)
 
 
 def restore_model(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -246,15 +270,25 @@ def restore_model(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
                 f"{path}: {name} has shape {tuple(tensors[name].shape)}, needed {tuple(tensor.shape)}; "
                 "it was saved by a model with other settings"
             )
+        if tensor.dtype != tensors[name].dtype:
+            raise UserError(f"{path}: {name} has type {tensors[name].dtype}, needed {tensor.dtype}; {_USE_ANOTHER}")
     module.load_state_dict(dict(tensors))
 
 
-def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`. Learning rates and other settings stay those of the optimizer."""
+def restore_optimizer(
+    optimizer: Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor], path: Path
+) -> None:
+    """The inverse of `optimizer_tensors`. Learning rates and other settings stay those of the optimizer.
+
+    Raises:
+        UserError: if a tensor is missing or foreign, or has another shape or type than its parameter. The fused
+            optimizers would read beyond it.
+    """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, quantity = key.rpartition("/")
         by_parameter.setdefault(name, {})[quantity] = tensor
+    _check_optimizer_tensors(optimizer, names, by_parameter, path)
     content = optimizer.state_dict()
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     content["state"] = {
@@ -265,6 +299,30 @@ def restore_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str], tensors
     optimizer.load_state_dict(content)
 
 
+def _check_optimizer_tensors(
+    optimizer: Optimizer, names: Mapping[Tensor, str], by_parameter: dict[str, dict[str, Tensor]], path: Path
+) -> None:
+    trained = {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
+    foreign = sorted(set(by_parameter) - set(trained))
+    if foreign:
+        raise UserError(f"{path}: its optimizer has the foreign parameter {foreign[0]}; {_USE_ANOTHER}")
+    momentum = any(group.get("momentum") for group in optimizer.param_groups)
+    wanted = {"exp_avg", "exp_avg_sq"} if isinstance(optimizer, AdamW) else {"momentum_buffer"} if momentum else set()
+    for name, parameter in trained.items():
+        state = by_parameter.get(name, {})
+        steps = {"step"} if isinstance(optimizer, AdamW) else set()
+        if state.keys() != wanted | steps:
+            came, needed = ", ".join(sorted(state)) or "nothing", ", ".join(sorted(wanted | steps))
+            raise UserError(f"{path}: the optimizer's state of {name} is {came}, needed {needed}; {_USE_ANOTHER}")
+        for quantity, tensor in state.items():
+            shape, dtype = (torch.Size([]), torch.float32) if quantity == "step" else (parameter.shape, parameter.dtype)
+            if tensor.shape != shape or tensor.dtype != dtype:
+                raise UserError(
+                    f"{path}: {name}/{quantity} is {tensor.dtype} of shape {tuple(tensor.shape)}, needed {dtype} of "
+                    f"{tuple(shape)}; {_USE_ANOTHER}"
+                )
+
+
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
     """The tensor in the parameter's order of memory: fused optimizers walk through both side by side, unchecked."""
     if tensor.shape != parameter.shape:
@@ -272,10 +330,21 @@ def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
-def restore_rng(tensors: Mapping[str, Tensor], rank: int) -> bool:
-    """Restores this process's generators; False where the checkpoint was written by fewer processes."""
+def restore_rng(tensors: Mapping[str, Tensor], rank: int, path: Path) -> bool:
+    """Restores this process's generators; False where the checkpoint was written by fewer processes.
+
+    Raises:
+        UserError: if a state is none of a generator.
+    """
     if f"cpu/{rank}" not in tensors:
         return False
+    for name, present in rng_tensors(rank).items():
+        saved = tensors.get(name, present)
+        if saved.shape != present.shape or saved.dtype != present.dtype:
+            raise UserError(
+                f"{path}: the random numbers {name} are {saved.dtype} of shape {tuple(saved.shape)}, needed "
+                f"{present.dtype} of {tuple(present.shape)}; {_USE_ANOTHER}"
+            )
     torch.set_rng_state(tensors[f"cpu/{rank}"])
     if torch.cuda.is_available() and f"cuda/{rank}" in tensors:
         torch.cuda.set_rng_state(tensors[f"cuda/{rank}"])

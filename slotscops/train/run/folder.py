@@ -13,7 +13,8 @@ from slotscops.core.errors import UserError
 from slotscops.core.files import json_numbers, write_bytes, write_json
 from slotscops.features.cache import FeatureCache
 from slotscops.shard.index import ShardDataset
-from slotscops.train.run.checkpoint import State, list_checkpoints, verify_checkpoint
+from slotscops.train.run.checkpoint import State, best_checkpoint, list_checkpoints, verify_checkpoint
+from slotscops.train.run.owner import release_ownership, take_ownership
 
 # Settings that may change between two starts of one run without making it another run.
 _FREE_TO_CHANGE = (
@@ -81,18 +82,56 @@ class RunFolder:
         return self.path / "wandb_id"
 
     def open(self, config: Config, step: int) -> None:
-        """Makes the folder, writes the resolved settings, and drops logged steps beyond the one resumed from."""
+        """Makes the folder, writes the resolved settings, and drops logged steps beyond the one resumed from.
+
+        Raises:
+            UserError: if the folder cannot be written, or another process trains there.
+        """
+        self.take(step)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.pictures.mkdir(exist_ok=True)
             write_config(config, self.config)
             if self.metrics.exists():
-                kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
-                write_bytes(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+                self._repair_metrics(step)
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); choose another folder with run_dir=DIR"
             ) from None
+
+    def own(self) -> None:
+        """Makes this process the owner of the folder. Raises UserError if another one is."""
+        take_ownership(self.path)
+
+    def take(self, step: int) -> None:
+        """Makes this process the owner of the folder.
+
+        Args:
+            step: the step that the run continues from; 0 for a run that begins.
+
+        Raises:
+            UserError: if another process owns the folder, or one has trained in it since this one looked.
+        """
+        take_ownership(self.path)
+        newest = max((int(path.name.removeprefix("step-")) for path in list_checkpoints(self.checkpoints)), default=0)
+        if step == 0 and newest:
+            release_ownership(self.path)
+            raise UserError(f"{self.path}: another process has trained there meanwhile, to step {newest}; start again")
+
+    def release(self) -> None:
+        """Gives up the ownership, so that another process may train here."""
+        release_ownership(self.path)
+
+    def _repair_metrics(self, step: int) -> None:
+        """Keeps the logged steps up to `step`, and sets lines aside that are none, as after a flipped bit."""
+        rows, damaged = _split_metrics(self.metrics)
+        if damaged:
+            aside = self.metrics.with_name(f"{self.metrics.name}.damaged")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in damaged)
+            console.warn(f"{self.metrics}: {len(damaged)} damaged line(s) were moved to {aside.name}")
+        kept = [row for row in rows if row["step"] <= step]
+        write_bytes(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def note(self, state: str, step: int, reason: str = "") -> None:
         """Writes down how the run stands: running, interrupted, finished or failed."""
@@ -100,7 +139,7 @@ class RunFolder:
 
     def close(self, config: Config, step: int, signal_number: int) -> None:
         """Writes down and says how far a run came that did not fail."""
-        if step == config.train.total_steps:
+        if step >= config.train.total_steps:
             self.note("finished", step)
             console.say(
                 f"{self.path}: trained {step} steps; score it with: python -m slotscops.evaluate "
@@ -143,6 +182,8 @@ def resolve_checkpoint(path: Path) -> Path:
     Raises:
         UserError: nothing there, or nothing whole.
     """
+    if path.name == "best" and not path.exists():
+        path = best_checkpoint(path.parent) or path
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint; give runs/NAME or runs/NAME/checkpoints/step-N")
     if (path / "manifest.json").is_file():
@@ -184,14 +225,24 @@ def check_same_run(saved: State, config: Config, dataset: ShardDataset, cache: F
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged steps. A last line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
+    """The logged steps. Lines that are none are left out, such as a last line cut short by a crash."""
+    return _split_metrics(path)[0]
+
+
+def _split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The logged steps, and the lines that are none; a last line without an end is neither."""
+    *lines, _cut_short = path.read_bytes().split(b"\n")
+    rows, damaged = [], []
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+            row = json.loads(line)
+            if not isinstance(row, dict) or type(row["step"]) is not int:
+                raise ValueError("no logged step")
+        except (ValueError, KeyError, RecursionError):
+            damaged.append(line)
+        else:
+            rows.append(row)
+    return rows, damaged
 
 
 def _newest_whole(checkpoints: list[Path]) -> Path:

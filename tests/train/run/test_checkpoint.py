@@ -66,7 +66,7 @@ def test_a_restored_optimizer_takes_the_very_same_next_step(tmp_path: Path, kind
     resumed = kind(other.parameters(), **options)
     content = load_checkpoint(path)
     checkpoint.restore_model(other, content.model, path)
-    checkpoint.restore_optimizer(resumed, names(other), content.optimizer)
+    checkpoint.restore_optimizer(resumed, names(other), content.optimizer, path)
     train_a_step(other, resumed)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
@@ -75,8 +75,8 @@ def test_a_restored_optimizer_takes_the_very_same_next_step(tmp_path: Path, kind
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     states = checkpoint.rng_tensors(rank=1)
     expected = torch.rand(3)
-    assert not checkpoint.restore_rng(states, rank=0)
-    assert checkpoint.restore_rng(states, rank=1)
+    assert not checkpoint.restore_rng(states, 0, tmp_path)
+    assert checkpoint.restore_rng(states, 1, tmp_path)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -178,3 +178,78 @@ def test_state_of_a_later_format_is_refused(tmp_path: Path) -> None:
 def test_the_step_that_earlier_versions_kept_among_the_scores_is_no_score() -> None:
     kept = asdict(State(step=4, samples_seen=16, config={}, scores={"step": 4, "val_nmi": 0.5}))
     assert State.from_json(json.dumps(kept)).scores == {"val_nmi": 0.5}
+
+
+def test_a_checkpoint_is_written_where_links_cannot_be_made_or_best_is_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, 1).parent
+    (folder / "best").mkdir()
+    (folder / "best" / "model.safetensors").write_bytes(b"a copy")
+    state = State(2, 8, {}, "", "", "random:0", "")
+    save_checkpoint(folder, {"model": {}, "optimizer": {}, "rng": {}}, state, keep=3, best_step=1)
+    assert checkpoint.best_checkpoint(folder) == folder / "step-1"
+    shutil.rmtree(folder / "best")
+
+    def no_links(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "symlink_to", no_links)
+        save_checkpoint(folder, {"model": {}, "optimizer": {}, "rng": {}}, state, keep=3, best_step=2)
+    assert checkpoint.best_checkpoint(folder) == folder / "step-2"
+    save_checkpoint(folder, {"model": {}, "optimizer": {}, "rng": {}}, state, keep=3, best_step=1)
+    assert (folder / "best").resolve() == folder / "step-1"
+    assert checkpoint.best_checkpoint(folder) is None
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda tensors, key: tensors.pop(key), "the optimizer's state of"),
+        (lambda tensors, key: tensors.clear(), "the optimizer's state of"),
+        (lambda tensors, key: tensors.update({key: torch.zeros(1)}), "of shape"),
+        (lambda tensors, key: tensors.update({key: tensors[key].half()}), "needed torch.float32"),
+        (lambda tensors, key: tensors.update({"other/exp_avg": torch.zeros(1)}), "the foreign parameter other"),
+        (lambda tensors, key: tensors.update({f"{key}_more": torch.zeros(1)}), "the optimizer's state of"),
+    ],
+    ids=["missing", "empty", "shape", "type", "foreign", "more"],
+)
+def test_optimizer_tensors_that_do_not_fit_are_refused_by_name_before_they_are_used(
+    tmp_path: Path, kind: type, change: object, wanted: str
+) -> None:
+    model = small_model()
+    optimizer = kind(model.parameters(), lr=0.1, **({"momentum": 0.9} if kind is SGD else {}))
+    train_a_step(model, optimizer)
+    tensors = checkpoint.optimizer_tensors(optimizer, names(model))
+    quantity = "momentum_buffer" if kind is SGD else "exp_avg"
+    change(tensors, next(key for key in tensors if key.endswith(f"/{quantity}")))  # type: ignore[operator]
+    with pytest.raises(UserError, match=wanted) as raised:
+        checkpoint.restore_optimizer(optimizer, names(model), tensors, tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path}: ")
+
+
+def test_random_numbers_and_weights_of_another_type_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the random numbers cpu/0 are torch\.float32"):
+        checkpoint.restore_rng({"cpu/0": torch.zeros(3)}, 0, tmp_path)
+    model = small_model()
+    tensors = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"has type torch\.float64, needed torch\.float32"):
+        checkpoint.restore_model(model, tensors, tmp_path)
+
+
+def test_a_checkpoint_that_the_disk_refuses_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older, newest = saved(tmp_path, 1), saved(tmp_path, 2)
+    plain = checkpoint.sha256_of_file
+
+    def fail(path: Path) -> str:
+        if path.is_relative_to(newest):
+            raise OSError(5, "Input/output error")
+        return plain(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of_file", fail)
+    assert resolve_checkpoint(tmp_path) == older
+    assert "cannot be read (Input/output error)" in capsys.readouterr().err

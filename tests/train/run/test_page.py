@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import contrast, open_tab
-from commands import ONE_PROCESS, metrics, python, run, training
+from commands import PYTHON, metrics, python, run, training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slotscops.config import load_config
@@ -22,7 +22,7 @@ SETTINGS = ("train.eval_every_steps=2", "train.learning_rate=0.003")
 @pytest.fixture(scope="module")
 def finished(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "toy"
-    done = run(training(ONE_PROCESS, toy_shards, run_dir, *SETTINGS))
+    done = run(training(PYTHON, toy_shards, run_dir, *SETTINGS))
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -62,7 +62,7 @@ def test_every_pixel_scored_is_in_the_confusion(finished: Path) -> None:
 
 
 def test_it_is_there_from_the_first_evaluation_on(toy_shards: Path, tmp_path: Path) -> None:
-    command = training(ONE_PROCESS, toy_shards, tmp_path / "run", *SETTINGS, "train.stop_after_steps=3")
+    command = training(PYTHON, toy_shards, tmp_path / "run", *SETTINGS, "train.stop_after_steps=3")
     assert run(command).returncode == 0
     page = content(tmp_path / "run" / "report.html")
     assert page["status"] == {"state": "interrupted", "step": 3, "reason": "train.stop_after_steps"}
@@ -103,7 +103,7 @@ def test_tensorboard_has_the_same_numbers_and_the_pictures(finished: Path) -> No
 
 def test_wandb_gets_numbers_and_pictures_of_both_starts(toy_shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    command = [*training(ONE_PROCESS, toy_shards, tmp_path / "run", *SETTINGS), "--tracker", "wandb"]
+    command = [*training(PYTHON, toy_shards, tmp_path / "run", *SETTINGS), "--tracker", "wandb"]
     for extra in (["train.stop_after_steps=3"], []):
         done = run([*command, *extra], WANDB_MODE="offline")
         assert done.returncode == 0, done.stderr
