@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from slotscops.core.errors import RunError, UserError
+from slotscops.core.errors import ClaimError, RunError, UserError
 
 _PLAIN_LINE_EVERY_S = 10.0
 # One object for bars and lines, so that a line goes above a running bar instead of through it.
@@ -142,8 +142,9 @@ def run_command(command: Callable[[], int]) -> None:
     try:
         code = command()
     except UserError as error:
-        # Every process of a node sees the same files and settings, so one line is enough.
-        if _is_first_on_node():
+        # Every process of a node sees the same files and settings, so one line is enough. A claim is refused at another
+        # time in each process, and the launcher ends the others when the first of them ends.
+        if _is_first_on_node() or isinstance(error, ClaimError):
             warn(_one_line(error))
         code = 2
     except RunError as error:

@@ -5,6 +5,10 @@ class UserError(ValueError):
     """A mistake that the user can fix. The one-line message: what came, what was needed, what to do. Exit code 2."""
 
 
+class ClaimError(UserError):
+    """A folder belongs to other work. Each process meets this at a time of its own, so each of them prints it."""
+
+
 class RunError(RuntimeError):
     """A run that started well and cannot go on, such as a loss that is not finite. Exit code 1."""
 

@@ -1,35 +1,133 @@
 """Files that appear whole or not at all, and their hashes."""
 
+import errno
+import functools
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_OWNED = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.[^.]*\.partial")  # of a temporary file: its machine and process
+_ABANDONED_S = 24 * 3600  # a temporary file of another machine that nobody has written to for so long has no writer
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+
 
 @contextmanager
-def replace_when_complete(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path`, which is fsynced and renamed to `path` if the body ends without error.
+def replace_when_complete(
+    path: Path, durable: bool = True, place: Callable[[Path, Path], None] = os.replace
+) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path`, which is renamed to `path` if the body ends without error.
 
-    The temporary name starts with a dot and ends in `.partial`; it is removed when the body raises.
+    The temporary name starts with a dot, names the process that writes it, and ends in `.partial`. It is removed when
+    the body raises; `remove_abandoned` removes those of processes that were killed.
+
+    Args:
+        durable: the file survives a power cut after this returns. Without it, many small files are written faster.
+        place: gives the temporary file (first argument) its final name (second).
     """
     # The name is cut so that the temporary name stays legal: 40 characters are at most 160 bytes of UTF-8.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent)
+    prefix = f".{path.name[:40]}.{writer_name()}."
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=".partial", dir=path.parent)
     partial = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         partial.chmod(0o666 & ~_current_umask())
-        partial.replace(path)
+        place(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    fsync(path.parent)
+    if durable:
+        fsync(path.parent)
+
+
+def write_once(path: Path, content: bytes) -> bool:
+    """Writes a file that must not be there yet. Of several processes that try it at once, exactly one succeeds.
+
+    Returns:
+        Whether this process wrote the file; if not, the file is that of another one.
+    """
+    try:
+        with replace_when_complete(path, place=_place_new) as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _place_new(partial: Path, path: Path) -> None:
+    """As os.replace, but raises FileExistsError if `path` is there already."""
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        # A network file system that sent its request twice finds its own link; then the file has two names.
+        if partial.stat().st_nlink < 2:
+            raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with path.open("xb") as file:  # on a file system without hard links; readers may see it before it is whole
+            file.write(partial.read_bytes())
+    partial.unlink()
+
+
+# ---- temporary files that a killed process left -------------------------------------------------------------------
+
+
+def writer_name() -> str:
+    """Names this process among all processes of all machines, for temporary names."""
+    return f"{_machine_name()}-{os.getpid()}"
+
+
+@functools.cache
+def _machine_name() -> str:
+    """8 hexadecimal digits. They differ between machines, starts of one machine, and containers on it."""
+    facts = [socket.gethostname()]
+    with suppress(OSError):  # not on Linux
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def remove_abandoned(*folders: Path) -> None:
+    """Removes the temporary files and folders of processes that were killed while writing into these folders.
+
+    Those of living processes stay: on this machine a process that still runs, on another one any file that was written
+    within a day.
+    """
+    for folder in folders:
+        for path in folder.glob(".*.partial"):
+            with suppress(OSError):  # another process removes it too
+                if is_abandoned(path):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_abandoned(partial: Path) -> bool:
+    """Whether the process that made this temporary file or folder has ended, as its name and its age tell."""
+    owner = _OWNED.fullmatch(partial.name)
+    if owner and owner[1] == _machine_name() and not _is_running(int(owner[2])):
+        return True
+    return time.time() - partial.stat().st_mtime > _ABANDONED_S
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def fsync(path: Path) -> None:
@@ -41,8 +139,8 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    with replace_when_complete(path) as file:
+def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+    with replace_when_complete(path, durable) as file:
         file.write(content)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from slotscops.core import console
 from slotscops.core.claims import claim, units_in_turn
 from slotscops.core.errors import RunError
-from slotscops.core.files import sha256_of_file, write_bytes
+from slotscops.core.files import remove_abandoned, sha256_of_file, write_bytes
 from slotscops.core.machine import own_device
 from slotscops.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from slotscops.features.cache import FeatureCache, open_cache
@@ -43,12 +43,13 @@ def write_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bo
     """Writes the missing files of one cache, and its manifest last.
 
     Raises:
-        UserError: the folder holds a cache made with other settings.
+        ClaimError: the folder holds a cache made with other settings, or another process is writing one.
         RunError: a feature does not fit into float16.
     """
     identity = _identity(dataset, teacher, size, mirrored)
     folder = dataset.folder / "features" / name_of(identity)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder)
     claim(folder / "identity.json", identity, "remove the folder to build it anew")
     if (folder / "manifest.json").is_file():
         return
@@ -58,7 +59,10 @@ def write_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bo
         path = folder / f"{entries[number].name}.safetensors"
         if not path.is_file():
             label = file_label(identity, entries[number].name)
-            write_bytes(path, encode(_compute_shard(dataset, entries[number], teacher, size, mirrored), label))
+            content = encode(_compute_shard(dataset, entries[number], teacher, size, mirrored), label)
+            # Another device may compute other last bits, and the manifest may already name the hash of the first file.
+            if not path.is_file():
+                write_bytes(path, content)
     _list_files(folder, identity, entries, teacher.output_shape(size))
 
 

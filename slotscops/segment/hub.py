@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from slotscops.config import to_yaml
+from slotscops.core import console
 from slotscops.core.errors import UserError, first_line
 from slotscops.train.build import Trained, load_model
 from slotscops.train.run.published import MODEL, SETTINGS, without_folders, write_published
@@ -76,6 +77,7 @@ class HubModel(
     def __init__(self, trained: Trained, teacher_weights: str | None = None) -> None: ...
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        _remove_old_card(save_directory / "README.md")
         write_published(save_directory, self.trained.network.state_dict(), self.trained.config, self.trained.state)
 
     @classmethod
@@ -108,6 +110,16 @@ def fetch(model_id: str, **download: Any) -> Path:
     if not (folder / MODEL).is_file():
         raise UserError(f"{model_id}: on the Hugging Face hub, but without {MODEL}; it is no model of slotscops")
     return folder
+
+
+def _remove_old_card(path: Path) -> None:
+    """Removes a model card of an earlier model, because the mixin writes one only where there is none."""
+    if not path.exists():
+        return
+    if "library_name: slotscops" in path.read_text(errors="replace").splitlines():
+        path.unlink()
+    else:
+        console.warn(f"{path}: is no model card of slotscops, so it stays and says nothing of this model; move it away")
 
 
 def _card_contents(trained: Trained) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from slotscops.shard.index import ShardDataset
 from slotscops.shard.overview import inspect_shards
 from slotscops.shard.reader import ShardReader
 from slotscops.shard.remote import check_local, is_remote, shards_argument
-from slotscops.shard.writer import Outcome, ShardSettings, plan_path, write_shards
+from slotscops.shard.writer import Outcome, ShardSettings, claimed_drawing, write_shards
 
 _LISTED = 20  # damaged files named at the end; all are in index/left_out.json
 
@@ -55,8 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root = options.out / "photos"
         source = f"toy, seed {options.toy_seed}, {options.toy_train} + {options.toy_val} photos"
         # The plan is written after the whole tree. If a tree exists, the plan checks that these options drew it.
-        if not plan_path(options.out).is_file():
-            toy.write_tree(root, num_train=options.toy_train, num_val=options.toy_val, seed=options.toy_seed)
+        numbers = {"num_train": options.toy_train, "num_val": options.toy_val, "seed": options.toy_seed}
+        with claimed_drawing(options.out, numbers) as is_needed:
+            if is_needed:
+                toy.write_tree(root, **numbers)
     settings = ShardSettings(
         classes=classes,
         size=options.size,

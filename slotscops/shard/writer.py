@@ -10,7 +10,8 @@ import json
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -21,8 +22,8 @@ import numpy as np
 
 from slotscops.core import console
 from slotscops.core.claims import claim, units_in_turn
-from slotscops.core.errors import UserError
-from slotscops.core.files import sha256_of_file, sha256_of_json, write_bytes, write_json
+from slotscops.core.errors import ClaimError, UserError
+from slotscops.core.files import remove_abandoned, sha256_of_file, sha256_of_json, write_bytes, write_json
 from slotscops.core.pool import WorkerPool
 from slotscops.core.records import MEMBERS, to_members
 from slotscops.datasets.sources import SPLITS, Candidate, LeftOut, Source
@@ -36,6 +37,7 @@ from slotscops.shard.index import (
     write_dataset,
 )
 
+_ANOTHER = "choose another --out or remove the folder"
 _IMAGES_PER_SCAN = 256  # a unit of the first phase: a second or two of work
 Sample = tuple[str, str, dict[str, bytes]]  # key, class, members
 
@@ -70,8 +72,11 @@ def write_shards(
     Args:
         description: what the photos are; it distinguishes sources whose images have the same names.
 
+    Any number of processes may call this at once with the same settings; they share the work.
+
     Raises:
-        UserError: the folder holds something else, or no object is left to write (then the folder is cleaned up).
+        UserError: no object is left to write (then the folder is cleaned up).
+        ClaimError: the folder holds something else, or another process writes other shards there.
         RunError: a worker process died.
     """
     images = source.list_images()
@@ -82,32 +87,83 @@ def write_shards(
         "images_sha256": sha256_of_json(images),
     }
     if _claim_folder(out, plan):
-        with WorkerPool(num_workers, __name__) as pool:
-            candidates, left_out = _scan(source, out, settings, images, pool)
-            if not candidates:
-                _withdraw(out)
-                raise UserError(_nothing_left(source, left_out))
-            _write_missing(source, out, settings, candidates, pool)
-        _finish(source, out, settings, candidates, left_out)
+        try:
+            _write_all(source, out, settings, images, num_workers)
+        except FileNotFoundError:
+            if plan_path(out).exists():
+                raise
+            raise ClaimError(f"{out}: another process found no object to write there and says why") from None
     left_out = [LeftOut(**item) for item in json.loads(_left_out_path(out).read_text())]
     return Outcome(open_dataset(out), left_out)
+
+
+def _write_all(source: Source, out: Path, settings: ShardSettings, images: list[str], num_workers: int) -> None:
+    with WorkerPool(num_workers, __name__) as pool:
+        candidates, left_out = _scan(source, out, settings, images, pool)
+        if not candidates:
+            _withdraw(out)
+            raise UserError(_nothing_left(source, left_out))
+        _write_missing(source, out, settings, candidates, pool)
+    _finish(source, out, settings, candidates, left_out)
 
 
 # ---- the folder --------------------------------------------------------------------------------------------------
 
 
 def _claim_folder(out: Path, plan: dict[str, Any]) -> bool:
-    """Records the plan in the folder. Returns False if the shards are finished; raises UserError for another plan."""
-    path = plan_path(out)
-    is_new = not path.is_file()
-    if is_new and out.exists() and (not out.is_dir() or any(out.glob("*.tar")) or (out / "index").exists()):
-        raise UserError(f"{out}: holds other shards or is no folder; choose another --out or remove it")
+    """Records the plan in the folder. Returns False if the shards are finished; raises ClaimError for another plan."""
+    _make_folder(out)
+    remove_abandoned(out, plan_path(out).parent, _scan_folder(out))
+    claim(plan_path(out), plan, _ANOTHER)
+    _drawing_path(out).unlink(missing_ok=True)  # the plan says it from now on
+    return not dataset_path(out).is_file()
+
+
+def _make_folder(out: Path) -> None:
+    """Makes the folder and its index. Raises ClaimError where there are shards without a plan."""
+    # The content is looked at before the plan: shards of another process of the same work appear after its plan.
+    if _holds_other_things(out) and not plan_path(out).is_file():
+        raise ClaimError(f"{out}: holds other shards or is no folder; choose another --out or remove it")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        plan_path(out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from None
-    claim(path, plan, "choose another --out or remove the folder")
-    return not dataset_path(out).is_file()
+
+
+def _holds_other_things(out: Path) -> bool:
+    """Whether there is more than what a process leaves that was killed before it had written its plan."""
+    if out.exists() and not out.is_dir():
+        return True
+    in_index = (path for path in (out / "index").glob("*") if path != _drawing_path(out))
+    return any(out.glob("*.tar")) or any(not path.name.endswith(".partial") for path in in_index)
+
+
+@contextmanager
+def claimed_drawing(out: Path, numbers: dict[str, int]) -> Iterator[bool]:
+    """While it is open, only processes with the same numbers may draw photos in the folder.
+
+    Args:
+        numbers: what the photos depend on.
+
+    Returns:
+        Whether the photos are to be drawn; if not, the shards' plan says that they have been.
+
+    Raises:
+        ClaimError: another process draws other photos there, or was killed while it did.
+    """
+    if not plan_path(out).is_file():
+        _make_folder(out)
+        claim(_drawing_path(out), numbers, _ANOTHER)
+    try:
+        # Looked at again, because the plan may have taken the place of the claim of another process meanwhile.
+        yield not plan_path(out).is_file()
+    except BaseException:
+        _drawing_path(out).unlink(missing_ok=True)  # so that other numbers can be tried at once
+        raise
+
+
+def _drawing_path(out: Path) -> Path:
+    return out / "index" / "drawing.json"
 
 
 def plan_path(out: Path) -> Path:
@@ -115,10 +171,18 @@ def plan_path(out: Path) -> Path:
 
 
 def _withdraw(out: Path) -> None:
-    """Removes the index folder, and `out` if it is then empty."""
-    shutil.rmtree(out / "index")
-    if not any(out.iterdir()):
-        out.rmdir()
+    """Removes the index folder, and `out` if it is then empty. Another process of the same work may do it too."""
+    index = plan_path(out).parent
+    for path in (*set(index.glob("*")) - {plan_path(out)}, plan_path(out)):  # the plan last
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in (index, out):
+        with suppress(OSError):  # not empty, or gone
+            folder.rmdir()
+
+
+def _scan_folder(out: Path) -> Path:
+    return out / "index" / "scan"
 
 
 def _left_out_path(out: Path) -> Path:
@@ -141,7 +205,7 @@ def _scan(
     """All kept objects, ordered by image and object number, and all objects and files that were left out."""
     splits = source.splits(settings.classes)
     chunks = [images[start : start + _IMAGES_PER_SCAN] for start in range(0, len(images), _IMAGES_PER_SCAN)]
-    folder = out / "index" / "scan"
+    folder = _scan_folder(out)
     folder.mkdir(exist_ok=True)
     for number in console.track(units_in_turn(len(chunks)), len(chunks), "scanning annotations, chunks"):
         path = folder / f"{number:06d}.json"
@@ -185,7 +249,7 @@ def _write_missing(
 
 
 def _shard_left_out_path(out: Path, shard: str) -> Path:
-    return out / "index" / "scan" / f"{shard}.json"
+    return _scan_folder(out) / f"{shard}.json"
 
 
 def _make_samples(source: Source, size: int, candidates: list[Candidate]) -> tuple[list[Sample], list[LeftOut]]:
@@ -238,7 +302,7 @@ def _finish(
         left_out += [LeftOut(**item) for item in json.loads(_shard_left_out_path(out, name).read_text())]
     if not any(entry.num_samples for entries in splits.values() for entry in entries):
         for name, _ in _shards(candidates, settings):
-            (out / f"{name}.tar").unlink()
+            (out / f"{name}.tar").unlink(missing_ok=True)
         _withdraw(out)
         raise UserError(f"{out}: no object is left to write: {left_out[-1].image}: {left_out[-1].reason}")
     write_json(_left_out_path(out), [asdict(item) for item in left_out])

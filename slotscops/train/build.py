@@ -11,8 +11,8 @@ from slotscops.core.errors import UserError
 from slotscops.losses.objective import trains_basis
 from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder
 from slotscops.model.network import SlotScops, build_network
-from slotscops.train.run.checkpoint import State, load_checkpoint, restore_model
-from slotscops.train.run.folder import read_config, resolve_checkpoint
+from slotscops.train.run.checkpoint import State, restore_model
+from slotscops.train.run.folder import load_newest, read_config
 from slotscops.train.run.published import is_published, read_published
 
 
@@ -91,9 +91,9 @@ def load_model(run_or_checkpoint: Path) -> Trained:
         path = run_or_checkpoint
         tensors, config, state = read_published(path)
     else:
-        path = resolve_checkpoint(run_or_checkpoint)
+        checkpoint = load_newest(run_or_checkpoint)
+        path = checkpoint.path
         config = read_config(path)
-        checkpoint = load_checkpoint(path)
         # The averaged weights are used if there are any, because training scored those.
         tensors = checkpoint.model if checkpoint.ema is None else checkpoint.ema
         state = checkpoint.state

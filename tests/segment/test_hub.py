@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,6 +63,20 @@ def test_the_card_says_data_teacher_scores_and_settings(published: Path) -> None
     assert yaml.safe_load(header)["library_name"] == "slotscops"
     for told in ("Parts of horse", "relu5_4` at 64 px, weights `random:0`", "| nmi | 0.25 |", "num_parts: 5"):
         assert told in text
+
+
+def test_saving_over_another_model_replaces_its_card_but_no_readme_of_the_users(
+    published: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(published, tmp_path, dirs_exist_ok=True)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text().replace("Parts of horse", "Parts of cow"))
+    slotscops.load(run).save_pretrained(tmp_path)
+    assert card.read_text() == (published / "README.md").read_text()
+    card.write_text("# A project of mine\n")
+    slotscops.load(run).save_pretrained(tmp_path)
+    assert card.read_text() == "# A project of mine\n"
+    assert f"{card}: is no model card of slotscops" in capsys.readouterr().err
 
 
 def test_a_published_model_is_evaluated_as_a_run_is(published: Path, toy_shards: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from scipy.io import savemat
 
 from slotscops.core.errors import UserError
-from slotscops.core.files import write_bytes
+from slotscops.core.files import remove_abandoned, write_bytes
 from slotscops.datasets.toy.anatomy import PART_NAMES, Figure, turn
 from slotscops.datasets.toy.animals import draw_animal, draw_table
 from slotscops.datasets.toy.scene import (
@@ -76,13 +76,17 @@ def write_tree(root: Path, *, num_train: int = 600, num_val: int = 150, seed: in
     lists = root / "VOCdevkit/VOC2010/ImageSets/Main"
     for folder in (photos, annotations, lists):
         folder.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)
     for split, count in counts.items():
         classes_of: dict[str, set[str]] = {}
         for index in range(count):
             name = image_name(split, index)
             photo, objects = draw_photo(seed, split, index)
-            photo.save(photos / f"{name}.jpg", quality=JPEG_QUALITY)
-            (annotations / f"{name}.mat").write_bytes(annotation_bytes(name, objects))
+            encoded = io.BytesIO()
+            photo.save(encoded, "JPEG", quality=JPEG_QUALITY)
+            # Whole at every moment: another process that draws the same tree may be reading it already.
+            write_bytes(photos / f"{name}.jpg", encoded.getvalue(), durable=False)
+            write_bytes(annotations / f"{name}.mat", annotation_bytes(name, objects), durable=False)
             classes_of[name] = {item.class_name for item in objects}
         _write_lists(lists, split, classes_of)
 

@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 import re
 import shutil
 import uuid
@@ -23,8 +22,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from slotscops.core.errors import UserError
-from slotscops.core.files import fsync, sha256_of_file, write_bytes, write_json
+from slotscops.core.errors import UserError, first_line
+from slotscops.core.files import fsync, remove_abandoned, sha256_of_file, write_bytes, write_json, writer_name
 from slotscops.model.saved_names import saved_parameter_names
 from slotscops.train.averaging import WeightAverage
 
@@ -90,10 +89,10 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step}"
-    writer = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"  # so that two writers never mix their files
-    partial, replaced = folder / f".{final.name}.{writer}.partial", folder / f".{final.name}.{writer}.replaced"
-    for left_over in folder.glob(".step-*"):  # by a process that died while writing
-        shutil.rmtree(left_over)
+    _remove_left_overs(folder)
+    # Unique, so that two writers never mix their files, on a file system without locks either.
+    writer = f"{writer_name()}.{uuid.uuid4().hex[:8]}"
+    partial, replaced = (folder / f".{final.name}.{writer}.{end}" for end in ("partial", "replaced"))
     partial.mkdir()
     try:
         _write_files(partial, tensors, state)
@@ -111,6 +110,14 @@ def save_checkpoint(
         if old.name != f"step-{best_step}":
             _remove(old)
     return final
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """Removes what a process left that died while it wrote, replaced or removed a checkpoint."""
+    remove_abandoned(folder)
+    for ending in ("replaced", "removed"):  # not needed any more, whoever renamed it
+        for path in folder.glob(f".step-*.{ending}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State) -> None:
@@ -146,7 +153,7 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 def _remove(checkpoint: Path) -> None:
     # Renamed first: one that is half removed must not stand there under a checkpoint's name.
-    leaving = checkpoint.with_name(f".{checkpoint.name}.removed")
+    leaving = checkpoint.with_name(f".{checkpoint.name}.{uuid.uuid4().hex[:8]}.removed")
     checkpoint.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
 
@@ -207,13 +214,13 @@ def verify_checkpoint(path: Path) -> None:
         expected = {name: (manifest[name]["sha256"], manifest[name]["bytes"]) for name in sorted(names)}
     except FileNotFoundError:
         raise UserError(f"{path}: is no checkpoint (no manifest.json); give a folder step-N of a run") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}/manifest.json: is damaged; {_USE_ANOTHER}") from None
     for name, (sha256, num_bytes) in expected.items():
         file = path / name
-        if not file.is_file():
-            raise UserError(f"{file}: is missing; {_USE_ANOTHER}")
         try:
+            if not file.is_file():
+                raise UserError(f"{file}: is missing; {_USE_ANOTHER}")
             is_whole = file.stat().st_size == num_bytes and sha256_of_file(file) == sha256
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror}); {_USE_ANOTHER}") from None
@@ -232,8 +239,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state = State.from_json((path / "state.json").read_text())
         model, optimizer, rng = (load((path / name).read_bytes()) for name in _FILES[:3])
         ema = load((path / _EMA).read_bytes()) if (path / _EMA).is_file() else None
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {_USE_ANOTHER}") from None
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {_USE_ANOTHER}") from None
     if state.format != FORMAT:
         raise UserError(f"{path}: has format {state.format}, this version reads {FORMAT}")
     return Checkpoint(path, model, optimizer, rng, ema, state)
@@ -334,8 +341,10 @@ def restore_rng(tensors: Mapping[str, Tensor], rank: int, path: Path) -> bool:
     """Restores this process's generators; False where the checkpoint was written by fewer processes.
 
     Raises:
-        UserError: if a state is none of a generator.
+        UserError: if a state is none of a generator, or the states of the first process are missing.
     """
+    if "cpu/0" not in tensors:
+        raise UserError(f"{path}: lacks the random numbers cpu/0; {_USE_ANOTHER}")
     if f"cpu/{rank}" not in tensors:
         return False
     for name, present in rng_tensors(rank).items():
@@ -345,9 +354,14 @@ def restore_rng(tensors: Mapping[str, Tensor], rank: int, path: Path) -> bool:
                 f"{path}: the random numbers {name} are {saved.dtype} of shape {tuple(saved.shape)}, needed "
                 f"{present.dtype} of {tuple(present.shape)}; {_USE_ANOTHER}"
             )
-    torch.set_rng_state(tensors[f"cpu/{rank}"])
-    if torch.cuda.is_available() and f"cuda/{rank}" in tensors:
-        torch.cuda.set_rng_state(tensors[f"cuda/{rank}"])
+    try:
+        torch.set_rng_state(tensors[f"cpu/{rank}"])
+        if torch.cuda.is_available() and f"cuda/{rank}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda/{rank}"])
+    except RuntimeError as error:  # of the right shape, but no state that the generator can be in
+        raise UserError(
+            f"{path}: its random numbers cannot be restored ({first_line(error)}); {_USE_ANOTHER}"
+        ) from None
     return True
 
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,20 @@ from slotscops.config import Config, config_from_mapping, load_config, to_mappin
 from slotscops.core import console
 from slotscops.core.claims import differences
 from slotscops.core.errors import UserError
-from slotscops.core.files import json_numbers, write_bytes, write_json
+from slotscops.core.files import json_numbers, remove_abandoned, write_bytes, write_json
 from slotscops.features.cache import FeatureCache
 from slotscops.shard.index import ShardDataset
-from slotscops.train.run.checkpoint import State, best_checkpoint, list_checkpoints, verify_checkpoint
+from slotscops.train.run.checkpoint import (
+    Checkpoint,
+    State,
+    best_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    verify_checkpoint,
+)
 from slotscops.train.run.owner import release_ownership, take_ownership
 
+_MAX_LOOKS = 20  # at a run that goes on training while one of its checkpoints is read
 # Settings that may change between two starts of one run without making it another run.
 _FREE_TO_CHANGE = (
     "run_dir",
@@ -91,6 +100,7 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.pictures.mkdir(exist_ok=True)
+            remove_abandoned(self.path)
             write_config(config, self.config)
             if self.metrics.exists():
                 self._repair_metrics(step)
@@ -195,6 +205,35 @@ def resolve_checkpoint(path: Path) -> Path:
     return _newest_whole(present)
 
 
+def load_newest(path: Path) -> Checkpoint:
+    """Reads the newest whole checkpoint of a run, or the checkpoint that `path` is.
+
+    A run that trains meanwhile removes its older checkpoints. If the one that is being read disappears, the next newest
+    one is read.
+
+    Raises:
+        UserError: nothing there, nothing whole, or of another format.
+    """
+    for _ in range(_MAX_LOOKS):
+        before = _look(path)
+        try:
+            return load_checkpoint(resolve_checkpoint(path))
+        except UserError:
+            if _look(path) == before:
+                raise
+    return load_checkpoint(resolve_checkpoint(path))
+
+
+def _look(path: Path) -> list[tuple[str, int]]:
+    """The checkpoints that `path` leads to as they are now: place and number of each folder on its file system."""
+    present = [path.resolve(), *list_checkpoints(path / "checkpoints"), *list_checkpoints(path)]
+    seen = []
+    for checkpoint in present:
+        with suppress(OSError):  # removed since it was listed
+            seen.append((str(checkpoint), checkpoint.stat().st_ino))
+    return seen
+
+
 def run_of_checkpoint(checkpoint: Path) -> Path:
     """runs/NAME of runs/NAME/checkpoints/step-N."""
     return checkpoint.resolve().parent.parent
@@ -246,14 +285,15 @@ def _split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
 
 
 def _newest_whole(checkpoints: list[Path]) -> Path:
-    reasons = []
+    reasons: dict[Path, str] = {}
     for path in reversed(checkpoints):
         try:
             verify_checkpoint(path)
         except UserError as error:
-            reasons.append(str(error))
+            reasons[path] = str(error)
             continue
-        for reason in reasons:
-            console.warn(f"passed over a checkpoint: {reason}")
+        for other, reason in reasons.items():
+            if other.exists():  # otherwise a run that trains has removed it meanwhile
+                console.warn(f"passed over a checkpoint: {reason}")
         return path
-    raise UserError(f"{reasons[0]} (no other checkpoint of the run is whole)")
+    raise UserError(f"{reasons[checkpoints[-1]]} (no other checkpoint of the run is whole)")

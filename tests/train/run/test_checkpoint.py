@@ -2,6 +2,9 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,9 +14,10 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from slotscops.core.errors import UserError
+from slotscops.core.files import writer_name
 from slotscops.train.run import checkpoint
 from slotscops.train.run.checkpoint import State, list_checkpoints, load_checkpoint, save_checkpoint
-from slotscops.train.run.folder import RunFolder, resolve_checkpoint
+from slotscops.train.run.folder import RunFolder, load_newest, resolve_checkpoint
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json")
 
@@ -73,10 +77,10 @@ def test_a_restored_optimizer_takes_the_very_same_next_step(tmp_path: Path, kind
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
-    states = checkpoint.rng_tensors(rank=1)
+    states = checkpoint.rng_tensors(rank=0)
     expected = torch.rand(3)
-    assert not checkpoint.restore_rng(states, 0, tmp_path)
-    assert checkpoint.restore_rng(states, 1, tmp_path)
+    assert not checkpoint.restore_rng(states, 1, tmp_path)
+    assert checkpoint.restore_rng(states, 0, tmp_path)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -237,6 +241,82 @@ def test_random_numbers_and_weights_of_another_type_are_refused(tmp_path: Path) 
     tensors = {name: tensor.double() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match=r"has type torch\.float64, needed torch\.float32"):
         checkpoint.restore_model(model, tensors, tmp_path)
+
+
+def test_random_numbers_that_no_generator_can_have_or_that_are_missing_are_refused(tmp_path: Path) -> None:
+    states = checkpoint.rng_tensors(0)
+    with pytest.raises(UserError, match="lacks the random numbers cpu/0"):
+        checkpoint.restore_rng({}, 0, tmp_path)
+    with pytest.raises(UserError, match="cannot be restored"):
+        checkpoint.restore_rng(states | {"cpu/0": torch.zeros_like(states["cpu/0"])}, 0, tmp_path)
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1).parent
+    machine, process = writer_name().split("-")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in (f"{machine}-{ended.pid}.x.partial", f"{machine}-{process}.x.partial", "x.removed", "x.replaced"):
+        (folder / f".step-7.{name}").mkdir()
+    saved(tmp_path, 2)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f".step-7.{machine}-{process}.x.partial", "step-1", "step-2",
+    ]  # fmt: skip
+
+
+def test_a_model_is_loaded_at_any_moment_of_a_run_that_removes_its_older_checkpoints(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    ends = threading.Event()
+
+    def train() -> None:
+        for step in range(2, 1000):
+            saved(tmp_path, step, keep=1)
+            if ends.is_set():
+                return
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        steps = [load_newest(tmp_path).state.step for _ in range(100)]
+    finally:
+        ends.set()
+        thread.join()
+    assert steps == sorted(steps)
+    assert steps[-1] > steps[0]
+
+
+def test_the_next_newest_is_read_if_the_newest_disappears_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path, 1)
+    newest = saved(tmp_path, 2)
+    plain = checkpoint.verify_checkpoint
+
+    def removed_meanwhile(path: Path) -> None:
+        shutil.rmtree(newest, ignore_errors=True)
+        plain(path)
+
+    monkeypatch.setattr(checkpoint, "verify_checkpoint", removed_meanwhile)
+    assert load_newest(tmp_path).state.step == 1
+    assert "passed over" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="step-2: no such run or checkpoint"):
+        load_newest(newest)
+
+
+def test_a_file_of_a_checkpoint_that_cannot_even_be_asked_for_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older, newest = saved(tmp_path, 1), saved(tmp_path, 2)
+    plain = Path.is_file
+
+    def fail(path: Path) -> bool:
+        if path == newest / "rng.safetensors":
+            raise OSError(5, "Input/output error")
+        return plain(path)
+
+    monkeypatch.setattr(Path, "is_file", fail)
+    assert resolve_checkpoint(tmp_path) == older
+    assert "cannot be read (Input/output error)" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_the_disk_refuses_is_passed_over(

@@ -1,0 +1,115 @@
+"""Several processes that want one folder, and what a killed process leaves in it."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from slotscops.core import console
+from slotscops.core.claims import claim
+from slotscops.core.errors import ClaimError
+from slotscops.core.files import remove_abandoned, replace_when_complete, write_once, writer_name
+
+# Four processes wait for the same moment and claim the same path, each with settings of its own, or all with the same.
+RACE = textwrap.dedent(
+    """
+    import os, sys, time
+    from pathlib import Path
+    from slotscops.core.claims import claim
+    from slotscops.core.errors import ClaimError
+
+    folder, differ = Path(sys.argv[1]), sys.argv[2] == "differ"
+    for number in range(25):
+        (folder / str(number)).mkdir()
+        start = time.monotonic() + 0.005
+        children = []
+        for child in range(4):
+            process = os.fork()
+            if process == 0:
+                while time.monotonic() < start:
+                    pass
+                try:
+                    claim(folder / str(number) / "plan.json", {"size": child if differ else 0}, "choose another --out")
+                    os._exit(0)
+                except ClaimError:
+                    os._exit(2)
+                finally:
+                    os._exit(1)
+            children.append(process)
+        print(*sorted(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in children))
+    """
+)
+
+
+@pytest.mark.parametrize(("settings", "codes"), [("differ", "0 2 2 2"), ("equal", "0 0 0 0")])
+def test_of_several_claims_at_once_exactly_one_wins_and_equal_ones_share(
+    tmp_path: Path, settings: str, codes: str
+) -> None:
+    command = [sys.executable, "-c", RACE, str(tmp_path), settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == [codes] * 25, done.stderr
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_claims_are_exclusive_on_a_file_system_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert write_once(tmp_path / "plan.json", b"first")
+    assert not write_once(tmp_path / "plan.json", b"second")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+
+
+def test_a_claim_made_between_the_look_and_the_writing_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(tmp_path / "plan.json", {"size": 64}, "choose another --out")
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    claim(tmp_path / "plan.json", {"size": 64}, "choose another --out")
+    with pytest.raises(ClaimError, match=r"another size \(64, now 96\); choose another --out"):
+        claim(tmp_path / "plan.json", {"size": 96}, "choose another --out")
+    assert json.loads((tmp_path / "plan.json").read_text()) == {"size": 64}
+
+
+def test_a_refused_claim_is_said_by_every_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> int:
+        raise ClaimError("shards/a: was made with another size")
+
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        console.run_command(refused)
+    assert ended.value.code == 2
+    assert "was made with another size" in capsys.readouterr().err
+
+
+def test_temporary_files_of_killed_processes_are_removed_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    killed = "import sys, os, pathlib; from slotscops.core.files import replace_when_complete as open_new\n"
+    killed += (
+        "with open_new(pathlib.Path(sys.argv[1])) as file: file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", killed, str(tmp_path / "killed.tar")], timeout=60, check=False)
+    machine, process = writer_name().split("-")
+    elsewhere = "0" * 8 if machine != "0" * 8 else "1" * 8
+    for name in (f".a.{machine}-{process}.x.partial", f".b.{elsewhere}-1.x.partial", ".c.x.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    old = tmp_path / f".d.{elsewhere}-1.x.partial"
+    old.mkdir()
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    (tmp_path / "whole.tar").write_bytes(b"whole")
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith(".killed.tar.")]) == 1
+    with replace_when_complete(tmp_path / "mine") as file:
+        remove_abandoned(tmp_path, tmp_path / "nowhere")
+        file.write(b"mine")
+    left = [f".a.{machine}-{process}.x.partial", f".b.{elsewhere}-1.x.partial", ".c.x.partial", "mine", "whole.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
