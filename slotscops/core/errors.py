@@ -24,3 +24,12 @@ def first_line(error: Exception) -> str:
     """
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def shorten(text: str, length: int = 300) -> str:
+    """The text in one line of at most `length` characters: its start, and its end, which says what to do."""
+    line = " ".join(text.split())
+    if len(line) <= length:
+        return line
+    end = (length - 3) // 3
+    return f"{line[: length - 3 - end]}...{line[-end:]}"

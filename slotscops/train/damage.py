@@ -12,6 +12,7 @@ from slotscops.core.errors import RunError
 from slotscops.core.files import write_json
 from slotscops.shard.index import ShardDataset
 from slotscops.train.run.folder import RunFolder
+from slotscops.train.run.side_files import SideFiles
 
 _NAMED = 3  # samples named in the error that ends the run; each was reported before, and the run folder lists all
 
@@ -19,7 +20,9 @@ _NAMED = 3  # samples named in the error that ends the run; each was reported be
 class DamageLedger:
     """The damaged samples found so far: key -> reason. It is the same on every process after `agree`."""
 
-    def __init__(self, dataset: ShardDataset, split: str, max_share: float, folder: RunFolder) -> None:
+    def __init__(
+        self, dataset: ShardDataset, split: str, max_share: float, folder: RunFolder, files: SideFiles
+    ) -> None:
         """
         Args:
             max_share: share of the split's samples that may be damaged; `agree` raises RunError if more are.
@@ -28,6 +31,7 @@ class DamageLedger:
         self._split = split
         self._max_share = max_share
         self._folder = folder
+        self._files = files
         self._known: dict[str, str] = {}
         self._found_at: dict[str, int] = {}  # step, by key
         self._new: dict[str, str] = {}  # found by this process since the last `agree`
@@ -75,7 +79,7 @@ class DamageLedger:
             console.warn(f"sample {key} is damaged, another takes its place: {what}")
         if write:
             rows = {key: {"step": self._found_at[key], "what": what} for key, what in self._known.items()}
-            write_json(self._folder.damaged, rows)
+            self._files.write("damaged.json", lambda: write_json(self._folder.damaged, rows), keep=1)
 
     def _too_many(self) -> str:
         named = "; ".join(list(self._known.values())[:_NAMED])

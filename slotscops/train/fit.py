@@ -12,6 +12,7 @@ from slotscops.train.loop import Trainer
 from slotscops.train.processes import start_accelerator
 from slotscops.train.run.folder import RunFolder
 from slotscops.train.stopwatch import peak_memory_bytes
+from slotscops.train.trackers import close_trackers
 
 _REHEARSED_STEPS = 3  # the first step is slower than the rest
 
@@ -43,12 +44,12 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
     except BaseException as error:
         if trainer is not None and not dry_run and accelerator.is_main_process:
             with suppress(OSError):  # the reason may be a folder that cannot be written
-                trainer.folder.note("failed", trainer.step, repr(error))
-        for tracker in accelerator.trackers:  # not end_training, which would wait for lost processes
-            tracker.finish()
+                trainer.folder.note("failed", trainer.step, repr(error), trainer.files.missing)
+        close_trackers(accelerator)  # not end_training, which would wait for lost processes
         raise
     finally:
         folder.release()
+    close_trackers(accelerator)
     accelerator.end_training()
     return 128 + signal_number if signal_number else 0
 

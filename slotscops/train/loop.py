@@ -12,8 +12,9 @@ from torch import Tensor
 
 from slotscops.config import Config, to_mapping
 from slotscops.core import console
-from slotscops.core.files import write_json
+from slotscops.core.files import write_bytes, write_json
 from slotscops.core.machine import machine
+from slotscops.core.pictures import picture_bytes
 from slotscops.core.records import Batch
 from slotscops.loader.batches import move_ahead, training_batches
 from slotscops.loader.plan import TrainingPlan, batch_digest
@@ -30,12 +31,14 @@ from slotscops.train.reduction import FixedOrderReducer
 from slotscops.train.run import checkpoint
 from slotscops.train.run.folder import RunFolder, check_same_run
 from slotscops.train.run.page import write_page
+from slotscops.train.run.side_files import SideFiles
 from slotscops.train.run.writer import CheckpointWriter
 from slotscops.train.schedule import learning_rate_factor
 from slotscops.train.stopping import Agreement, StopRequest
 from slotscops.train.stopwatch import Stopwatch, peak_memory_bytes
-from slotscops.train.trackers import log_picture, open_trackers
+from slotscops.train.trackers import log_numbers, log_picture, open_trackers
 
+_WAITING_PICTURES = 50  # pictures kept for a disk that is full; the oldest are given up
 _NO_TRUTH = (
     "No scores and no best checkpoint: the evaluated photos of val have no true parts to compare with. "
     "To get scores, make shards of photos with part labels."
@@ -64,7 +67,8 @@ class Trainer:
         self._split = Split(
             self.dataset, "train", self.cache, False, replace_damaged=True, with_object_masks=needs_masks
         )
-        self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder)
+        self.files = SideFiles()
+        self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder, self.files)
         if start_from is None:
             start_from_features(self.network.basis, self.network.target, self._split, config)
         if config.train.channels_last:
@@ -129,15 +133,16 @@ class Trainer:
                     self.log(loss, grad_norm)
                 with self.stopwatch.paused():
                     if self._was_evaluated_now() and self.accelerator.is_main_process:
-                        write_page(self.folder)
+                        self._write_page()
                     if self._is_due(train.save_every_steps) or ends or self._best.get("step") == self.step:
                         self.save(writer)
                 if signal_number:
                     break
             agreement.finish()
         if self.accelerator.is_main_process:
-            self.folder.close(self.config, self.step, signal_number)
-            write_page(self.folder)
+            self.files.catch_up()
+            self.folder.close(self.config, self.step, signal_number, self.files)
+            self._write_page()
         return signal_number
 
     def _is_due(self, every_steps: int) -> bool:
@@ -217,9 +222,9 @@ class Trainer:
         """Creates the run's folder and opens the trackers."""
         if self.accelerator.is_main_process:
             self.folder.open(self.config, self.step)
-            self.folder.note("running", self.step)
-            processes = {"processes": str(self.accelerator.num_processes)}
-            write_json(self.folder.machine, machine(self.accelerator.device) | processes)
+            self._note_running()
+            started_on = machine(self.accelerator.device) | {"processes": str(self.accelerator.num_processes)}
+            self.files.write("machine.json", lambda: write_json(self.folder.machine, started_on), keep=1)
             self.damage.reload(self.step)
         self.accelerator.wait_for_everyone()
         open_trackers(self.accelerator, self.folder, self.step)
@@ -232,9 +237,12 @@ class Trainer:
         if self._was_evaluated_now():
             row |= self._scores
         digest = row.pop("batch_digest")  # text, which TensorBoard cannot plot
-        self.accelerator.log(row, step=self.step)
+        log_numbers(self.accelerator, self.files, row, self.step)
         if self.accelerator.is_main_process:
-            self.folder.log(row | {"batch_digest": digest})
+            missing = self.files.missing
+            self.files.write("metrics.jsonl", lambda: self.folder.log(row | {"batch_digest": digest}))
+            if self.files.missing != missing:
+                self._note_running()
             console.say_plainly(
                 f"step {self.step}/{self.config.train.total_steps}  loss {row['loss']:.6g}  "
                 f"{row['images_per_second']:.1f} images/s  data wait {100 * row['data_wait']:.1f} %"
@@ -292,10 +300,20 @@ class Trainer:
         self._note_best()
         if self.accelerator.is_main_process:
             picture = picture_of_split(network, split)
-            picture.save(self.folder.pictures / f"step-{self.step}.png")
-            log_picture(self.accelerator, "parts", picture, self.step)
+            path = self.folder.pictures / f"step-{self.step}.png"
+            self.files.write("pictures", lambda: write_bytes(path, picture_bytes(picture)), keep=_WAITING_PICTURES)
+            log_picture(self.accelerator, self.files, "parts", picture, self.step)
             evaluation = {"step": self.step, "confusion": scores.confusion()}
-            write_json(self.folder.evaluation, evaluation if self._scores else evaluation | {"no_scores": _NO_TRUTH})
+            evaluation |= {} if self._scores else {"no_scores": _NO_TRUTH}
+            self.files.write("evaluation.json", lambda: write_json(self.folder.evaluation, evaluation), keep=1)
+
+    def _note_running(self) -> None:
+        step = self.step
+        note = lambda: self.folder.note("running", step, missing=self.files.missing)  # noqa: E731
+        self.files.write("status.json", note, keep=1)
+
+    def _write_page(self) -> None:
+        self.files.write("report.html", lambda: write_page(self.folder), keep=1)
 
     def _note_best(self) -> None:
         name = self.config.train.best_score

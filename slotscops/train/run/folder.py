@@ -1,7 +1,9 @@
 """The run's own folder: what lies in it under which name, and which of its checkpoints to go on from."""
 
 import json
+import os
 import signal
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from slotscops.config import Config, config_from_mapping, load_config, to_mapping, write_config
 from slotscops.core import console
 from slotscops.core.claims import differences
-from slotscops.core.errors import UserError
+from slotscops.core.errors import UserError, shorten
 from slotscops.core.files import json_numbers, remove_abandoned, write_bytes, write_json
 from slotscops.features.cache import FeatureCache
 from slotscops.shard.index import ShardDataset
@@ -23,6 +25,7 @@ from slotscops.train.run.checkpoint import (
     verify_checkpoint,
 )
 from slotscops.train.run.owner import release_ownership, take_ownership
+from slotscops.train.run.side_files import SideFiles
 
 _MAX_LOOKS = 20  # at a run that goes on training while one of its checkpoints is read
 # Settings that may change between two starts of one run without making it another run.
@@ -143,27 +146,41 @@ class RunFolder:
         kept = [row for row in rows if row["step"] <= step]
         write_bytes(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
-    def note(self, state: str, step: int, reason: str = "") -> None:
-        """Writes down how the run stands: running, interrupted, finished or failed."""
-        write_json(self.status, {"state": state, "step": step, "reason": reason})
+    def note(self, state: str, step: int, reason: str = "", missing: Mapping[str, str] | None = None) -> None:
+        """Writes down how the run stands: running, interrupted, finished or failed.
 
-    def close(self, config: Config, step: int, signal_number: int) -> None:
+        Args:
+            missing: what could not be written so far, and why.
+        """
+        status: dict[str, Any] = {"state": state, "step": step, "reason": shorten(reason)}
+        missing = {kind: why for kind, why in (missing or {}).items() if kind != self.status.name}
+        write_json(self.status, status | ({"missing": missing} if missing else {}))
+
+    def close(self, config: Config, step: int, signal_number: int, files: SideFiles) -> None:
         """Writes down and says how far a run came that did not fail."""
         if step >= config.train.total_steps:
-            self.note("finished", step)
+            files.write("status.json", lambda: self.note("finished", step, "", files.missing), keep=1)
             console.say(
                 f"{self.path}: trained {step} steps; score it with: python -m slotscops.evaluate "
                 f"--checkpoint {self.path} --shards {config.data.shards}"
             )
             return
         reason = signal.Signals(signal_number).name if signal_number else "train.stop_after_steps"
-        self.note("interrupted", step, reason)
+        files.write("status.json", lambda: self.note("interrupted", step, reason, files.missing), keep=1)
         console.say(f"{self.path}: stopped at step {step} ({reason}); start again to go on")
 
     def log(self, row: dict[str, Any]) -> None:
-        """Appends one logged step."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(json_numbers(row)) + "\n")
+        """Appends one logged step, whole or not at all."""
+        line = (json.dumps(json_numbers(row)) + "\n").encode()
+        with self.metrics.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            written = 0
+            try:
+                while written < len(line):  # a full disk takes a part of it first
+                    written += file.write(line[written:])
+            except OSError:
+                file.truncate(end)
+                raise
 
     def find_checkpoint(self, resume: str) -> Path | None:
         """The checkpoint to go on from, or None to start afresh.
