@@ -9,7 +9,7 @@ import os
 import stat
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # by Exif's orientation, as Pillow's exif_transpose
+_STRIP_PIXELS = 4_000_000  # pixels converted at a time, so that a large photo takes little memory beside itself
 
 
 class PassedOver(NamedTuple):
@@ -216,10 +217,15 @@ def read_photo(path: Path) -> Image.Image:
     """The photo in 8-bit RGB, turned as its Exif entry says. Sharding and segmentation both read photos here.
 
     Raises:
-        UserError: no such file, not an image, more than 100 million pixels or 100,000 pixels a side. Whatever Pillow
-            raises on a damaged file, the message holds Pillow's own sentence.
+        UserError: no such file, not a regular file, not an image, more than 100 million pixels or 100,000 pixels a
+            side, or no memory for it. Whatever Pillow raises on a damaged file, the message holds Pillow's own
+            sentence.
     """
-    return to_rgb(read_image(path)[0])
+    image = read_image(path)[0]
+    try:
+        return to_rgb(image)
+    except Exception as error:  # a damaged palette, or no memory
+        raise UserError(f"{shown_name(path)}: cannot be converted to RGB ({first_line(error)[:200]})") from None
 
 
 def read_image(path: Path) -> tuple[Image.Image, int]:
@@ -229,6 +235,8 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
         UserError: as `read_photo`.
     """
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise UserError(f"{shown_name(path)}: is not a regular file")
         if _is_heif(path) and not _reads_heif():
             raise UserError(f"{shown_name(path)}: {_NEEDS_HEIF}")
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
@@ -263,9 +271,9 @@ def orientation_of(image: Image.Image) -> int | None:
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """A copy of the image, turned as it is to be shown. Unlike Pillow's exif_transpose, it rewrites no Exif block."""
+    """The image, turned as it is to be shown. Unlike Pillow's exif_transpose, it rewrites no Exif block."""
     turn = _TURNS.get(orientation)
-    return image.copy() if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -275,20 +283,50 @@ def to_rgb(image: Image.Image) -> Image.Image:
     pixel exceeds, or else the brightest pixel. Whole numbers of 32 bits are scaled likewise, except that 1 is no white.
     """
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion clips these at 255
-        pixels = np.asarray(image).astype(np.float64)
         whites = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, ())
-        white = _white_of(pixels, whites) if whites else 65535.0
-        scaled = np.nan_to_num(pixels * (255 / white)).clip(0, 255).round()
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+        white = _white_of(image, whites) if whites else 65535.0
+        return _convert_in_strips(image, lambda strip: _scaled(strip, white))
     if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, (*PADDING, 255))
-        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        return _convert_in_strips(image, _on_padding)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _white_of(pixels: NDArray[np.float64], whites: tuple[float, ...]) -> float:
-    brightest = float(pixels.max(initial=0, where=np.isfinite(pixels)))
+def _scaled(strip: Image.Image, white: float) -> Image.Image:
+    scaled = np.nan_to_num(np.asarray(strip).astype(np.float64) * (255 / white)).clip(0, 255).round()
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def _on_padding(strip: Image.Image) -> Image.Image:
+    canvas = Image.new("RGBA", strip.size, (*PADDING, 255))
+    return Image.alpha_composite(canvas, strip.convert("RGBA"))
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """First row and pixels of each strip of an image, from top to bottom."""
+    num_rows = max(1, _STRIP_PIXELS // image.width)
+    for first in range(0, image.height, num_rows):
+        yield first, image.crop((0, first, image.width, min(first + num_rows, image.height)))
+
+
+def _convert_in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    rgb = Image.new("RGB", image.size)
+    for first, strip in _strips(image):
+        rgb.paste(convert(strip).convert("RGB"), (0, first))
+    return rgb
+
+
+def _white_of(image: Image.Image, whites: tuple[float, ...]) -> float:
+    pixels = (np.asarray(strip) for _, strip in _strips(image))
+    brightest = max(float(strip.max(initial=0, where=np.isfinite(strip))) for strip in pixels)
     return next((white for white in whites if brightest <= white), brightest)
+
+
+def to_array(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 pixels of an RGB image. `numpy.asarray` would need three times the memory on the way."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for first, strip in _strips(image):
+        pixels[first : first + strip.height] = np.asarray(strip)
+    return pixels
 
 
 def shown_name(name: str | Path) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from slotscops.core.records import IGNORED
 
 _GAP = 4  # pixels between the tiles of a sheet
+_STRIP_PIXELS = 1_000_000  # pixels coloured at a time, so that a large photo needs no large floating-point copies
 
 
 def voc_palette(num_labels: int = 256) -> NDArray[np.uint8]:
@@ -34,10 +35,17 @@ def overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], opacity: float 
         labels: (H, W) part labels.
         opacity: of the colours, 0..1.
     """
-    colours = voc_palette()[labels].astype(np.float32)
-    mixed = (1 - opacity) * image + opacity * colours
-    is_part = (labels > 0) & (labels != IGNORED)
-    return Image.fromarray(np.where(is_part[..., None], mixed, image).round().astype(np.uint8))
+    height, width = labels.shape
+    palette = voc_palette().astype(np.float32)
+    picture = Image.new("RGB", (width, height))
+    num_rows = max(1, _STRIP_PIXELS // width)
+    for first in range(0, height, num_rows):
+        photo, label = image[first : first + num_rows], labels[first : first + num_rows]
+        is_part = (label > 0) & (label != IGNORED)
+        mixed = (1 - opacity) * photo + opacity * palette[label]
+        strip = np.where(is_part[..., None], mixed, photo).round().astype(np.uint8)
+        picture.paste(Image.fromarray(strip), (0, first))
+    return picture
 
 
 def label_image(labels: NDArray[np.uint8]) -> Image.Image:

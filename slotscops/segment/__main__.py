@@ -31,7 +31,7 @@ from slotscops.core.pool import usable_cores
 from slotscops.segment.gallery import Entry, Gallery, Skipped, write_pictures
 from slotscops.segment.segmenter import FoundParts, Segmenter, load
 
-_BATCH_PIXELS = 50_000_000  # pixels at which a batch ends early, so that huge photos fit into memory
+_BATCH_PIXELS = 50_000_000  # pixels of a batch of several photos, so that huge photos fit into memory
 _ERRORS_OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
 
 
@@ -47,13 +47,31 @@ def _batches(
         except UserError as error:
             skipped.append(Skipped(str(path), str(error)))
             continue
-        batch.append((path, image, name))
-        num_pixels += image.width * image.height
-        if len(batch) == size or num_pixels >= _BATCH_PIXELS:
+        if batch and (len(batch) == size or num_pixels + image.width * image.height > _BATCH_PIXELS):
             yield batch
             batch, num_pixels = [], 0
+        batch.append((path, image, name))
+        num_pixels += image.width * image.height
+        del image  # so that the caller can free it
     if batch:
         yield batch
+
+
+def _find_parts(
+    model: Segmenter, batch: list[tuple[Path, Image.Image, str]], class_name: str | None, skipped: list[Skipped]
+) -> list[tuple[Path, str, FoundParts]]:
+    """Segments a batch and empties it, so that its images are freed. A photo without memory for it is skipped."""
+    paths, names = [path for path, _, _ in batch], [name for _, _, name in batch]
+    try:
+        found = model.segment_batch([image for _, image, _ in batch], class_name)
+    except MemoryError:
+        if len(batch) > 1:
+            return [parts for item in batch for parts in _find_parts(model, [item], class_name, skipped)]
+        skipped.append(Skipped(str(paths[0]), f"{shown_name(paths[0])}: there is no memory for it; make it smaller"))
+        return []
+    finally:
+        batch.clear()
+    return list(zip(paths, names, found, strict=True))
 
 
 def _write(out: Path, name: str, parts: FoundParts, num_slots: int, soft: bool) -> Entry:
@@ -91,12 +109,11 @@ def segment_all(
     named = console.track(zip(photos, names, strict=True), len(photos), "photos")
     with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow releases the GIL while it compresses pictures
         for batch in _batches(named, batch_size, skipped):
-            found = model.segment_batch([image for _, image, _ in batch], class_name)
-            jobs = [
-                pool.submit(_write, out, name, parts, model.network.num_slots, soft)
-                for (_, _, name), parts in zip(batch, found, strict=True)
-            ]
-            for (path, _, _), job in zip(batch, jobs, strict=True):
+            found = _find_parts(model, batch, class_name, skipped)
+            paths = [path for path, _, _ in found]
+            jobs = [pool.submit(_write, out, name, parts, model.network.num_slots, soft) for _, name, parts in found]
+            del found
+            for path, job in zip(paths, jobs, strict=True):
                 try:
                     gallery.add(job.result())
                 except Exception as error:  # Pillow raises many kinds, for example for photos too large for JPEG

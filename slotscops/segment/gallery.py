@@ -100,7 +100,9 @@ def write_pictures(out: Path, name: str, photo: NDArray[np.uint8], labels: NDArr
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=85)
         write_bytes(out / _FOLDER / folder / f"{name}.jpg", jpeg.getvalue())
-    shares = np.bincount(labels.reshape(-1), minlength=num_slots) * 1000 / labels.size
+    # Row by row, because NumPy first makes 8 bytes of each label.
+    counts = np.stack([np.bincount(row, minlength=num_slots) for row in labels]).sum(axis=0)
+    shares = counts * 1000 / labels.size
     small = shrink_labels(labels)
     height, width = labels.shape
     return Entry(

@@ -20,7 +20,7 @@ from torch import Tensor
 from slotscops.config import suggest
 from slotscops.core import console
 from slotscops.core.errors import UserError
-from slotscops.core.photos import read_photo, to_rgb
+from slotscops.core.photos import read_photo, to_array, to_rgb
 from slotscops.core.pictures import overlay
 from slotscops.core.pixels import crop_photo, whole_square
 from slotscops.features.teacher import Teacher, compute_features
@@ -49,7 +49,13 @@ class FoundParts:
     @cached_property
     def labels(self) -> NDArray[np.uint8]:
         """(H, W) uint8 slot with the largest share of each pixel: 0 = background, k = part k."""
-        return np.concatenate([strip.argmax(axis=0).astype(np.uint8) for strip in self._strips()])
+        labels = np.empty(self.photo.shape[:2], np.uint8)
+        first = 0
+        for strip in self._strips():
+            rows = strip.argmax(axis=0)
+            labels[first : first + len(rows)] = rows
+            first += len(rows)
+        return labels
 
     def overlay(self, opacity: float = 0.6) -> Image.Image:
         """The photo with its parts painted in PASCAL VOC's colours. The background is unchanged.
@@ -134,7 +140,7 @@ class Segmenter(HubModel):
         names: list[str | None] = [class_name] * len(images)
         if output.class_logits is not None and class_name is None:
             names = [self.class_names[guess] for guess in output.class_logits.argmax(dim=1).tolist()]
-        return [FoundParts(np.asarray(image), logits[number], names[number]) for number, image in enumerate(images)]
+        return [FoundParts(to_array(image), logits[number], names[number]) for number, image in enumerate(images)]
 
     def _class_id(self, name: str) -> int:
         if name not in self.class_names:

@@ -2,6 +2,7 @@ import errno
 import os
 import socket
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from small_runs import photo
 
+from slotscops.core import photos
 from slotscops.core.errors import UserError
-from slotscops.core.photos import find_photos, read_image, read_photo, to_rgb, unique_names
+from slotscops.core.photos import find_photos, read_image, read_photo, to_array, to_rgb, unique_names
 from slotscops.core.pixels import PADDING
 
 
@@ -203,3 +205,46 @@ def test_files_of_a_folder_that_may_be_listed_but_not_entered_are_passed_over(
     found = find_photos([tmp_path])
     assert found.photos == [tmp_path / "a.png"]
     assert [(item.path, item.kind) for item in found.passed_over] == [(closed / "b.png", "file that cannot be read")]
+
+
+def exif(kind: int, count: int, value: bytes, tag: int = 0x0112) -> bytes:
+    """Exif with one entry, by default the orientation, and after it the orientation 6 where the entry is another."""
+    entries = [struct.pack("<HHI", tag, kind, count) + value]
+    if tag != 0x0112:
+        entries.append(struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0))
+    table = struct.pack("<H", len(entries)) + b"".join(sorted(entries)) + bytes(4)
+    return b"Exif\0\0II*\0\x08\0\0\0" + table
+
+
+def test_another_entry_of_a_wrong_type_does_not_keep_a_photo_from_being_turned(tmp_path: Path) -> None:
+    # Pillow writes the resolution as a fraction, which it cannot make of this text.
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif(2, 4, b"abc\0", tag=0x011A))
+    with Image.open(tmp_path / "a.jpg") as image, pytest.raises((TypeError, ValueError, AttributeError, struct.error)):
+        ImageOps.exif_transpose(image)
+    assert read_photo(tmp_path / "a.jpg").size == (20, 40)
+
+
+@pytest.mark.parametrize("size", [(1, 1_000_000), (1_000_000, 1), (100_000_000, 1)])
+def test_a_photo_with_a_side_beyond_all_reason_is_refused_by_its_header(tmp_path: Path, size: tuple[int, int]) -> None:
+    header = struct.pack(">IIBBBBB", *size, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    content = b"".join(struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    with pytest.raises(UserError, match=rf"{size[0]} x {size[1]} pixels, at most 100000000 and 100000 a side"):
+        read_photo(tmp_path / "a.png")
+
+
+def test_what_is_no_regular_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    for path in (tmp_path / "a.jpg", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match="is not a regular file"):
+            read_photo(path)
+
+
+def test_conversion_in_strips_gives_what_conversion_at_once_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 4), dtype=np.uint8)
+    images = [Image.fromarray(pixels), Image.fromarray(pixels[..., 0].astype(np.float32) * 3)]
+    whole = [to_array(to_rgb(image)) for image in images]
+    monkeypatch.setattr(photos, "_STRIP_PIXELS", 70)
+    for image, expected in zip(images, whole, strict=True):
+        assert (to_array(to_rgb(image)) == expected).all()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import python
 from PIL import Image
 from safetensors.numpy import load_file
@@ -15,7 +16,7 @@ import slotscops
 from slotscops.core.errors import RunError, UserError
 from slotscops.evaluate.__main__ import main as evaluate_main
 from slotscops.segment import __main__ as segment
-from slotscops.segment.segmenter import FoundParts
+from slotscops.segment.segmenter import FoundParts, Segmenter
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,6 @@ def test_three_lines_of_python_give_parts_at_the_photos_own_size(run: Path, tmp_
 
 
 def test_a_photo_of_the_training_size_is_segmented_as_evaluation_does(run: Path) -> None:
-    import torch
-
     model = slotscops.load(run)
     image = photo((64, 64))
     crop = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
@@ -192,6 +191,43 @@ def test_whatever_one_photo_does_it_is_listed_and_the_others_go_on(
         assert f"{name}: " in told
         assert f"{name}: " in page
     assert "encoder error -2" in page
+
+
+def test_a_photo_without_memory_for_it_is_listed_and_the_rest_of_its_batch_goes_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, width in (("a", 40), ("b", 41), ("c", 42)):
+        photo((width, 30)).save(tmp_path / f"{name}.png")
+    crop = Segmenter.crop
+
+    def refuse_one(self: Segmenter, image: Image.Image) -> Any:
+        if image.width == 41:
+            raise MemoryError
+        return crop(self, image)
+
+    monkeypatch.setattr(Segmenter, "crop", refuse_one)
+    assert segment.main(["--checkpoint", str(run), "--out", str(tmp_path / "out"), str(tmp_path)]) == 0
+    assert "b.png: there is no memory for it" in capsys.readouterr().err
+    assert [(tmp_path / "out" / f"{name}.parts.png").is_file() for name in "abc"] == [True, False, True]
+
+
+# A process that may take 1.2 GB more than it has once everything is imported, however much the machine has.
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from slotscops.core import console
+from slotscops.segment import __main__ as segment
+in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 1_200_000_000, resource.RLIM_INFINITY))
+console.run_command(lambda: segment.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA reserves address space beyond any limit")
+def test_a_huge_photo_takes_little_more_memory_than_its_pixels(run: Path, tmp_path: Path) -> None:
+    Image.new("1", (6000, 5000)).save(tmp_path / "a.png")  # 30 million pixels in a few kilobytes
+    done = python("-c", LIMITED, "--checkpoint", run, "--out", tmp_path / "out", tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_full_disk_ends_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,11 @@ from slotscops.core.errors import RunError, UserError, first_line
 from slotscops.core.files import replace_when_complete
 
 _MAX_UNPACKED_BYTES = 32 << 30  # PASCAL-Part's archive has less than 1 GB: whatever goes on for longer is a bomb
+_MAX_MEMBER_BYTES = 500_000_000  # a photo of 100 million pixels that is not compressed has 300 MB
+_MAX_MEMBERS = 1_000_000  # VOC2010 has some 45,000
+_MAX_HEADER_BYTES = 256 << 10  # of what extends a member's header: a long name, or attributes of at most 64 KB on Linux
+_MAX_GLOBAL_FIELDS = 100  # of headers that hold for all members
+_MAX_NAME = 4096  # characters of a member's name, as long as a path on Linux
 _COPY_BYTES = 1 << 20
 _FETCH = "fetch the archive again"
 
@@ -91,6 +96,8 @@ class ArchivePlace:
         if place is None:
             raise UserError(f"{self.path(name)}: no such file; {_FETCH}")
         offset, size = place
+        if size > _MAX_MEMBER_BYTES:
+            raise UserError(f"{self.path(name)}: has {size:,} bytes, no photo or annotation has {_MAX_MEMBER_BYTES:,}")
         try:
             with self.plain.open("rb") as file:
                 content = os.pread(file.fileno(), size, offset)
@@ -104,14 +111,31 @@ class ArchivePlace:
         return _members_by_folder(self.plain, self.archive).get(self.folder, {})
 
 
+class _BoundedHeader(tarfile.TarInfo):
+    """A member's header whose extensions are of honest size: tarfile reads them whole, whatever size they say.
+
+    `_proc_member` is where tarfile's own comments let subclasses step in.
+    """
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        extensions = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+        if self.type in (*extensions, tarfile.SOLARIS_XHDTYPE) and self.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes, needed at most {_MAX_HEADER_BYTES:,}")
+        if len(archive.pax_headers) > _MAX_GLOBAL_FIELDS:
+            raise tarfile.ReadError(f"more than {_MAX_GLOBAL_FIELDS} global header fields")
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("a sparse file; pack the archive without tar's --sparse")
+        return super()._proc_member(archive)  # type: ignore[misc, no-any-return]
+
+
 @lru_cache(maxsize=8)  # once a process: 40,000 members take a second
 def _members_by_folder(plain: Path, archive: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Offset and size of the plain files, by the last one and the last two names of their folder, and by name."""
     found: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         # Only headers are read.
-        with tarfile.open(plain, "r:") as tar:
-            for member in tar:
+        with tarfile.open(plain, "r:", tarinfo=_BoundedHeader) as tar:
+            for member in _members_of(tar):
                 *folders, name = member.name.removeprefix("./").split("/")
                 if not member.isreg() or member.issparse() or ".." in folders or member.name.startswith("/"):
                     continue
@@ -120,11 +144,23 @@ def _members_by_folder(plain: Path, archive: Path) -> dict[str, dict[str, tuple[
                         raise UserError(f"{archive}: holds two files {folder}/{name}; {_FETCH}")
                     found[folder][name] = (member.offset_data, member.size)
             _check_end(plain, tar.offset)
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+    except (OSError, tarfile.TarError, EOFError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{archive}: is no readable tar ({first_line(error)}); {_FETCH}") from None
     return found
+
+
+def _members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members one by one; tarfile itself would keep them all."""
+    count = 0
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]
+        count += 1
+        if count > _MAX_MEMBERS or len(member.name) > _MAX_NAME:
+            limits = f"at most {_MAX_MEMBERS:,} with names of at most {_MAX_NAME:,} characters"
+            raise tarfile.ReadError(f"too many members or too long a name, needed {limits}")
+        yield member
 
 
 def _check_end(plain: Path, offset: int) -> None:
