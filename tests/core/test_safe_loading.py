@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # torch imports it at need, and its classes derive from pickle's, which these tests replace
 from small_runs import save_feature_run, save_resnet_run
 
 from slotscops.config import load_config
