@@ -1,9 +1,8 @@
 """All settings with their defaults, units and ranges. YAML files and `a.b=c` overrides become a `Config`."""
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from slotscops.core.errors import UserError
+from slotscops.core.errors import UserError, suggest
 from slotscops.core.files import write_bytes
 
 # Pydantic would otherwise turn the text '2e-4', which YAML does not read as a number, into a number unnoticed.
@@ -361,15 +360,6 @@ def _number_hint(text: str) -> str:
     if exponent and "." not in mantissa:
         return f" (YAML reads {text} as text: write {mantissa}.0e{exponent})"
     return f" (write {number:g} without quotes)"
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """', did you mean X?' or an empty string."""
-    candidates = list(known)
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    if not close:  # the right name in the wrong section
-        close = [c for c in candidates if c.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def setting_names() -> list[str]:

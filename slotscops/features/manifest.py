@@ -6,6 +6,7 @@ from typing import Any
 
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import sha256_of_json, write_json
+from slotscops.core.pretrained import OWN
 
 FORMAT = 2
 # Fields that must be equal for two caches to hold the same features.
@@ -27,7 +28,7 @@ REMOVE_AND_REBUILD = "remove the folder and rebuild it with python -m slotscops.
 
 def cache_name(layer: str, size: int, network: str = "vgg19", mirrored: bool = False) -> str:
     """Name of the cache's folder below SHARDS/features."""
-    return f"{network}-{layer}-{size}" + ("-mirrored" if mirrored else "")
+    return f"{network.replace('/', '-')}-{layer}-{size}" + ("-mirrored" if mirrored else "")
 
 
 def name_of(manifest: dict[str, Any]) -> str:
@@ -41,7 +42,7 @@ def rebuild_command(shards: str, manifest: dict[str, Any]) -> str:
     if manifest["network"] != "vgg19":
         command += f" --teacher {manifest['network']}"
     command += f" --layer {manifest['layer']} --size {manifest['input_size']}"
-    if manifest["weights"] != "imagenet":
+    if manifest["weights"] not in OWN:
         command += f" --teacher-weights {manifest['weights']}"
     return command + (" --mirrored" if manifest["mirrored"] else "")
 
