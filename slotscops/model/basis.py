@@ -129,6 +129,8 @@ def _start_directions(
     ):
         only = None if basis.num_classes is None else class_id
         cached, flags = sample_cells(split, config.seed, with_masks, only)
+        if not len(cached):
+            continue
         vectors = unit_vectors(cached, target)
         num_clusters = numbers.parts + 1 + numbers.background
         is_background = ~flags if with_masks else find_background(vectors, flags, num_clusters, config.seed)
