@@ -29,7 +29,10 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Each choice stands here once; every other module imports it from here.
 BaselineTransform = Literal["none", "sqrt", "l2", "sqrt_l2"]  # transforms that need no measurement of the whole cache
 Transform = Literal[BaselineTransform, "channel_standardised"]
-EncoderName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "features"]
+EncoderName = (
+    Literal["resnet18", "resnet34", "resnet50", "resnet101", "features"]
+    | Annotated[str, Field(pattern=r"^timm/[\w.-]+$")]
+)
 SlotInit = Literal["learned", "shared_gaussian", "image_conditioned"]
 SlotOwnership = Literal["shared", "own"]
 SlotGradient = Literal["full", "last_iteration", "bilevel"]
@@ -64,8 +67,10 @@ class Data:
 
 @dataclass(frozen=True, config=_STRICT)
 class TeacherSettings:
-    network: str = "vgg19"  # Any of torchvision's classification networks.
-    layer: str = "relu5_4"  # The layer whose features are the target. "relu5_2+relu5_4" joins the channels of both.
+    network: str = "vgg19"  # Any of torchvision's classification networks, or of timm's as timm/NAME.
+    # The layer whose features are the target. "relu5_2+relu5_4" joins the channels of both. Of a transformer of timm,
+    # "blocks.8" gives the tokens of a block and "blocks.10.attn.k" its keys.
+    layer: str = "relu5_4"
     size: Annotated[int, Field(gt=0, le=8192)] | None = (
         None  # The side of the crops that the teacher saw, in pixels. null takes data.size.
     )
@@ -75,9 +80,13 @@ class TeacherSettings:
 
 @dataclass(frozen=True, config=_STRICT)
 class EncoderSettings:
-    name: EncoderName = "resnet50"  # "features" reads the cached features and has no backbone.
-    weights: str = "imagenet"  # imagenet (torchvision's own), a .safetensors or .pth file, or random:SEED.
-    frozen_stages: Annotated[int, Field(ge=0, le=4)] = 0  # The first stages that do not train. 1 includes the stem.
+    # "features" reads the cached features and has no backbone. "timm/NAME" is a network of timm.
+    name: EncoderName = "resnet50"
+    # imagenet or pretrained (the network's own), a .safetensors or .pth file, package:NAME, or random:SEED.
+    weights: str = "imagenet"
+    frozen_stages: Annotated[int, Field(ge=0, le=64)] = 0  # The first stages that do not train. 1 includes the stem.
+    # Each stage or block of a timm network learns by this factor more slowly than the one after it. 1 treats all alike.
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -344,7 +353,7 @@ def _build(settings: dict[str, Any], origin: str) -> Config:
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, in one line: what came, what was needed, what to do."""
     problem = error.errors(include_url=False)[0]
-    name = ".".join(str(step) for step in problem["loc"] if step not in ("int", "float", "str", "constrained-int"))
+    name = ".".join(str(step) for step in problem["loc"] if not _is_type(step))
     value = problem["input"]
     if problem["type"] == "unexpected_keyword_argument" or problem["type"] == "extra_forbidden":
         return f"unknown setting '{name}'{suggest(name, setting_names())}"
@@ -354,9 +363,16 @@ def _explain(error: ValidationError) -> str:
         .replace("should be", "it must be")
         .replace("an object", "a section of settings")
     )
+    if name == "encoder.name":  # the other member of its union
+        message += ", or timm/NAME for a network of timm"
     if isinstance(value, str) and problem["type"].startswith(("float", "int")):
         return f"{name} is the text '{value}'; {message}{_number_hint(value)}"
     return f"{name} is {value!r}; {message}"
+
+
+def _is_type(step: int | str) -> bool:
+    """Whether a step of pydantic's path to a value names a type, such as one member of a union, and no setting."""
+    return step in ("int", "float", "str", "constrained-int") or str(step).startswith("literal[")
 
 
 def _number_hint(text: str) -> str:

@@ -3,9 +3,6 @@
 timm is an optional package and is imported only where a setting names one of its networks, as `timm/NAME`.
 """
 
-import contextlib
-import importlib.metadata
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,24 +20,24 @@ def is_timm(network: str) -> bool:
     return network.startswith(PREFIX)
 
 
-def build_timm(network: str, **options: Any) -> nn.Module:
+def build_timm(network: str, *choices: dict[str, Any]) -> nn.Module:
     """Builds a network without a classifier. Its weights are random until others are loaded.
 
     Args:
         network: `timm/NAME`.
-        options: further arguments of `timm.create_model`. Those that the network does not take are left out.
+        choices: sets of further arguments of `timm.create_model`. The first one that the network takes is used, or no
+            further arguments if it takes none of them.
 
     Raises:
         UserError: timm is not installed or has no such network.
     """
-    timm = _import_timm(network)
+    timm = import_timm(network)
     name = network.removeprefix(PREFIX)
     if not timm.is_model(name.partition(".")[0]):
         raise UserError(f"network '{network}': timm {timm.__version__} has no such network{_hint(timm, name)}")
-    for chosen in (options, {}):
+    for chosen in (*choices, {}):
         try:
-            with contextlib.redirect_stdout(sys.stderr):
-                module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **chosen)
+            module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **chosen)
         except TypeError:  # raised for an option that this family of networks does not have
             continue
         except Exception as error:  # an unknown tag after the dot raises RuntimeError
@@ -71,7 +68,7 @@ class TimmWeights:
 
     def get_state_dict(self, *, progress: bool, check_hash: bool, weights_only: bool) -> Mapping[str, Tensor]:
         """The tensors by name. The arguments are those of torchvision's method; timm decides on them itself."""
-        timm = _import_timm(self._network)
+        timm = import_timm(self._network)
         name = self._network.removeprefix(PREFIX)
         tensors: Mapping[str, Tensor] = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
         if self._licence and self._network not in _told_licences:
@@ -80,7 +77,12 @@ class TimmWeights:
         return tensors
 
 
-def _import_timm(network: str) -> Any:
+def import_timm(network: str) -> Any:
+    """The package timm.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import timm
     except ImportError:
@@ -95,8 +97,3 @@ def _settings(module: nn.Module) -> Mapping[str, Any]:
 
 def _hint(timm: Any, name: str) -> str:
     return suggest(name, timm.list_models() + timm.list_pretrained())
-
-
-def timm_version() -> str:
-    """The installed version, which belongs to what a cache was made with."""
-    return importlib.metadata.version("timm")

@@ -38,7 +38,7 @@ class TimmLayers(nn.Module):
         """
         super().__init__()
         # With dynamic_img_size, a transformer resizes its position encodings to the grid of the photo.
-        self.network = build_timm(network, dynamic_img_size=True).eval()
+        self.network = build_timm(network, {"dynamic_img_size": True}).eval()
         self.mean, self.std = mean_and_std(self.network)
         self.pretrained = TimmWeights(network, self.network)
         self.patch_size = _patch_size(self.network)

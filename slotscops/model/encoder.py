@@ -1,12 +1,14 @@
-"""Encoders: a ResNet at stride 8 that reads photos, or a pass-through of cached teacher features.
+"""Encoders: a ResNet or a network of timm that reads photos, or a pass-through of cached teacher features.
 
-torchvision is imported where a ResNet is built, because it takes a second that training on cached features can save.
+torchvision and timm are imported where a network is built, because that takes seconds that training on cached features
+can save.
 
 Shapes: B images of H x W pixels; C channels on an h x w grid (17 x 17 at 128 pixels, 29 x 29 at 224).
 """
 
+import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from torch.nn import functional
 from slotscops.core import pretrained
 from slotscops.core.errors import UserError
 from slotscops.core.pixels import normalise_images
+from slotscops.core.timm_networks import TimmWeights, build_timm, mean_and_std
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 _NUM_STAGES = 4
+_STAGE_NUMBER = re.compile(r"\b(?:blocks|stages|layers|layer)[._]?(\d+)\.")  # in the names of timm's parameters
 
 
 class Encoder(nn.Module):
@@ -93,6 +97,70 @@ class ResNetEncoder(Encoder):
         side = side // 2 + 1  # max-pool in ceil mode: 64 -> 33
         side = (side + 1) // 2  # layer2: 33 -> 17
         return side, side
+
+
+class TimmEncoder(Encoder):
+    """The last map of a network of timm, with that network's own normalisation of photos.
+
+    A convolutional network is dilated to an output stride of 8, or 16, where timm offers it, and its BatchNorm is
+    frozen. A transformer gives the tokens of its last block on the grid of its patches, and takes photos of any size
+    that is a multiple of them.
+    """
+
+    def __init__(self, name: str, weights: str | None = "pretrained", frozen_stages: int = 0) -> None:
+        """
+        Args:
+            name: `timm/NAME`.
+            weights: as for `ResNetEncoder`, with timm's own weights and names of tensors.
+            frozen_stages: the stem and this many of the first stages or blocks are not trained.
+
+        Raises:
+            UserError: timm or the network or the stage is missing, or the weights cannot be had or do not fit.
+        """
+        super().__init__()
+        from timm.layers.norm_act import freeze_batch_norm_2d
+
+        whole = build_timm(name)
+        last_map: dict[str, Any] = {"features_only": True, "out_indices": (-1,)}
+        choices: list[dict[str, Any]] = [{"output_stride": 8}, {"output_stride": 16}, {"dynamic_img_size": True}, {}]
+        trunk = build_timm(name, *(last_map | choice for choice in choices))
+        self.takes_features = False
+        self.out_channels = int(trunk.feature_info.channels()[-1])  # type: ignore[operator, union-attr]
+        self.has_channels_last = str(getattr(trunk, "output_fmt", "NCHW")).endswith("NHWC")
+        self.mean, self.std = mean_and_std(whole)
+        self.is_random = weights is not None and pretrained.random_seed(weights) is not None
+        if weights is None:
+            _fill_with_zeros(trunk)
+        else:
+            pretrained.fill(whole, weights, TimmWeights(name, whole))
+            tensors = whole.state_dict()
+            trunk.load_state_dict({own: tensors[_name_in_whole(own, tensors)] for own in trunk.state_dict()})
+        self.trunk: nn.Module = freeze_batch_norm_2d(trunk)  # type: ignore[no-untyped-call]
+        depths = self.parameter_depths()
+        if frozen_stages and frozen_stages >= max(depths.values()):
+            raise UserError(f"frozen_stages {frozen_stages}: {name} has {max(depths.values())} stages; give fewer")
+        for own, parameter in self.named_parameters():
+            parameter.requires_grad_(not frozen_stages or depths[own] > frozen_stages)
+
+    def parameter_depths(self) -> dict[str, int]:
+        """The stage or block of each parameter, from 1; 0 for what comes before the first one."""
+        numbers = {name: _STAGE_NUMBER.search(name) for name, _ in self.named_parameters()}
+        first = min((int(found[1]) for found in numbers.values() if found), default=0)
+        return {name: int(found[1]) - first + 1 if found else 0 for name, found in numbers.items()}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) RGB, uint8 or floating point in [0, 1] -> (B, C, h, w). Normalises the photos itself."""
+        encoded: Tensor = self.trunk(normalise_images(images, self.mean, self.std))[-1]
+        return encoded.permute(0, 3, 1, 2) if self.has_channels_last else encoded  # (B, C, h, w)
+
+
+def _name_in_whole(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """The name that a tensor of timm's `features_only` network has in the whole network.
+
+    timm puts a transformer into `model`, and writes `stages_0` where the whole network has `stages.0`.
+    """
+    candidates = (name, name.removeprefix("model."), re.sub(r"^(\w+?)_(\d+)\.", r"\1.\2.", name))
+    return next((candidate for candidate in candidates if candidate in tensors), name)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -179,7 +247,7 @@ def _dilate(stage: nn.Module, dilation: int) -> None:
             convolution.dilation = convolution.padding = (rate, rate)
 
 
-def _fill_with_zeros(trunk: nn.Sequential) -> None:
+def _fill_with_zeros(trunk: nn.Module) -> None:
     trunk.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in trunk.state_dict(keep_vars=True).values():

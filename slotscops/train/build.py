@@ -1,15 +1,18 @@
 """Builds a network and its optimizer from settings, and loads a trained network from a run or a published model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from slotscops.config import Config
 from slotscops.core.errors import UserError
+from slotscops.core.timm_networks import is_timm
 from slotscops.losses.objective import trains_basis
-from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder
+from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder, TimmEncoder
 from slotscops.model.network import SlotScops, build_network
 from slotscops.train.run.checkpoint import State, restore_model
 from slotscops.train.run.folder import load_newest, read_config
@@ -36,7 +39,8 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True, 
             encoder = FeatureEncoder(feature_channels)
         else:
             weights = config.encoder.weights if pretrained else None
-            encoder = ResNetEncoder(config.encoder.name, weights, config.encoder.frozen_stages)
+            build = TimmEncoder if is_timm(config.encoder.name) else ResNetEncoder
+            encoder = build(config.encoder.name, weights, config.encoder.frozen_stages)
         own_classes = num_classes if config.slots.per_class == "own" else None
         network = build_network(encoder, config, feature_channels, own_classes)
     network.basis.requires_grad_(trains_basis(config.losses))
@@ -45,6 +49,9 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True, 
 
 def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
     """SGD as in SCOPS, or AdamW, with separate learning rates for encoder, head and basis.
+
+    With `encoder.layer_decay` d, depth k of n of a timm network learns d^(n - k) times as fast as its last one, as in
+    BEiT (Bao et al., arXiv:2106.08254).
 
     Each group keeps its rate as `peak_learning_rate`; the trainer sets `lr` from the step.
     """
@@ -58,16 +65,38 @@ def build_optimizer(config: Config, model: SlotScops) -> Optimizer:
         {
             "name": name,
             "params": parameters,
-            "lr": rates[name],
-            "peak_learning_rate": rates[name],
+            "lr": rate,
+            "peak_learning_rate": rate,
             "weight_decay": 0.0 if name == "basis" else train.weight_decay,
         }
-        for name, parameters in model.parameter_groups().items()
+        for name, parameters, rate in _groups_with_rates(model, rates, config.encoder.layer_decay)
         if parameters
     ]
     if train.optimizer == "sgd":
         return SGD(groups, lr=train.learning_rate, momentum=train.momentum)
     return AdamW(groups, lr=train.learning_rate, fused=True)  # fused takes half the time of the default, on a CPU too
+
+
+def _groups_with_rates(
+    model: SlotScops, rates: Mapping[str, float], layer_decay: float
+) -> list[tuple[str, list[nn.Parameter], float]]:
+    """Name, parameters and peak rate of each group. With a layer decay, each depth of the encoder is a group."""
+    groups = model.parameter_groups()
+    encoder = model.encoder
+    if layer_decay == 1 or not isinstance(encoder, TimmEncoder):
+        return [(name, parameters, rates[name]) for name, parameters in groups.items()]
+    depths = {parameter: encoder.parameter_depths()[name] for name, parameter in encoder.named_parameters()}
+    deepest = max(depths.values())
+    of_encoder = [
+        (
+            f"encoder_{depth}",
+            [one for one in groups["encoder"] if depths[one] == depth],
+            layer_decay ** (deepest - depth),
+        )
+        for depth in range(deepest + 1)
+    ]
+    others = [(name, groups[name], rates[name]) for name in ("head", "basis")]
+    return [(name, parameters, rates["encoder"] * factor) for name, parameters, factor in of_encoder] + others
 
 
 class Trained(NamedTuple):
