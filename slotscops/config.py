@@ -11,6 +11,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from slotscops.core.address import Address
 from slotscops.core.errors import UserError
 from slotscops.core.files import write_bytes
 
@@ -51,7 +52,8 @@ Precision = Annotated[MixedPrecision, BeforeValidator(lambda value: "no" if valu
 
 @dataclass(frozen=True, config=_STRICT)
 class Data:
-    shards: str = "shards/toy"  # The folder that python -m slotscops.shard wrote.
+    # The folder that python -m slotscops.shard wrote, or its URL. Passwords and signed queries in it are never stored.
+    shards: Address = Address("shards/toy")
     size: Side = 128  # The side of the square crops, in pixels.
     # Mirroring is the only augmentation. Cached features must match what is done to the photo, so every augmentation
     # needs features of its own (python -m slotscops.features --mirrored), and training refuses to start without them.
@@ -237,7 +239,9 @@ def config_from_mapping(settings: Mapping[str, Any], origin: str) -> Config:
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    """The settings as they are printed and stored: without the secrets of an address."""
+    mapping = dataclasses.asdict(config)
+    return mapping | {"data": mapping["data"] | {"shards": str(config.data.shards)}}
 
 
 def to_yaml(config: Config) -> str:
