@@ -7,7 +7,7 @@ made of an `Address` has `***` in their place. Only `reveal` gives the whole.
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 from pydantic_core import CoreSchema, core_schema
 
@@ -95,7 +95,9 @@ class Address:
         """The last component of its path, which tells nobody where it lies."""
         if not self.is_remote:
             return Path(self._whole).name
-        return PurePosixPath(_path_of(self._whole)).name or "shards"
+        place = re.split("[?#]", str(self).split("://", 1)[1])[0]
+        name = PurePosixPath(place.partition("/")[2]).name
+        return name if name and HIDDEN not in name else "shards"
 
     def identity(self) -> str:
         """What tells data sets apart: the address without the user, who may change."""
@@ -132,10 +134,3 @@ class Address:
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
         return {"type": "string"}
-
-
-def _path_of(url: str) -> str:
-    try:
-        return urlsplit(url).path
-    except ValueError:  # such as a bracket that is not closed
-        return ""

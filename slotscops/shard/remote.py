@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from slotscops.core import console
 from slotscops.core.address import Address
 from slotscops.core.errors import RunError, UserError, first_line
-from slotscops.core.files import fsync, sha256_of_file, write_bytes
+from slotscops.core.files import fsync, is_plain_name, sha256_of_file, write_bytes
 
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each new try; starts again after data has arrived
 _MOST_AT_ONCE, _LEAST_AT_ONCE = 8 << 20, 64 << 10  # bytes of one request; halved when a transfer breaks
@@ -37,7 +37,6 @@ _AT_A_TIME = 8  # parallel transfers of one process
 # Of dataset.json, a manifest or a shard's index. A row of dataset.json has 300 bytes, a sample in an index about 150.
 _MAX_INDEX_BYTES = 256_000_000
 _PIECE_BYTES = 256 << 10  # read at once
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a file or folder of a data set
 _Shards = str | Path | Address
 
 
@@ -99,7 +98,7 @@ class RemoteFolder:
         Raises:
             UserError: a component is not, and might lead out of the folder.
         """
-        if not all(_PLAIN_NAME.fullmatch(component) for component in name.split("/")):
+        if not all(is_plain_name(component) for component in name.split("/")):
             raise UserError(f"{self.url}: '{name}' is no name of a file of a data set; nothing is fetched")
         return self.copy / name
 
@@ -248,7 +247,7 @@ class RemoteFolder:
         address = self.url_of(name)
         protocol = address.reveal().split("://", 1)[0]
         try:
-            files, path = fsspec.core.url_to_fs(address.reveal(), **_patient_options(protocol))
+            files, path = fsspec.core.url_to_fs(address.reveal(), **_patient_options(address))
         except ImportError as error:
             raise UserError(
                 f"{self.url}: {first_line(error)}; pip install 'slotscops[remote]', or fsspec's package for {protocol}"
@@ -361,14 +360,16 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, PermissionError | ValueError) and "Credential" not in type(error).__name__
 
 
-def _patient_options(protocol: str) -> dict[str, Any]:
+def _patient_options(address: Address) -> dict[str, Any]:
     """The options of each file system that turn a silent server into an error."""
+    protocol, _, rest = address.reveal().partition("://")
     if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
         timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
         # Bodies are decompressed in `_WebSource`, which bounds what comes out.
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True, "auto_decompress": False}}
+        client = {"timeout": timeout, "trust_env": True, "auto_decompress": False}
+        return {"client_kwargs": client, "encoded": "?" in rest}  # a signed query is sent as it is written
     if protocol == "s3":
         return {"config_kwargs": {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _SILENCE_SECONDS}}
     return {}
