@@ -276,7 +276,7 @@ def restore(
 
 
 def restore_model(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Loads the model's tensors; a missing, foreign or misshapen one is refused by name."""
+    """Loads the model's tensors; one that is missing, foreign, misshapen or not finite is refused by name."""
     own = module.state_dict()
     for name in sorted(set(own) ^ set(tensors)):
         side = "lacks" if name in own else "has the foreign"
@@ -289,6 +289,8 @@ def restore_model(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
             )
         if tensor.dtype != tensors[name].dtype:
             raise UserError(f"{path}: {name} has type {tensors[name].dtype}, needed {tensor.dtype}; {_USE_ANOTHER}")
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; {_USE_ANOTHER}")
     module.load_state_dict(dict(tensors))
 
 
@@ -298,8 +300,8 @@ def restore_optimizer(
     """The inverse of `optimizer_tensors`. Learning rates and other settings stay those of the optimizer.
 
     Raises:
-        UserError: if a tensor is missing or foreign, or has another shape or type than its parameter. The fused
-            optimizers would read beyond it.
+        UserError: if a tensor is missing, foreign or not finite, or has another shape or type than its parameter. The
+            fused optimizers would read beyond it.
     """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -338,6 +340,8 @@ def _check_optimizer_tensors(
                     f"{path}: {name}/{quantity} is {tensor.dtype} of shape {tuple(tensor.shape)}, needed {dtype} of "
                     f"{tuple(shape)}; {_USE_ANOTHER}"
                 )
+            if not tensor.isfinite().all():
+                raise UserError(f"{path}: {name}/{quantity} holds NaN or infinity; {_USE_ANOTHER}")
 
 
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
