@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = import_module(module).main(rest)
         return code
     if given and not given[0].startswith("-"):
-        from slotscops.config import suggest  # needs pydantic, which `--help` does not
+        from slotscops.core.errors import suggest
 
         remedy = suggest(given[0], COMMANDS) or f"; known are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command '{given[0]}'{remedy}")

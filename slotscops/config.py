@@ -1,9 +1,8 @@
 """All settings with their defaults, units and ranges. YAML files and `a.b=c` overrides become a `Config`."""
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from slotscops.core.address import Address
-from slotscops.core.errors import UserError
+from slotscops.core.errors import UserError, suggest
 from slotscops.core.files import PLAIN_NAME, write_bytes
 
 # Pydantic would otherwise turn the text '2e-4', which YAML does not read as a number, into a number unnoticed.
@@ -29,6 +28,7 @@ Width = Annotated[int, Field(gt=0, le=65_536)]  # channels
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # These names become a part of a folder's name, and the settings may be a stranger's: no name may lead elsewhere.
 PlainName = Annotated[str, Field(pattern=PLAIN_NAME, max_length=200)]
+NetworkName = Annotated[str, Field(pattern=PLAIN_NAME.replace("^", "^(timm/)?"), max_length=200)]
 
 # Each choice stands here once; every other module imports it from here.
 BaselineTransform = Literal["none", "sqrt", "l2", "sqrt_l2"]  # transforms that need no measurement of the whole cache
@@ -69,10 +69,9 @@ class Data:
 
 @dataclass(frozen=True, config=_STRICT)
 class TeacherSettings:
-    network: PlainName = "vgg19"  # Any of torchvision's classification networks.
-    layer: PlainName = (
-        "relu5_4"  # The layer whose features are the target. "relu5_2+relu5_4" joins the channels of both.
-    )
+    network: NetworkName = "vgg19"  # Any of torchvision's classification networks.
+    # The layer whose features are the target. "relu5_2+relu5_4" joins the channels of both.
+    layer: PlainName = "relu5_4"
     size: Annotated[int, Field(gt=0, le=8192)] | None = (
         None  # The side of the crops that the teacher saw, in pixels. null takes data.size.
     )
@@ -371,15 +370,6 @@ def _number_hint(text: str) -> str:
     if exponent and "." not in mantissa:
         return f" (YAML reads {text} as text: write {mantissa}.0e{exponent})"
     return f" (write {number:g} without quotes)"
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """', did you mean X?' or an empty string."""
-    candidates = list(known)
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    if not close:  # the right name in the wrong section
-        close = [c for c in candidates if c.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def setting_names() -> list[str]:

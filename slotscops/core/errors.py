@@ -1,5 +1,8 @@
 """The two ways a command ends early: the user's mistake (exit 2) and a failure while running (exit 1)."""
 
+import difflib
+from collections.abc import Iterable
+
 from slotscops.core.address import hide_secrets
 
 
@@ -36,3 +39,12 @@ def shorten(text: str, length: int = 300) -> str:
         return line
     end = (length - 3) // 3
     return f"{line[: length - 3 - end]}...{line[-end:]}"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """', did you mean X?' or an empty string."""
+    candidates = list(known)
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    if not close:  # the right name in the wrong section
+        close = [c for c in candidates if c.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -5,6 +5,7 @@ Channel order, value range and the colour of padding are defined here.
 Shapes: B images, H x W pixels of a photo, S side of a resized crop.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,15 @@ def _columns_of_photo(width: int, crop: Box, size: int) -> tuple[int, int]:
     return first, max(first + 1, min(size, (width - left) * size // side + 1 + margin))
 
 
-def normalise_images(images: Tensor) -> Tensor:
-    """Normalises pixels for torchvision's ImageNet networks: (p - mean) / std for each colour.
+def normalise_images(
+    images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Tensor:
+    """Normalises pixels as a network wants them: (p - mean) / std for each colour.
 
     Args:
         images: (B, 3, H, W) RGB, uint8 in 0..255 or floating point in [0, 1].
+        mean: of red, green and blue, for pixels in [0, 1]. The defaults are those of torchvision's ImageNet networks.
+        std: standard deviations, likewise.
 
     Returns:
         (B, 3, H, W) float32.
@@ -109,7 +114,6 @@ def normalise_images(images: Tensor) -> Tensor:
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     # Colour by colour with plain numbers: a mean tensor would have to be copied to the GPU, which waits for it.
     colours = [
-        (pixels[:, channel] - mean) / std
-        for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
+        (pixels[:, channel] - centre) / spread for channel, (centre, spread) in enumerate(zip(mean, std, strict=True))
     ]
     return torch.stack(colours, dim=1)

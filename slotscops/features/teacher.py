@@ -1,11 +1,8 @@
-"""The frozen teacher: a torchvision classification network up to a named layer, and the fingerprint of its tensors.
-
-torchvision is imported where a teacher is built, because commands that only read a cache need none of it.
+"""The frozen teacher: a network of torchvision or timm up to a named layer, and the fingerprint of its tensors.
 
 Shapes: B images of H x W pixels; C channels on an h x w grid (VGG19's relu5_4: 512 on H/16 x W/16).
 """
 
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -13,17 +10,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from slotscops.config import suggest
 from slotscops.core import pretrained
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.pixels import normalise_images
+from slotscops.core.timm_networks import is_timm
+from slotscops.features.timm_layers import TimmLayers
+from slotscops.features.torchvision_layers import TorchvisionLayers
 
-_USUAL_SIZE = 224  # pixels; a size that every torchvision network accepts
-# These expect another scaling of pixels; with this option torchvision converts it inside the network.
-_OPTIONS = {
-    "googlenet": {"transform_input": True, "init_weights": False},
-    "inception_v3": {"transform_input": True, "init_weights": False},
-}
+_MAX_NEEDED = 1024  # pixels; sizes up to this are tried to find one that a network accepts
 
 
 class Teacher(nn.Module):
@@ -36,97 +30,106 @@ class Teacher(nn.Module):
     def __init__(self, layer: str = "relu5_4", weights: str = "imagenet", network: str = "vgg19") -> None:
         """
         Args:
-            layer: for a VGG `conv{block}_{n}`, `bn{block}_{n}`, `relu{block}_{n}` or `pool{block}`; for any other
-                network the module's path, such as `layer4` or `features.7`. Layers of one grid are joined with `+`.
-            weights: `imagenet` (torchvision's own), a `.safetensors` or `.pth` state dict under torchvision's names, or
-                `random:SEED`.
-            network: one of torchvision's classification networks by its name there.
+            layer: its name as in `TorchvisionLayers` or `TimmLayers`. Layers joined with `+` are computed together and
+                their channels put one after another; maps of coarser grids are first resized to the finest grid.
+            weights: `imagenet` or `pretrained` (the network's own), a `.safetensors` or `.pth` state dict under the
+                library's names, `package:NAME` or `random:SEED`; see `slotscops.core.pretrained`.
+            network: one of torchvision's classification networks by its name there, or `timm/NAME`.
 
         Raises:
-            UserError: no such network or layer, a layer whose output is no (B, C, h, w) map, layers of different
-                grids, or weights that cannot be loaded or do not fit.
+            UserError: no such network or layer, a layer whose output is neither a (B, C, h, w) map nor tokens of a
+                square grid, or weights that cannot be loaded or do not fit.
         """
-        from torchvision.models import get_model_weights
-
         super().__init__()
-        whole = _build(network)
-        nodes = _nodes_by_name(whole, network)
-        self.layer = layer
-        self.network = network
-        self._nodes = [_find(nodes, name, network) for name in layer.split("+")]
-        self.extractor = _cut(whole, self._nodes)
+        self.layer, self.network = layer, network
+        names = layer.split("+")
+        self.layers = TimmLayers(network, names) if is_timm(network) else TorchvisionLayers(network, names)
+        self.mean, self.std = self.layers.mean, self.layers.std
         self.num_channels = sum(channels for channels, *_ in self._check_grids())
-        self.weights_name = pretrained.display_name(weights)
+        self.weights_name = pretrained.display_name(weights, "pretrained" if is_timm(network) else "imagenet")
         self.is_random = pretrained.random_seed(weights) is not None
-        known = get_model_weights(network)
-        pretrained.fill(self.extractor, weights, getattr(known, "IMAGENET1K_V1", None) or known.DEFAULT)
-        self.fingerprint = pretrained.fingerprint(self.extractor.state_dict())
+        pretrained.fill(self.layers.network, weights, self.layers.pretrained)
+        self.fingerprint = pretrained.fingerprint(self.layers.network.state_dict())
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """
         Args:
-            images: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]; normalised here.
+            images: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]; normalised here as the network wants it.
 
         Returns:
             (B, C, h, w) float32, even under autocast, because the cache must not depend on it.
         """
         with torch.autocast(images.device.type, enabled=False):
-            maps = self.extractor(normalise_images(images))
-        if len(self._nodes) == 1:
-            only: Tensor = maps[self._nodes[0]]
-            return only  # (B, C, h, w)
-        return torch.cat([maps[node] for node in self._nodes], dim=1)  # (B, C, h, w)
+            maps = self.layers(normalise_images(images, self.mean, self.std))
+            finest = max(tuple(one.shape[-2:]) for one in maps)
+            return torch.cat([_resize(one, finest) for one in maps], dim=1)  # (B, C, h, w)
 
     def grid_size(self, size: int) -> tuple[int, int]:
-        """(h, w) of the features of a photo of `size` x `size` pixels.
+        """(h, w) of the features of a photo of `size` x `size` pixels, the finest grid of all layers.
 
         Raises:
-            UserError: the photo is too small for this layer, or the network accepts only another size.
+            UserError: the photo is too small for this layer, or the network accepts only other sizes.
+        """
+        _, height, width = max(self.layer_shapes(size), key=lambda shape: shape[1])
+        return height, width
+
+    def layer_shapes(self, size: int) -> list[tuple[int, int, int]]:
+        """(C, h, w) of each layer before they are joined, for a photo of `size` x `size` pixels.
+
+        Raises:
+            UserError: as `grid_size`.
         """
         try:
-            _, height, width = self._shapes(size)[0]
-        except (RuntimeError, AssertionError) as error:
+            return self._shapes(size)
+        except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(f"size {size}: {self._needed_size(size) or first_line(error)}") from None
-        return height, width
 
     def output_shape(self, size: int) -> tuple[int, int, int]:
         """(C, h, w) of the features of a photo of `size` x `size` pixels."""
         return self.num_channels, *self.grid_size(size)
 
-    def _shapes(self, size: int) -> list[tuple[int, ...]]:
+    def _shapes(self, size: int) -> list[tuple[int, int, int]]:
         """(C, h, w) of each layer for one photo. It runs on the meta device and takes milliseconds."""
-        state = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.extractor.state_dict().items()}
-        photo = torch.empty(1, 3, size, size, device="meta")
-        maps: Mapping[str, Tensor] = functional_call(self.extractor, state, (photo,))
-        return [tuple(maps[node].shape[1:]) for node in self._nodes]
+        tensors = dict(self.layers.named_parameters()) | dict(self.layers.named_buffers())
+        state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        maps = functional_call(self.layers, state, (torch.empty(1, 3, size, size, device="meta"),))
+        return [tuple(one.shape[1:]) for one in maps]
 
-    def _check_grids(self) -> list[tuple[int, ...]]:
-        shapes = self._shapes(_USUAL_SIZE)
+    def _check_grids(self) -> list[tuple[int, int, int]]:
+        size = self.layers.usual_size
+        needed = "needed channels on a square grid; take a layer before the classifier"
+        try:
+            shapes = self._shapes(size)
+        except ValueError as error:
+            raise UserError(f"teacher layer {self.layer}: {self.network} gives {error} there, {needed}") from None
         for shape in shapes:
-            # A transformer's tokens have their channels last, and a classifier's output has no grid.
-            if len(shape) != 3 or shape[1] != shape[2] or self.network.startswith(("swin", "vit")):
-                raise UserError(
-                    f"teacher layer {self.layer}: {self.network} gives {shape} there, needed channels on a square "
-                    "grid; take a layer of a convolutional network before its classifier"
-                )
-        if len({shape[1:] for shape in shapes}) > 1:
-            grids = ", ".join(f"{height} x {width}" for _, height, width in shapes)
-            raise UserError(
-                f"teacher layer {self.layer}: grids differ ({grids} at {_USUAL_SIZE} pixels); join layers of one grid"
-            )
+            # Tokens of torchvision's transformers have their channels last, and a classifier's output has no grid.
+            if len(shape) != 3 or shape[1] != shape[2] or self.layers.has_tokens_last:
+                raise UserError(f"teacher layer {self.layer}: {self.network} gives {shape} there, {needed}")
         return shapes
 
     def _needed_size(self, size: int) -> str:
-        """Advice: the smallest power of two that is enough, or the usual size if no smaller one is accepted."""
-        for enough in (1 << power for power in range(size.bit_length(), 9)):
+        """Advice: the nearest sizes that are multiples of the patches, or the smallest power of two that is enough."""
+        patch = self.layers.patch_size
+        if size % patch:
+            near = [side for side in (size // patch * patch, size // patch * patch + patch) if side]
+            return f"{self.network} needs a multiple of {patch} pixels; give {' or '.join(map(str, near))}"
+        for enough in (1 << power for power in range(size.bit_length(), _MAX_NEEDED.bit_length())):
             try:
                 self._shapes(enough)
-            except (RuntimeError, AssertionError):
+            except (RuntimeError, AssertionError, ValueError):
                 continue
             return f"too small for {self.layer}; give at least {enough} pixels"
-        return f"{self.network} does not take it; give {_USUAL_SIZE} pixels"
+        return f"{self.network} does not take it; give {self.layers.usual_size} pixels"
+
+
+def _resize(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """(B, C, h, w) maps on a finer grid, by bilinear interpolation of cell centres."""
+    if tuple(maps.shape[-2:]) == grid:
+        return maps
+    return functional.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
 
 
 @torch.inference_mode()
@@ -152,72 +155,3 @@ def compute_features(teacher: Teacher, images: Tensor, size: int) -> Tensor:
     with precise:
         features: Tensor = teacher(images)
     return features
-
-
-def _build(network: str) -> nn.Module:
-    """Builds the network on the meta device, because most of its weights, such as a classifier's, are never needed."""
-    import torchvision
-    from torchvision.models import get_model, list_models
-
-    names = list_models(module=torchvision.models)
-    if network not in names:
-        hint = suggest(network, names) or "; give vgg19, vgg16, resnet50 or another of torchvision.models"
-        raise UserError(f"teacher network '{network}': torchvision has no such classification network{hint}")
-    options = {"init_weights": False} if network.startswith("vgg") else _OPTIONS.get(network, {})
-    with torch.device("meta"):
-        module: nn.Module = get_model(network, weights=None, **options)
-    return module.eval()
-
-
-def _nodes_by_name(module: nn.Module, network: str) -> dict[str, str]:
-    """User's name of each layer -> torchvision's name of it."""
-    if network.startswith("vgg"):
-        assert isinstance(module.features, nn.Sequential)
-        return {name: f"features.{number}" for number, name in enumerate(_name_vgg_layers(module.features))}
-    from torchvision.models.feature_extraction import get_graph_node_names
-
-    _, paths = get_graph_node_names(module)
-    nodes: dict[str, str] = {}
-    for path in paths[1:]:  # the first node is the input
-        steps = path.split(".")
-        nodes |= {prefix: prefix for prefix in (".".join(steps[:end]) for end in range(1, len(steps) + 1))}
-    return nodes
-
-
-def _name_vgg_layers(modules: nn.Sequential) -> list[str]:
-    """The names of VGG's modules in the papers, in order: conv1_1, relu1_1, conv1_2, relu1_2, pool1, conv2_1, ..."""
-    names: list[str] = []
-    block, number = 1, 0
-    for module in modules:
-        if isinstance(module, nn.Conv2d):
-            number += 1
-            names.append(f"conv{block}_{number}")
-        elif isinstance(module, nn.BatchNorm2d):
-            names.append(f"bn{block}_{number}")
-        elif isinstance(module, nn.ReLU):
-            names.append(f"relu{block}_{number}")
-        else:
-            names.append(f"pool{block}")
-            block, number = block + 1, 0
-    return names
-
-
-def _find(nodes: Mapping[str, str], name: str, network: str) -> str:
-    if name in nodes:
-        return nodes[name]
-    names = list(nodes)
-    hint = suggest(name, names) or f"; give one of {names[0]} ... {names[-1]}"
-    raise UserError(f"teacher layer '{name}': {network} has no such layer{hint}")
-
-
-def _cut(module: nn.Module, nodes: Sequence[str]) -> nn.Module:
-    """Cuts the network after the layers and keeps its parameter names. The output maps layer -> feature map."""
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    extractor: nn.Module = create_feature_extractor(module, list(nodes))
-    for part in extractor.modules():
-        # torchvision's activations overwrite their input, which is wrong if that input is one of the layers.
-        vars(part).update({"inplace": False} if "inplace" in vars(part) else {})
-        if isinstance(part, nn.BatchNorm2d):
-            part.num_batches_tracked = None  # a count of training steps, which is missing in older files
-    return extractor.eval()

@@ -14,7 +14,6 @@ from slotscops.core.claims import claim, units_in_turn
 from slotscops.core.errors import RunError
 from slotscops.core.files import remove_abandoned, sha256_of_file, write_bytes
 from slotscops.core.machine import own_device
-from slotscops.core.pixels import IMAGENET_MEAN, IMAGENET_STD
 from slotscops.features.cache import FeatureCache, open_cache
 from slotscops.features.manifest import file_label, name_of, write_manifest
 from slotscops.features.rows import FeatureShard, encode
@@ -67,14 +66,16 @@ def write_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bo
 
 
 def _identity(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bool) -> dict[str, Any]:
-    return {
+    shapes = teacher.layer_shapes(size)
+    resized = {"layer_shapes": shapes} if len({shape[1:] for shape in shapes}) > 1 else {}
+    return resized | {
         "network": teacher.network,
         "layer": teacher.layer,
         "weights": teacher.weights_name,
         "weights_sha256": teacher.fingerprint,
         "input_size": size,
         "resize": "none" if size == dataset.size else "bicubic, antialiased",
-        "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "channels": "RGB"},
+        "normalisation": {"mean": list(teacher.mean), "std": list(teacher.std), "channels": "RGB"},
         "dtype": "float16",
         "mirrored": mirrored,
         "shard_digest": dataset.digest,

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from slotscops.config import suggest
-from slotscops.core import console
-from slotscops.core.errors import RunError, UserError
+from slotscops.core import console, pretrained
+from slotscops.core.errors import RunError, UserError, suggest
 from slotscops.core.photos import read_photo, to_array, to_rgb
 from slotscops.core.pictures import overlay
 from slotscops.core.pixels import crop_photo, whole_square
@@ -197,7 +196,7 @@ def load(run_or_checkpoint: str | Path, teacher_weights: str | None = None) -> S
 
 def _load_teacher(trained: Trained, weights: str | None) -> Teacher:
     original, wanted = trained.state.teacher_weights, trained.config.teacher
-    if weights is None and original != "imagenet" and not original.startswith("random:"):
+    if weights is None and not pretrained.is_found_by_name(original):
         whence = f"weights from {original}" if original else "weights that nobody noted"
         raise UserError(
             f"{trained.path}: was trained on features of {wanted.network} with {whence}; "

@@ -103,7 +103,9 @@ def test_a_run_trained_below_this_folder_is_scored_where_it_was_trained(
     assert "val of shards/toy" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "/x", "..", ".x", "", "a\nb", "a\\b", "a b", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "/x", "timm/../x", "timm/hf-hub:owner/x", "..", ".x", "", "a\nb", "a\\b", "a b", "x" * 300]
+)
 def test_a_name_that_becomes_a_path_is_one_plain_component(name: str, tmp_path: Path, toy_shards: Path) -> None:
     for setting in ("network", "layer"):
         (tmp_path / "config.yaml").write_text(json.dumps({"teacher": {setting: name}}))
@@ -114,6 +116,8 @@ def test_a_name_that_becomes_a_path_is_one_plain_component(name: str, tmp_path: 
             cache_name(name, 64)
     for good in ("relu5_2+relu5_4", "features.7", "layer4.2.conv3"):
         assert load_config(None, [f"teacher.layer={good}"]).teacher.layer == good
+    for good in ("resnet50", "timm/vit_small_patch14_dinov2.lvd142m"):
+        assert load_config(None, [f"teacher.network={good}"]).teacher.network == good
 
 
 def test_a_manifest_of_a_stranger_leads_to_no_other_folder(toy_shards: Path, tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from slotscops.config import suggest
-from slotscops.core.errors import UserError
+from slotscops.core.errors import UserError, suggest
 
 _VEHICLE = (
     "frontside", "leftside", "rightside", "backside", "roofside", "leftmirror", "rightmirror", "fliplate", "bliplate",

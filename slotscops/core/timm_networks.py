@@ -1,0 +1,102 @@
+"""Networks of timm (PyTorch Image Models): their names, their own weights and how they want their pixels.
+
+timm is an optional package and is imported only where a setting names one of its networks, as `timm/NAME`.
+"""
+
+import contextlib
+import importlib.metadata
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from slotscops.core import console
+from slotscops.core.errors import UserError, first_line, suggest
+
+PREFIX = "timm/"
+_told_licences: set[str] = set()
+
+
+def is_timm(network: str) -> bool:
+    """Whether a setting names a network of timm, such as `timm/vit_small_patch14_dinov2.lvd142m`."""
+    return network.startswith(PREFIX)
+
+
+def build_timm(network: str, **options: Any) -> nn.Module:
+    """Builds a network without a classifier. Its weights are random until others are loaded.
+
+    Args:
+        network: `timm/NAME`.
+        options: further arguments of `timm.create_model`. Those that the network does not take are left out.
+
+    Raises:
+        UserError: timm is not installed or has no such network.
+    """
+    timm = _import_timm(network)
+    name = network.removeprefix(PREFIX)
+    if not timm.is_model(name.partition(".")[0]):
+        raise UserError(f"network '{network}': timm {timm.__version__} has no such network{_hint(timm, name)}")
+    for chosen in (options, {}):
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **chosen)
+        except TypeError:  # raised for an option that this family of networks does not have
+            continue
+        except Exception as error:  # an unknown tag after the dot raises RuntimeError
+            raise UserError(f"network '{network}': timm cannot build it ({first_line(error)})") from None
+        return module
+    raise UserError(f"network '{network}': timm cannot build it without a classifier; choose another")
+
+
+def mean_and_std(module: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """RGB mean and standard deviation for which the network was trained, for pixels in [0, 1]."""
+    settings = _settings(module)
+    return tuple(settings["mean"]), tuple(settings["std"])
+
+
+def usual_size(module: nn.Module) -> int:
+    """Side of the photos for which the network was made, pixels."""
+    return int(_settings(module)["input_size"][-1])
+
+
+class TimmWeights:
+    """The network's own weights: what timm downloads for it."""
+
+    def __init__(self, network: str, module: nn.Module) -> None:
+        self._network = network
+        settings = _settings(module)
+        self.url = str(settings.get("hf_hub_id") or settings.get("url") or "weights, of which timm knows none")
+        self._licence = settings.get("license")
+
+    def get_state_dict(self, *, progress: bool, check_hash: bool, weights_only: bool) -> Mapping[str, Tensor]:
+        """The tensors by name. The arguments are those of torchvision's method; timm decides on them itself."""
+        timm = _import_timm(self._network)
+        name = self._network.removeprefix(PREFIX)
+        tensors: Mapping[str, Tensor] = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        if self._licence and self._network not in _told_licences:
+            _told_licences.add(self._network)
+            console.warn(f"{self._network}: its weights have the licence {self._licence}, as timm says")
+        return tensors
+
+
+def _import_timm(network: str) -> Any:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"network '{network}': needs timm; install it with pip install 'slotscops[timm]'") from None
+    return timm
+
+
+def _settings(module: nn.Module) -> Mapping[str, Any]:
+    settings: Mapping[str, Any] = module.pretrained_cfg  # type: ignore[assignment]
+    return settings
+
+
+def _hint(timm: Any, name: str) -> str:
+    return suggest(name, timm.list_models() + timm.list_pretrained())
+
+
+def timm_version() -> str:
+    """The installed version, which belongs to what a cache was made with."""
+    return importlib.metadata.version("timm")
