@@ -109,6 +109,10 @@ def web_server(folder: Path) -> Iterator[WebServer]:
         def do_HEAD(self) -> None:
             server.answer(self)
 
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # closed by who asked, instead of the next request
+                super().handle()
+
         def log_message(self, format: str, *args: Any) -> None:
             pass
 

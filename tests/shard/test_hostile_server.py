@@ -108,7 +108,7 @@ def test_no_secret_of_an_address_is_printed_or_stored_and_a_run_goes_on_with_the
     address, folder = with_secrets(server), tmp_path / "run"
     command = training([sys.executable], Path("x"), folder)
     command[command.index("data.shards=x")] = f"data.shards={address}"
-    server.faults = {name: ["503", "drop"] for name in (JSON, TAR)}
+    server.faults = {JSON: ["503"]}
     for _ in range(2):
         done = run([*command, "train.stop_after_steps=1"])
         assert done.returncode == 0, done.stderr
@@ -153,6 +153,15 @@ def test_retries_and_refusals_hide_the_secrets(server: WebServer, capsys: pytest
     messages = [str(raised.value) for raised in (refused, forbidden, missing, no_cache, no_server)]
     assert_no_secret(said, *messages)
     assert all("http://***@127.0.0.1:" in message for message in messages)
+
+
+def test_a_password_may_stay_in_the_users_netrc(
+    server: WebServer, toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.user = USER
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login anna password S3cret-Word\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert read_all(open_dataset(server.url)) == read_all(open_dataset(toy_shards))
 
 
 def test_an_address_whose_user_changes_keeps_its_copies(server: WebServer) -> None:
