@@ -172,7 +172,7 @@ class FeatureShard:
             raise self._damage(row, "crc32 differs")
 
     def _check_finite(self, row: int, values: NDArray[np.float16]) -> None:
-        """Looks at a row once: this takes 1.5 microseconds of the 11 that reading a sparse row takes."""
+        """Looks at a row once: this takes 2 microseconds, each reading of a sparse row takes 5."""
         if row not in self._finite_rows:
             if _largest_bits(values) >= _INFINITY:
                 raise self._damage(row, "it holds NaN or infinity")
