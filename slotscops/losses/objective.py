@@ -14,7 +14,14 @@ from slotscops.config import Config, Losses, LossWeights
 from slotscops.core.errors import UserError
 from slotscops.core.records import Batch
 from slotscops.losses.contrast import part_contrast, visual_consistency
-from slotscops.losses.regularisers import concentration, entropy, orthonormality, part_centres
+from slotscops.losses.mixture import mixture_loss
+from slotscops.losses.regularisers import (
+    background_cross_entropy,
+    concentration,
+    entropy,
+    orthonormality,
+    part_centres,
+)
 from slotscops.losses.semantic import semantic_consistency
 from slotscops.losses.warp import Warp, draw_warps, equivariance, landmark_equivariance, warp_images
 from slotscops.model.network import ModelOutput
@@ -36,8 +43,8 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
 
     Raises:
         UserError: if all weights are 0, only the basis would be trained, a term needs photos but the encoder reads
-            features, the range of scales is empty, or a process's share of the batch would split the pairs of
-            `part_contrast`.
+            features, a term needs object masks that are not read, the settings of the mixture exclude each other, the
+            range of scales is empty, or a process's share of the batch would split the pairs of `part_contrast`.
     """
     wanted = loss_weights(config.losses)
     if not wanted:
@@ -47,6 +54,7 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
             "losses.orthonormality is the only loss, and it trains the part basis alone, so no part would be found; "
             "set losses.semantic too"
         )
+    _check_mixture(config)
     if _needs_warp(wanted) and config.encoder.name == "features":
         name = next(name for name in wanted if name.endswith("equivariance"))
         raise UserError(
@@ -63,9 +71,27 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
         )
 
 
+def _check_mixture(config: Config) -> None:
+    losses, basis = config.losses, config.basis
+    if losses.mixture and basis.kind == "relu":
+        raise UserError(
+            "losses.mixture compares directions, which may be negative, but basis.kind is relu; set basis.kind=free"
+        )
+    if not losses.mixture and basis.part_directions > 1:
+        raise UserError(
+            f"basis.part_directions is {basis.part_directions}, but only losses.mixture uses more than one a part, and "
+            "it is 0; set it to 1 or losses.mixture to 1"
+        )
+    if losses.background and losses.target_mask != "object":
+        raise UserError(
+            "losses.background compares the background with object masks, but losses.target_mask is "
+            f"{losses.target_mask}; set it to object, or losses.background to 0"
+        )
+
+
 def trains_basis(losses: Losses) -> bool:
     """Whether any loss depends on the part basis. Otherwise it must be frozen, since DDP waits for every gradient."""
-    return bool(losses.semantic or losses.orthonormality)
+    return bool(losses.semantic or losses.orthonormality or losses.mixture)
 
 
 def compute_terms(
@@ -100,11 +126,21 @@ def compute_terms(
         mask = batch.object_masks if config.losses.target_mask == "object" else None
         basis = output.basis if class_ids is None else output.basis[:num_images]
         terms["semantic"] = semantic_consistency(logits, features, basis, size, mask)
+    if "mixture" in wanted:
+        assert output.directions is not None
+        parts, background = output.directions
+        if class_ids is not None:
+            parts, background = parts[:num_images], background[:num_images]
+        kappa = config.losses.mixture_kappa
+        terms["mixture"] = mixture_loss(logits, features, parts, background, size, kappa)
+    if "background" in wanted:
+        assert batch.object_masks is not None
+        terms["background"] = background_cross_entropy(logits, batch.object_masks)
     if "orthonormality" in wanted:
         terms["orthonormality"] = orthonormality(output.basis)
     if output.class_logits is not None:
         terms["classification"] = cross_entropy(output.class_logits[:num_images].float(), batch.class_ids)
-    if set(wanted) - {"semantic", "orthonormality"}:
+    if set(wanted) - {"semantic", "mixture", "background", "orthonormality"}:
         maps = output.maps(size)  # (B or 2 B, S, H, W)
         terms |= _terms_of_maps(wanted, maps[:num_images], features, batch, config)
         if warp is not None:

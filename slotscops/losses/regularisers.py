@@ -1,4 +1,4 @@
-"""Loss terms that need only the part maps or only the basis, as pure functions in float32, even under autocast.
+"""Loss terms that need no features of the teacher, as pure functions in float32, even under autocast.
 
 Each term over images is the mean over B of a number computed for each image alone. If processes hold equally many
 images, the mean over processes is therefore the mean over the whole batch.
@@ -8,6 +8,8 @@ Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher ch
 
 import torch
 from torch import Tensor
+
+from slotscops.model.maps import upsample
 
 _EPSILON = 1e-8  # avoids division by 0 for a part without mass or a row of zeros
 
@@ -68,6 +70,31 @@ def entropy(maps: Tensor) -> Tensor:
     with torch.autocast(maps.device.type, enabled=False):
         maps = _at_least_float32(maps)
         mean: Tensor = -torch.special.xlogy(maps, maps.clamp_min(_EPSILON)).sum(1).mean()
+    return mean
+
+
+def background_cross_entropy(logits: Tensor, masks: Tensor, align_corners: bool = True) -> Tensor:
+    """How far the background's map is from the complement of the object mask.
+
+        L = -1/(B H W) sum_byx  m_b(y,x) log(1 - p_b0(y,x)) + (1 - m_b(y,x)) log p_b0(y,x)
+
+    It is computed from the upsampled logits, so that it is finite and has a gradient where p_b0 rounds to 0 or 1.
+
+    Args:
+        logits: (B, S, h, w) slot logits. They receive gradients.
+        masks: (B, H, W) bool, True inside the object.
+        align_corners: how the grid is aligned with the pixels, as in `torch.nn.functional.interpolate`.
+
+    Returns:
+        Scalar in nats, 0 if background and object are told apart exactly and surely.
+
+    Source: the binary cross-entropy. It takes the place of the zeros that SCOPS puts outside its saliency map.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        height, width = masks.shape[-2:]
+        logits = upsample(logits, (height, width), align_corners)  # (B, S, H, W)
+        wanted = torch.where(masks, logits[:, 1:].logsumexp(1), logits[:, 0])  # (B, H, W)
+        mean: Tensor = (logits.logsumexp(1) - wanted).mean()
     return mean
 
 

@@ -1,7 +1,10 @@
 """The part basis: one vector of teacher features for each part, and how it is initialised.
 
-Shapes: B images, K parts, C teacher channels, G classes of objects.
+Shapes: B images, K parts with M directions each, M_0 directions of the background, C teacher channels, G classes of
+objects.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,31 +13,74 @@ from torch.nn import functional
 from slotscops.config import BasisKind, Config
 from slotscops.loader.split import Split
 from slotscops.model.clusters import find_centres, find_uneven_centres, sample_vectors
+from slotscops.model.directions import Numbers, find_background, find_directions, sample_cells, unit_vectors
 from slotscops.model.starts import rows_of_classes
 from slotscops.model.target import TargetTransform
+
+_FIND = {"kmeans": find_centres, "uneven_kmeans": find_uneven_centres}
+
+
+class Directions(NamedTuple):
+    """The directions of the mixture loss, of any length, without or with an image's own as the first axis."""
+
+    parts: Tensor  # (K, M, C) or (B, K, M, C)
+    background: Tensor  # (M_0, C) or (B, M_0, C)
 
 
 class PartBasis(nn.Module):
     """K learned rows of C channels. The part maps times the basis should rebuild the teacher's features.
 
+    For the mixture loss each part has M rows, its directions, and the background has M_0 of its own.
+
     Source: SCOPS (arXiv:1905.01298), semantic part basis.
     """
 
+    background_parameter: nn.Parameter | None  # (G * M_0, C); None without the mixture loss
+
     def __init__(
-        self, num_parts: int, feature_channels: int, kind: BasisKind = "relu", num_classes: int | None = None
+        self,
+        num_parts: int,
+        feature_channels: int,
+        kind: BasisKind = "relu",
+        num_classes: int | None = None,
+        num_each: int = 1,
+        num_background: int = 0,
     ) -> None:
         """
         Args:
             kind: `relu` sets negative numbers to 0; `free` keeps them.
             num_classes: G, if each class of objects has rows of its own. None if all classes share them.
+            num_each: M, the number of rows of each part.
+            num_background: M_0. 0 for losses under which the background has no directions.
         """
         super().__init__()
         self.num_parts, self.kind, self.num_classes = num_parts, kind, num_classes
-        self.basis_parameter = nn.Parameter(torch.randn((num_classes or 1) * num_parts, feature_channels).abs())
+        self.num_each, self.num_background = num_each, num_background
+        num_sets = num_classes or 1
+        self.basis_parameter = nn.Parameter(torch.randn(num_sets * num_parts * num_each, feature_channels).abs())
+        if num_background:
+            self.background_parameter = nn.Parameter(torch.randn(num_sets * num_background, feature_channels).abs())
+        else:
+            self.background_parameter = None
 
     def forward(self, class_ids: Tensor | None = None) -> Tensor:
-        """Returns the basis (K, C). If each class has rows of its own, class_ids (B,) are needed; returns (B, K, C)."""
-        rows = self.basis_parameter if self.kind == "free" else functional.relu(self.basis_parameter)  # (G * K, C)
+        """Returns the basis (K, C), of each part the mean of its rows.
+
+        If each class has rows of its own, class_ids (B,) are needed, and the result is (B, K, C).
+        """
+        rows = self._rows(self.basis_parameter, class_ids)  # (K * M, C) or (B, K * M, C)
+        return rows if self.num_each == 1 else rows.unflatten(-2, (self.num_parts, self.num_each)).mean(-2)
+
+    def directions(self, class_ids: Tensor | None = None) -> Directions | None:
+        """The directions of the mixture loss. None if the background has none. class_ids as in `forward`."""
+        if self.background_parameter is None:
+            return None
+        rows = self._rows(self.basis_parameter, class_ids).unflatten(-2, (self.num_parts, self.num_each))
+        return Directions(rows, self._rows(self.background_parameter, class_ids))
+
+    def _rows(self, parameter: Tensor, class_ids: Tensor | None) -> Tensor:
+        """(G * R, C) -> the class's rows (R, C), or (B, R, C) if each class has rows of its own."""
+        rows = parameter if self.kind == "free" else functional.relu(parameter)
         if self.num_classes is None:
             return rows
         assert class_ids is not None, "each class has rows of its own; give class_ids"
@@ -55,9 +101,40 @@ def start_from_features(basis: PartBasis, target: TargetTransform, split: Split,
     target.measure(vectors)
     if config.basis.init == "random":
         return
-    find = find_centres if config.basis.init == "kmeans" else find_uneven_centres
+    if basis.background_parameter is not None:
+        _start_directions(basis, basis.background_parameter, target, split, config)
+        return
+    find = _FIND[config.basis.init]
     for class_id, rows in enumerate(basis.basis_parameter.data.split(basis.num_parts)):
         if basis.num_classes is not None:
             vectors = sample_vectors(split, config.seed, inside_objects=inside_objects, class_id=class_id)
         if len(vectors) >= basis.num_parts:  # A class with fewer vectors than parts keeps its random rows.
             rows.copy_(find(target(vectors), basis.num_parts, config.seed))
+
+
+def _start_directions(
+    basis: PartBasis, background: nn.Parameter, target: TargetTransform, split: Split, config: Config
+) -> None:
+    """Initialises the directions of the mixture loss, of the background and of the parts.
+
+    With object masks the background's cells are those outside the objects. Without, they are those of the clusters
+    that lie on the crops' border more often than elsewhere, of K + 1 + M_0 clusters of all cells. The parts are then
+    clustered from the other cells. A class with too few cells keeps its random directions.
+    """
+    with_masks = config.losses.target_mask == "object"
+    numbers = Numbers(basis.num_parts, basis.num_each, basis.num_background)
+    rows_of_parts = basis.basis_parameter.data.split(basis.num_parts * basis.num_each)
+    for class_id, (parts, outside) in enumerate(
+        zip(rows_of_parts, background.data.split(basis.num_background), strict=True)
+    ):
+        only = None if basis.num_classes is None else class_id
+        cached, flags = sample_cells(split, config.seed, with_masks, only)
+        if not len(cached):
+            continue
+        vectors = unit_vectors(cached, target)
+        num_clusters = numbers.parts + 1 + numbers.background
+        is_background = ~flags if with_masks else find_background(vectors, flags, num_clusters, config.seed)
+        found = find_directions(vectors, is_background, numbers, config.seed, _FIND[config.basis.init])
+        if found is not None:
+            parts.copy_(found[0])
+            outside.copy_(found[1])

@@ -4,7 +4,7 @@ Shapes: B images, M sampled vectors of C channels on an h x w grid, G clusters.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -65,14 +65,26 @@ def sample_vectors(
         is_wanted = torch.ones(len(batch), *maps.shape[2:], dtype=torch.bool)
         if inside_objects:
             assert batch.object_masks is not None
-            height, width = maps.shape[-2:]
-            covered = functional.adaptive_avg_pool2d(batch.object_masks.float(), (height, width))
-            # Every image keeps at least one cell.
-            is_wanted = covered >= covered.amax(dim=(1, 2), keepdim=True).clamp(max=0.5)
+            is_wanted = cells_of_objects(batch.object_masks, maps.shape[-2:])
         for cells, wanted in zip(maps.flatten(2).transpose(1, 2), is_wanted.flatten(1), strict=True):
             inside = cells[wanted]
             vectors.append(inside[generator.permutation(len(inside))[:per_image]])
     return torch.cat(vectors).float()
+
+
+def cells_of_objects(masks: Tensor, grid: Sequence[int]) -> Tensor:
+    """(B, h, w) bool, the cells of a grid (h, w) that objects cover at least half, for bool masks (B, H, W).
+
+    Every image has at least one: if no cell is covered so far, the best covered ones count.
+    """
+    height, width = grid
+    covered = functional.adaptive_avg_pool2d(masks.float(), (height, width))
+    return covered >= covered.amax(dim=(1, 2), keepdim=True).clamp(max=0.5)
+
+
+def thin_out(vectors: Tensor) -> Tensor:
+    """At most 20,000 of (M, C) vectors in the order of the photos: every n-th one, so each photo keeps its share."""
+    return vectors[:: max(1, -(-len(vectors) // _MAX_COMPARED))]
 
 
 def find_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
@@ -96,8 +108,7 @@ def find_uneven_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor
     """
     from sklearn.cluster import KMeans  # imported here, as above
 
-    # The vectors are in the order of the photos. We take every n-th one, so each photo keeps its share.
-    some = vectors[:: -(-len(vectors) // _MAX_COMPARED)].numpy()
+    some = thin_out(vectors).numpy()
     seeds = [
         start % 2**32 for start in range(_NUM_STARTS * seed, _NUM_STARTS * (seed + 1))
     ]  # scikit-learn takes 32 bits

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slotscops.config import Config, MapsFrom, Refinement, SlotInit
 from slotscops.core.errors import UserError
-from slotscops.model.basis import PartBasis
+from slotscops.model.basis import Directions, PartBasis
 from slotscops.model.decoder import SlotDecoder
 from slotscops.model.encoder import Encoder
 from slotscops.model.maps import part_maps
@@ -33,6 +33,7 @@ class ModelOutput(NamedTuple):
     logits: Tensor  # (B, S, G, G) from a decoder, else (B, S, h, w); slot 0 is the background
     basis: Tensor  # (K, C), or (B, K, C) if each class has its own rows; row k belongs to slot k + 1
     class_logits: Tensor | None  # (B, N_c), if each class has slots of its own; else None
+    directions: Directions | None = None  # those of the mixture loss, if it is on
 
     def maps(self, size: Sequence[int]) -> Tensor:
         """(B, S, H, W) float32 soft maps for a size (H, W) in pixels; slot 0 is the background. See `part_maps`."""
@@ -105,7 +106,8 @@ class SlotScops(nn.Module):
         """
         encoded = self.encoder(inputs)  # (B, C_e, h, w)
         if self.tokens is None:
-            return ModelOutput(encoded, None, self.part_logits(encoded), self.basis(), class_logits=None)
+            logits, directions = self.part_logits(encoded), self.basis.directions()
+            return ModelOutput(encoded, None, logits, self.basis(), class_logits=None, directions=directions)
         tokens = self.tokens(encoded)  # (B, N, D)
         class_logits = None
         if self.class_head is not None:
@@ -114,7 +116,7 @@ class SlotScops(nn.Module):
             class_ids = class_logits.argmax(dim=1) if class_ids is None else class_ids
         logits, slot_output = self.part_logits(tokens, encoded.shape[2:], noise, class_ids)
         basis = self.basis(class_ids)  # (K, C), or (B, K, C)
-        return ModelOutput(encoded, slot_output, logits, basis, class_logits)
+        return ModelOutput(encoded, slot_output, logits, basis, class_logits, self.basis.directions(class_ids))
 
     def segment_maps(self, output: ModelOutput, photos: Tensor) -> Tensor:
         """(B, S, H, W) float32 soft maps for scores and pictures, upsampled to the photos and refined if so set.
@@ -144,7 +146,7 @@ def build_network(encoder: Encoder, config: Config, feature_channels: int, num_c
     """Builds the network of the settings around an encoder. Its random weights come from the global generator.
 
     Args:
-        config: of these settings, the sections slots, decoder and basis and teacher.transform are used.
+        config: of these settings, the sections slots, decoder and basis, teacher.transform and losses.mixture are used.
         feature_channels: C, the number of channels of the teacher's features.
         num_classes: N_c, if each class of objects has slot starts and basis rows of its own. None if all share them.
 
@@ -172,7 +174,15 @@ def build_network(encoder: Encoder, config: Config, feature_channels: int, num_c
         has_decoder = decoder.maps == "head"
         slot_decoder = SlotDecoder(slots.dim, decoder.grid, decoder.kind, decoder.mixing) if has_decoder else None
         part_logits = SlotLogits(slot_attention, slot_decoder)
-    basis = PartBasis(slots.num_parts, feature_channels, config.basis.kind, num_classes)
+    num_each, num_background = config.basis.part_directions, config.basis.background_directions
+    basis = PartBasis(
+        slots.num_parts,
+        feature_channels,
+        config.basis.kind,
+        num_classes,
+        num_each,
+        num_background if config.losses.mixture else 0,
+    )
     target = TargetTransform(config.teacher.transform, feature_channels)
     class_head = None if num_classes is None else nn.Linear(slots.dim, num_classes)
     return SlotScops(encoder, tokens, part_logits, basis, target, class_head, decoder.refinement)

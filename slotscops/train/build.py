@@ -100,6 +100,7 @@ def load_model(run_or_checkpoint: Path) -> Trained:
     if "basis_parameter" not in tensors:
         raise UserError(f"{path}: its model has no part basis; it is no model of slotscops")
     rows, channels = tensors["basis_parameter"].shape
-    model = build_model(config, channels, pretrained=False, num_classes=max(1, rows // config.slots.num_parts))
+    num_classes = max(1, rows // (config.slots.num_parts * config.basis.part_directions))
+    model = build_model(config, channels, pretrained=False, num_classes=num_classes)
     restore_model(model, tensors, path)
     return Trained(model.eval(), config, path, state)

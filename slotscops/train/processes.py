@@ -1,6 +1,5 @@
 """Before the first step: joins the processes, opens data and features, and checks them against the settings."""
 
-import ctypes
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -15,6 +14,7 @@ from slotscops.config import Config, MixedPrecision, to_mapping
 from slotscops.core import console
 from slotscops.core.errors import UserError
 from slotscops.core.files import sha256_of_json
+from slotscops.core.machine import keep_freed_memory
 from slotscops.features.cache import FeatureCache, open_cache, warn_if_random
 from slotscops.features.teacher import Teacher
 from slotscops.loader import plan
@@ -25,7 +25,6 @@ CPU_LAUNCH = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     "--dynamo_backend no --num_cpu_threads_per_process 1 --main_process_port 0"
 )
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerator:
@@ -68,19 +67,6 @@ def _check_precision(config: Config) -> None:
             f"the launcher asks for {asked}, needed one of {', '.join(get_args(MixedPrecision))}; launch with "
             "--mixed_precision bf16, or set train.mixed_precision=bf16"
         )
-
-
-def keep_freed_memory() -> None:
-    """Makes the C library (glibc) keep the memory of freed large tensors for the next step.
-
-    By default, glibc returns every freed tensor above 32 MB to the system, and each page costs a page fault when it is
-    used again. This took 7 % of a step of ResNet-50 at 128 px, batch 16, on two cores. Other C libraries are left as
-    they are.
-    """
-    allocator = ctypes.CDLL(None)
-    if hasattr(allocator, "mallopt") and hasattr(allocator, "gnu_get_libc_version"):
-        allocator.mallopt(_M_MMAP_MAX, 0)
-        allocator.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def join_processes(**arguments: Any) -> Accelerator:

@@ -23,11 +23,15 @@ ALL_BUT_WARPS = {
     "entropy": 0.1,
     "part_contrast": 0.1,
     "visual_consistency": 0.1,
+    "mixture": 0.1,
+    "background": 0.1,
 }
+WITH_MIXTURE = ["basis.kind=free", "losses.target_mask=object"]  # what the mixture and the background's term need
 RESNET = {"encoder": {"name": "resnet18", "weights": "random:0"}}
 CHOICES = [
-    {"losses": ALL_BUT_WARPS},
+    {"losses": ALL_BUT_WARPS | {"target_mask": "object"}, "basis": {"kind": "free"}},
     {"losses": {"target_mask": "object"}},
+    {"losses": {"semantic": 0.0, "mixture": 1.0}, "basis": {"kind": "free", "init": "kmeans", "part_directions": 2}},
     {"losses": {"equivariance": 1.0, "landmark_equivariance": 1.0}} | RESNET,
     {"teacher": {"transform": "sqrt"}, "basis": {"init": "kmeans"}},
     {"basis": {"init": "uneven_kmeans"}, "slots": {"token_hidden": 32}},
@@ -36,6 +40,12 @@ CHOICES = [
     {"slots": {"init": "image_conditioned"}, "decoder": {"maps": "attention"}},
     {"slots": {"gradient": "last_iteration"}},
     {"slots": {"per_class": "own"}, "losses": {"equivariance": 1.0, "orthonormality": 0.1}} | RESNET,
+    {
+        "slots": {"per_class": "own"},
+        "losses": {"semantic": 0.0, "mixture": 1.0, "equivariance": 1.0},
+        "basis": {"kind": "free", "init": "kmeans"},
+    }
+    | RESNET,
     {"slots": {"gradient": "bilevel"}, "decoder": {"maps": "attention"}},
     {"decoder": {"maps": "head_only"}},
     {"decoder": {"kind": "mlp_broadcast", "grid": None}},
@@ -62,7 +72,7 @@ def test_two_steps_run_and_every_parameter_that_trains_moves(toy_shards: Path, t
         loss, _ = trainer.take_step(batches)
         assert torch.isfinite(loss)
     wanted = {name for name in vars(config.losses) if isinstance(getattr(config.losses, name), float)}
-    wanted = {name for name in wanted - {"contrast_temperature"} if getattr(config.losses, name)}
+    wanted = {name for name in wanted - {"contrast_temperature", "mixture_kappa"} if getattr(config.losses, name)}
     wanted |= {"classification"} if config.slots.per_class == "own" else set()
     assert set(trainer._terms) == wanted
 
@@ -80,20 +90,35 @@ def test_every_parameter_that_trains_gets_a_gradient_from_each_term_and_each_pai
 ) -> None:
     """Several processes wait for every gradient: one that never comes ends a run at its second step."""
     needs_photos = any(name.endswith("equivariance") for name in names)
-    losses: dict[str, float | str] = {"semantic": 0.0, **dict.fromkeys(names, 1.0)}
+    losses: dict[str, float | str] = {"semantic": 0.0, "target_mask": "object", **dict.fromkeys(names, 1.0)}
     encoder = RESNET if needs_photos else FEATURES
     size = 32 if needs_photos else 64
-    settings = {"losses": losses, "data": {"size": size}, "decoder": {"maps": maps}} | encoder
+    settings = {"losses": losses, "data": {"size": size}, "decoder": {"maps": maps}, "basis": {"kind": "free"}}
+    settings |= encoder
     config = config_from_mapping(settings, "test")
     check_objective(config, 1, 1)
     network = build_model(config, 16)
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
-    batch = Batch(images, torch.rand(2, 16, 4, 4).half(), None, None, torch.zeros(2, dtype=torch.int64), ["a_0", "b_0"])
+    features, masks = torch.rand(2, 16, 4, 4).half(), torch.rand(2, size, size) > 0.5
+    batch = Batch(images, features, None, masks, torch.zeros(2, dtype=torch.int64), ["a_0", "b_0"])
     _, terms = compute_terms(network, network.target, batch, config, step=0)
     assert set(terms) == set(names)
     weighted_sum(terms, config.losses, step=0).backward()
     assert not [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
-    assert network.basis.basis_parameter.requires_grad == bool({"semantic", "orthonormality"} & set(names))
+    assert network.basis.basis_parameter.requires_grad == bool({"semantic", "mixture", "orthonormality"} & set(names))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"losses": {"mixture": 1.0}}, r"losses\.mixture .* basis\.kind is relu; set basis\.kind=free"),
+        ({"basis": {"part_directions": 3}}, r"basis\.part_directions is 3, but only losses\.mixture .* set it to 1"),
+        ({"losses": {"background": 1.0}}, r"losses\.target_mask is none; set it to object, or losses\.background to 0"),
+    ],
+)
+def test_settings_that_exclude_the_mixture_or_the_masks_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_objective(config_from_mapping(FEATURES | settings, "test"), 1, 1)
 
 
 def test_orthonormality_alone_is_refused() -> None:
@@ -131,7 +156,13 @@ def test_pairs_that_a_process_would_split_are_refused() -> None:
 
 def test_two_processes_under_bf16_log_every_term_and_agree_with_one(toy_shards: Path, tmp_path: Path) -> None:
     settings = [f"losses.{name}={weight}" for name, weight in ALL_BUT_WARPS.items()]
-    settings += ["train.total_steps=1", "teacher.transform=sqrt", "train.mixed_precision=bf16"]
+    settings += [
+        *WITH_MIXTURE,
+        "basis.init=kmeans",
+        "train.total_steps=1",
+        "teacher.transform=sqrt",
+        "train.mixed_precision=bf16",
+    ]
     done = train(ranks(2), toy_shards, tmp_path / "two", *settings)
     assert done.returncode == 0, done.stderr
     one = train(["python"], toy_shards, tmp_path / "one", *settings)

@@ -7,10 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensor_probe import LargestTensor
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from slotscops.losses.semantic import semantic_consistency
 from slotscops.model import maps
@@ -216,18 +215,6 @@ def test_features_and_mask_receive_no_gradient() -> None:
     assert case.logits.grad is not None
     assert case.features.grad is None
     assert case.mask.grad is None
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the most numbers that any one result holds, forward and backward."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        found = [tensor.numel() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
-        self.numel = max([self.numel, *found])
-        return result
 
 
 @pytest.mark.parametrize("mask", ["none", "bool", "weights"])

@@ -39,6 +39,10 @@ CONFIGURATIONS = {
         [*SLOTS, "slot_attention.start", *CONDITION],
     ),
     "head_only": (["decoder.maps=head_only"], [*NORM, *(f"head.{name}" for name in BRANCHES), "basis_parameter"]),
+    "mixture": (
+        ["decoder.maps=head_only", "losses.mixture=1", "basis.part_directions=2"],
+        [*NORM, *(f"head.{name}" for name in BRANCHES), "basis_parameter", "background_parameter"],
+    ),
     "own": (
         ["slots.per_class=own", "teacher.transform=channel_standardised"],
         [*SLOTS, *DECODER, "slot_attention.start", "class_head.bias", "class_head.weight", "target.scale"],

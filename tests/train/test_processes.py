@@ -10,7 +10,7 @@ from slotscops.train.processes import start_accelerator
 SCRIPT = """
 import resource
 import torch
-from slotscops.train.processes import keep_freed_memory
+from slotscops.core.machine import keep_freed_memory
 
 def faults() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -90,11 +90,12 @@ def test_a_run_goes_on_from_one_to_two_to_four_to_one_process_with_the_same_samp
     "settings",
     [
         ("losses.concentration=0.3", "losses.orthonormality=0.2", "losses.entropy=0.4", "losses.part_contrast=0.5",
-         "losses.visual_consistency=0.7", "losses.target_mask=object"),
+         "losses.visual_consistency=0.7", "losses.target_mask=object", "losses.mixture=0.8", "losses.background=0.6",
+         "basis.kind=free"),
         ("encoder.name=resnet18", "encoder.weights=random:0", "losses.equivariance=1.0",
          "losses.landmark_equivariance=1.0"),
     ],
-    ids=["semantic and terms of the maps", "semantic and terms of the warp"],
+    ids=["semantic, mixture and terms of the maps", "semantic and terms of the warp"],
 )  # fmt: skip
 def test_the_gradient_of_two_processes_is_that_of_one_with_the_whole_batch(
     toy_shards: Path, tmp_path: Path, settings: tuple[str, ...]

@@ -32,7 +32,7 @@ def interrupt(shards: Path, run_dir: Path, launcher: list[str], whom: str, numbe
         os.kill(running.pid if whom == "launcher" else rank_id(run_dir, 1), number)
         signalled = time.monotonic()
         code = running.wait(timeout=60)
-        assert time.monotonic() - signalled < 10
+        assert time.monotonic() - signalled < 22
     assert code == (128 + number if launcher == PYTHON else 1)  # torch's launcher answers 1, whatever its workers do
     status = json.loads((run_dir / "status.json").read_text())
     assert status == {"state": "interrupted", "step": metrics(run_dir)[-1]["step"], "reason": number.name}
@@ -68,7 +68,7 @@ def test_a_signal_amid_a_long_evaluation_does_not_wait_for_its_end(
         "predictor = scoring.network_predictor\n"
         "def slow(network, device):\n"
         "    def predict(batch):\n"
-        "        time.sleep(4)\n"
+        "        time.sleep(8)\n"
         "        return predictor(network, device)(batch)\n"
         "    return predict\n"
         "scoring.network_predictor = slow\n"
@@ -77,11 +77,11 @@ def test_a_signal_amid_a_long_evaluation_does_not_wait_for_its_end(
     settings = (*ENDLESS, "train.eval_every_steps=2")
     with started(training(launcher, toy_shards, tmp_path / "run", *settings, script=script)) as running:
         wait_for_step(tmp_path / "run", 1, running)
-        time.sleep(1.5)  # step 2 is done, its evaluation is under way: three crops a process at the least, 4 s each
+        time.sleep(1.5)  # step 2 is done, its evaluation is under way: three crops a process at the least, 8 s each
         os.kill(running.pid, signal.SIGTERM)
         signalled = time.monotonic()
         running.wait(timeout=60)
-        assert time.monotonic() - signalled < 10
+        assert time.monotonic() - signalled < 22
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status == {"state": "interrupted", "step": status["step"], "reason": "SIGTERM"}
     assert 2 < status["step"] <= 4

@@ -85,7 +85,10 @@ def test_resuming_at_step_3_gives_the_same_step_6_as_never_stopping(
             "losses.part_contrast=0.1",
             "losses.visual_consistency=0.1",
         ),
-        pytest.param(("train.compile=true", "train.mixed_precision=bf16"), marks=NEEDS_COMPILER),
+        pytest.param(
+            ("train.compile=true", "train.mixed_precision=bf16", "losses.mixture=1", "basis.kind=free"),
+            marks=NEEDS_COMPILER,
+        ),
     ],
     ids=["random slots, sgd", "accumulation, bf16", "resnet, warps, averaged weights", "full objective", "compiled"],
 )

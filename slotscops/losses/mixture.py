@@ -1,0 +1,129 @@
+"""The mixture loss as a pure function: a mixture of von Mises-Fisher distributions, exact at pixel resolution.
+
+Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, M_0 directions of the background, M directions of
+each part, D = M_0 + K M directions in total, C teacher channels, logits and features on h x w grids, which may differ
+from each other, H x W pixels.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from slotscops.model.maps import both_matrices
+
+_EPSILON = 1e-6  # a feature vector of zeros stays zero, and is then equally likely in every slot
+_MAX_NUMBERS = 2**25  # of the largest tensor: 128 MB. 16 crops of 128 px with 11 directions take 2.9 million numbers
+
+
+def mixture_loss(
+    logits: Tensor,
+    features: Tensor,
+    parts: Tensor,
+    background: Tensor,
+    size: tuple[int, int],
+    kappa: float = 10.0,
+    align_corners: bool = True,
+    max_numbers: int = _MAX_NUMBERS,
+) -> Tensor:
+    """How unlikely the teacher's features are if each slot has directions and the part maps are the mixing shares.
+
+        L = -1/(B N) sum_b sum_u log sum_s p_bs(u) (1/M_s) sum_m exp(kappa <w_sm, (U f_b)(u)>),   N = H W
+
+    p are the part maps, w the directions and f the features, both scaled to length 1 here, U the bilinear upsampling to
+    H x W. The logarithm is largest if every pixel belongs to the one slot whose directions fit best, so the loss needs
+    no entropy term. The background has directions of its own and need not rebuild zeros, so features may be negative.
+
+    Because U is linear, <w, U f> = U <w, f>. The inner products are therefore taken on the features' grid, and only D
+    maps are upsampled, not C. If these maps hold more than `max_numbers` numbers, the loss is computed for some rows of
+    pixels at a time, and again in the backward pass, so that memory does not grow with the number of pixels.
+
+    Args:
+        logits: (B, S, h, w) slot logits. The logits and both kinds of directions receive gradients.
+        features: (B, C, h, w) teacher features of any floating dtype; their grid may differ from that of the logits.
+            They are a target and receive no gradient, even if they require one.
+        parts: (K, M, C) directions of the parts, of any length, or (B, K, M, C), others for each image.
+        background: (M_0, C) directions of the background, or (B, M_0, C).
+        size: H, W in pixels.
+        kappa: the concentration, shared by all directions. The larger, the less a direction tolerates other features.
+        align_corners: how the two grids are aligned with the pixels, as in `torch.nn.functional.interpolate`.
+        max_numbers: the most numbers in a tensor at pixel resolution, but one row of pixels is always computed at once.
+
+    Returns:
+        Scalar in nats, at least -kappa. It is float64 if any of the first four inputs is float64, else float32, even
+        under autocast. The normaliser of the distribution is left out: all slots share it, so it is a constant.
+
+    Raises:
+        ValueError: if the shapes do not fit each other.
+
+    Source: mixtures of von Mises-Fisher distributions, Banerjee et al. (JMLR 6, 2005), with the mixing shares of each
+    pixel predicted by the network. The form at pixel resolution is our own.
+    """
+    _check_shapes(logits, features, parts, background, size)
+    dtype = torch.float32
+    for tensor in (logits, features, parts, background):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    (height, width), num_images = size, len(logits)
+    with torch.autocast(logits.device.type, enabled=False):
+        target = functional.normalize(features.detach().to(dtype), dim=1, eps=_EPSILON).flatten(2)  # (B, C, h*w)
+        directions = torch.cat([background.to(dtype), parts.to(dtype).flatten(-3, -2)], dim=-2)  # (D, C) or (B, D, C)
+        directions = kappa * functional.normalize(directions, dim=-1, eps=_EPSILON)
+        likeness = (directions @ target).unflatten(2, features.shape[2:])  # (B, D, h, w)
+        down_logits, across_logits = both_matrices(logits.shape[2:], size, align_corners, dtype, logits.device)
+        down_features, across_likeness = both_matrices(features.shape[2:], size, align_corners, dtype, logits.device)
+        wide_logits = logits.to(dtype) @ across_logits.T  # (B, S, h, W)
+        wide_likeness = likeness @ across_likeness.T  # (B, D, h, W)
+
+        num_rows = max(1, max_numbers // (num_images * max(likeness.shape[1], logits.shape[1]) * width))
+        pieces = zip(down_logits.split(num_rows), down_features.split(num_rows), strict=True)
+        num_background, num_each = background.shape[-2], parts.shape[-2]
+        if num_rows >= height:
+            down, down_features = next(pieces)
+            total = _log_likelihood(down, down_features, wide_logits, wide_likeness, num_background, num_each)
+        else:
+            wide = (wide_logits, wide_likeness, num_background, num_each)
+            sums = [checkpoint(_log_likelihood, *piece, *wide, use_reentrant=False) for piece in pieces]
+            total = torch.stack(sums).sum()
+    return -total / (num_images * height * width)
+
+
+def _log_likelihood(
+    down_logits: Tensor, down_features: Tensor, logits: Tensor, likeness: Tensor, num_background: int, num_each: int
+) -> Tensor:
+    """Sum over images and R rows of pixels of log sum_s p_s (1/M_s) sum_m exp(kappa <w_sm, U f>).
+
+    Args:
+        down_logits, down_features: (R, h) shares of the grid's rows in each row of pixels, for both grids.
+        logits: (B, S, h, W) as wide as the pixels, but not yet as high.
+        likeness: (B, D, h, W) kappa <w, U f>, as wide as the pixels; the background's directions come first.
+        num_background: M_0.
+        num_each: M.
+    """
+    logits, likeness = down_logits @ logits, down_features @ likeness  # (B, S, R, W), (B, D, R, W)
+    of_background = likeness[:, :num_background].logsumexp(1, keepdim=True) - math.log(num_background)
+    of_parts = likeness[:, num_background:]  # (B, K M, R, W)
+    if num_each > 1:
+        of_parts = of_parts.unflatten(1, (-1, num_each)).logsumexp(2) - math.log(num_each)
+    of_slots = torch.cat([of_background, of_parts], dim=1)  # (B, S, R, W)
+    # log sum_s p_s a_s = logsumexp(l + log a) - logsumexp(l), because p is the softmax of the logits l.
+    total: Tensor = ((logits + of_slots).logsumexp(1) - logits.logsumexp(1)).sum()
+    return total
+
+
+def _check_shapes(logits: Tensor, features: Tensor, parts: Tensor, background: Tensor, size: tuple[int, int]) -> None:
+    shapes = {"logits": logits, "features": features, "parts": parts, "background": background}
+    came = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in shapes.items())
+    if logits.ndim != 4 or features.ndim != 4 or len(features) != len(logits):
+        raise ValueError(f"{came}: needed logits (B, S, h, w) and features (B, C, h, w) of as many images")
+    (num_images, num_slots), num_channels = logits.shape[:2], features.shape[1]
+    wanted = (num_slots - 1, parts.shape[-2] if parts.ndim > 1 else 0, num_channels)
+    if num_slots < 2 or parts.numel() == 0 or parts.shape not in (wanted, (num_images, *wanted)):
+        raise ValueError(f"{came}: needed parts (K, M, C), K one less than the slots and C the features' channels")
+    wanted_background = (background.shape[-2] if background.ndim > 1 else 0, num_channels)
+    leading = parts.shape[:-3]
+    if background.numel() == 0 or background.shape != (*leading, *wanted_background):
+        raise ValueError(f"{came}: needed background (M_0, C), or (B, M_0, C) if the parts are those of each image")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size {tuple(size)}: needed height and width in pixels, at least 1")
