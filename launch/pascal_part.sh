@@ -18,7 +18,7 @@ for class in $classes; do
   python -m slotscops.features --shards "$shards" --layer relu5_2 --size 256 --teacher-weights "${TEACHER_WEIGHTS:-imagenet}"
   accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no launch/train.py \
     --config configs/pascal-part.yaml --resume auto run_dir="$run" data.shards="$shards" "$@"
-  python -m slotscops.evaluate --checkpoint "$run" --baseline position,kmeans,dff \
+  python -m slotscops.evaluate --checkpoint "$run" --shards "$shards" --baseline position,kmeans,dff \
     --transform sqrt_l2 --refinement pamr --json "$run/scores.json"
   scores+=("$run/scores.json")
 done

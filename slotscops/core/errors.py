@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from slotscops.core.address import hide_secrets
+
 
 class UserError(ValueError):
     """A mistake that the user can fix. The one-line message: what came, what was needed, what to do. Exit code 2."""
@@ -23,10 +25,11 @@ class DamageError(RunError):
 def first_line(error: Exception) -> str:
     """The first line of another library's error message, or the error's type if the message is empty.
 
-    Our messages quote it. Characters that cannot be printed, such as escape sequences in a damaged file, become '?'.
+    Our messages quote it. Secrets in URLs become '***'. Characters that cannot be printed, such as escape sequences in
+    a damaged file, become '?'.
     """
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return "".join(character if character.isprintable() else "?" for character in line)
+    return "".join(character if character.isprintable() else "?" for character in hide_secrets(line))
 
 
 def shorten(text: str, length: int = 300) -> str:

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# One component of a path, of letters that every file system takes: it is neither "..", nor hidden, nor a path.
+PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"
 _OWNED = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.[^.]*\.partial")  # of a temporary file: its machine and process
 _ABANDONED_S = 24 * 3600  # a temporary file of another machine that nobody has written to for so long has no writer
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
@@ -128,6 +130,11 @@ def _is_running(process: int) -> bool:
     except PermissionError:  # of another user
         pass
     return True
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name from elsewhere can be a component of a path without leading anywhere else."""
+    return re.fullmatch(PLAIN_NAME.strip("^$"), name) is not None
 
 
 def fsync(path: Path) -> None:

@@ -117,7 +117,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     """Copies the module's tensors out of a state dict that may hold more.
 
     Raises:
-        UserError: naming the first tensor that is missing or of another shape.
+        UserError: naming the first tensor that is missing, of another shape or not finite.
     """
     needed = module.state_dict()
     for name, tensor in needed.items():
@@ -128,6 +128,8 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
                 f"weights {source}: {name} has shape {tuple(tensors[name].shape)}, needed {tuple(tensor.shape)}; "
                 "give the state dict of the right network"
             )
+        if not tensors[name].isfinite().all():
+            raise UserError(f"weights {source}: {name} holds NaN or infinity; get the file again")
     module.load_state_dict({name: tensors[name] for name in needed})
 
 

@@ -37,7 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
         cache = open_cache(dataset, options.layer, size, None, options.teacher, options.mirrored)
         caches = [cache] if cache.mirrored is None else [cache, cache.mirrored]
         entries = [entry for split in dataset.splits.values() for entry in split]
-        damaged = [entry.name for one in caches for entry in entries if find_damage(one, entry)]
+        damaged: dict[str, bool] = {}
+        for one in caches:
+            for entry in entries:
+                for line in find_damage(one, entry):
+                    console.say(line)
+                    damaged[entry.name] = True
         if damaged:
             raise RunError(f"damaged feature files: {', '.join(damaged)}; {REMOVE_AND_REBUILD}")
         console.say("every feature file is what the manifest says")

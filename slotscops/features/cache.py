@@ -171,26 +171,33 @@ def find_damage(cache: FeatureCache, entry: ShardEntry) -> list[str]:
     if row is None:
         return [f"{cache.folder / 'manifest.json'}: lists no {path.name}; {REMOVE_AND_REBUILD}"]
     try:
-        if sha256_of_file(path) == row["sha256"]:
-            return []
+        is_as_written = sha256_of_file(path) == row["sha256"]
     except OSError as error:
         return [f"{path}: cannot be read ({error.strerror}); {REMOVE_AND_REBUILD}"]
     try:
         shard = cache.open_shard(entry)
     except UserError as error:
         return [str(error)]
-    lines = []
-    try:
-        index = cache.dataset.read_index(entry)
-    except UserError:  # the check of the shards reports this
-        index = None
-    for number in range(len(shard)):
+    damaged = dict.fromkeys(shard.rows_not_finite(), "holds NaN or infinity")
+    for number in () if is_as_written else range(len(shard)):
         try:
             shard.read_rows([number])
         except DamageError:
-            sample = "" if index is None else f" ({index.key(number)})"
-            lines.append(f"{path}: row {number}{sample} is damaged; {REMOVE_AND_REBUILD}")
-    return lines or [f"{path}: is damaged (sha256 differs from the manifest), though no row is; {REMOVE_AND_REBUILD}"]
+            damaged.setdefault(number, "is damaged")
+    keys = _keys_of(cache, entry) if damaged else {}
+    lines = [f"{path}: row {n}{keys.get(n, '')} {what}; {REMOVE_AND_REBUILD}" for n, what in sorted(damaged.items())]
+    if not lines and not is_as_written:
+        lines = [f"{path}: is damaged (sha256 differs from the manifest), though no row is; {REMOVE_AND_REBUILD}"]
+    return lines
+
+
+def _keys_of(cache: FeatureCache, entry: ShardEntry) -> dict[int, str]:
+    """The key of the sample of each row, as messages add it; none if the index is damaged, which `--verify` reports."""
+    try:
+        index = cache.dataset.read_index(entry)
+    except UserError:
+        return {}
+    return {number: f" ({index.key(number)})" for number in range(len(index))}
 
 
 def warn_if_random(cache: FeatureCache) -> None:

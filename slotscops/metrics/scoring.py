@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from slotscops.core.errors import RunError
 from slotscops.core.pictures import comparison
 from slotscops.core.pixels import SIDE_PER_BOX
 from slotscops.core.records import Batch
@@ -33,6 +34,8 @@ def network_predictor(network: SlotScops, device: torch.device, classes: Sequenc
         device: where the network is, and where the predictions are computed.
         classes: for each class id of the data, that of the network. Needed if each class has slots of its own and the
             two numberings differ.
+
+    Calling the predictor raises a RunError if a part map is not finite.
     """
     lookup = None if classes is None else torch.tensor(classes)
 
@@ -43,6 +46,13 @@ def network_predictor(network: SlotScops, device: torch.device, classes: Sequenc
         class_ids = batch.class_ids if lookup is None else lookup[batch.class_ids]
         output = network(inputs.to(device), class_ids=class_ids.to(device))
         maps = network.segment_maps(output, batch.images.to(device))  # (B, S, H, W)
+        is_finite = maps.isfinite().flatten(1).all(dim=1)  # (B,)
+        if not is_finite.all():
+            key = batch.keys[int(is_finite.int().argmin())]
+            raise RunError(
+                f"{key}: the network's part maps are not finite, so there are no scores; its weights are too large or "
+                "damaged, use an older checkpoint"
+            )
         return Prediction(maps.argmax(dim=1), maps[:, 1:].argmax(dim=1) + 1)
 
     return predict

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from slotscops.core import console, pretrained
-from slotscops.core.errors import UserError, suggest
+from slotscops.core.errors import RunError, UserError, suggest
 from slotscops.core.photos import read_photo, to_array, to_rgb
 from slotscops.core.pictures import overlay
 from slotscops.core.pixels import crop_photo, whole_square
@@ -130,12 +130,18 @@ class Segmenter(HubModel):
 
         Raises:
             UserError: as in `segment`.
+            RunError: if the network's output is not finite.
         """
         images = [to_rgb(p) if isinstance(p, Image.Image) else read_photo(Path(p)) for p in photos]
         crops = torch.stack([self.crop(image) for image in images]).to(self.device)
         class_ids = None if class_name is None else torch.full((len(images),), self._class_id(class_name))
         output = self.forward(crops, class_ids)
         logits = self._sharp_logits(output, crops).cpu().numpy()
+        if not np.isfinite(logits).all():
+            raise RunError(
+                f"{self.trained.path}: its part maps are not finite; its weights, or the teacher's, are too large or "
+                "damaged"
+            )
         names: list[str | None] = [class_name] * len(images)
         if output.class_logits is not None and class_name is None:
             names = [self.class_names[guess] for guess in output.class_logits.argmax(dim=1).tolist()]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from slotscops.core.errors import RunError, UserError
+from slotscops.core.errors import DamageError, RunError, UserError
 from slotscops.features.rows import FeatureShard, encode
 
 any_float16 = hnp.arrays(
@@ -24,12 +24,20 @@ def stored(folder: Path, features: np.ndarray) -> FeatureShard:
 
 @settings(deadline=None, max_examples=200)
 @given(features=any_float16)
-def test_any_features_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, features: np.ndarray) -> None:
+def test_any_finite_features_come_back_bit_for_bit_and_others_are_damage(
+    tmp_path_factory: pytest.TempPathFactory, features: np.ndarray
+) -> None:
     shard = stored(tmp_path_factory.mktemp("features"), features)
     assert len(shard) == len(features)
     assert shard.shape == features.shape[1:]
+    damaged = [row for row, expected in enumerate(features) if not np.isfinite(expected).all()]
+    assert shard.rows_not_finite() == damaged
     for row, expected in enumerate(features):
-        assert (shard[row].numpy().view(np.uint16) == expected.view(np.uint16)).all()
+        if row in damaged:
+            with pytest.raises(DamageError, match=f"row {row} is damaged .it holds NaN or infinity"):
+                shard.read_rows([row])
+        else:
+            assert (shard[row].numpy().view(np.uint16) == expected.view(np.uint16)).all()
 
 
 def sparse_maps(shape: tuple[int, ...], share: float, seed: int = 0) -> np.ndarray:
@@ -49,6 +57,9 @@ def test_maps_of_more_than_65536_values_keep_their_places(tmp_path: Path) -> Non
     shard = stored(tmp_path, features)
     assert shard.encoding == "sparse"
     assert (shard.read_rows([2, 0]).numpy() == features[[2, 0]]).all()
+    for value in (np.nan, -np.inf):
+        features[1, 1023, 15, 15] = value  # in the last of the row's segments
+        assert stored(tmp_path, features).rows_not_finite() == [1]
 
 
 @pytest.mark.parametrize("share", [0.05, 1.0])

@@ -350,7 +350,7 @@ def test_s3_from_upload_to_scores(toy_shards: Path, tmp_path: Path, monkeypatch:
         near = run(training([sys.executable], toy_shards, tmp_path / "near", "train.eval_every_steps=6"))
         assert near.returncode == 0, near.stderr
         assert [digest for _, digest in losses(tmp_path / "far")] == [digest for _, digest in losses(tmp_path / "near")]
-        scored = python("-m", "slotscops.evaluate", "--checkpoint", tmp_path / "far")  # where it was trained
+        scored = python("-m", "slotscops.evaluate", "--checkpoint", tmp_path / "far", "--shards", "s3://bucket/toy")
         assert scored.returncode == 0, scored.stderr
         assert "s3://bucket/toy" in scored.stdout
         missing = python("-m", "slotscops.evaluate", "--checkpoint", tmp_path / "far", "--shards", "s3://bucket/other")

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from slotscops.core.errors import UserError, first_line
-from slotscops.core.files import fsync, remove_abandoned, sha256_of_file, write_bytes, write_json, writer_name
+from slotscops.core.files import (
+    fsync,
+    is_plain_name,
+    remove_abandoned,
+    sha256_of_file,
+    write_bytes,
+    write_json,
+    writer_name,
+)
 from slotscops.model.saved_names import saved_parameter_names
 from slotscops.train.averaging import WeightAverage
 
@@ -211,6 +219,8 @@ def verify_checkpoint(path: Path) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         names = {*_FILES, *manifest}
+        if not all(map(is_plain_name, names)):
+            raise ValueError("names files elsewhere")
         expected = {name: (manifest[name]["sha256"], manifest[name]["bytes"]) for name in sorted(names)}
     except FileNotFoundError:
         raise UserError(f"{path}: is no checkpoint (no manifest.json); give a folder step-N of a run") from None
@@ -266,7 +276,7 @@ def restore(
 
 
 def restore_model(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Loads the model's tensors; a missing, foreign or misshapen one is refused by name."""
+    """Loads the model's tensors; one that is missing, foreign, misshapen or not finite is refused by name."""
     own = module.state_dict()
     for name in sorted(set(own) ^ set(tensors)):
         side = "lacks" if name in own else "has the foreign"
@@ -279,6 +289,8 @@ def restore_model(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
             )
         if tensor.dtype != tensors[name].dtype:
             raise UserError(f"{path}: {name} has type {tensors[name].dtype}, needed {tensor.dtype}; {_USE_ANOTHER}")
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; {_USE_ANOTHER}")
     module.load_state_dict(dict(tensors))
 
 
@@ -288,8 +300,8 @@ def restore_optimizer(
     """The inverse of `optimizer_tensors`. Learning rates and other settings stay those of the optimizer.
 
     Raises:
-        UserError: if a tensor is missing or foreign, or has another shape or type than its parameter. The fused
-            optimizers would read beyond it.
+        UserError: if a tensor is missing, foreign or not finite, or has another shape or type than its parameter. The
+            fused optimizers would read beyond it.
     """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -328,6 +340,8 @@ def _check_optimizer_tensors(
                     f"{path}: {name}/{quantity} is {tensor.dtype} of shape {tuple(tensor.shape)}, needed {dtype} of "
                     f"{tuple(shape)}; {_USE_ANOTHER}"
                 )
+            if not tensor.isfinite().all():
+                raise UserError(f"{path}: {name}/{quantity} holds NaN or infinity; {_USE_ANOTHER}")
 
 
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
