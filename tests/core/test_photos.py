@@ -73,7 +73,7 @@ def test_a_photo_cut_short_is_refused_by_name(tmp_path: Path, share: float) -> N
 def test_a_heic_photo_under_another_ending_says_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slotscops.core.photos._reads_heif", lambda: False)
     (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
-    with pytest.raises(UserError, match=r"phone\.jpg: HEIC is read by pillow-heif"):
+    with pytest.raises(UserError, match=r"phone\.jpg: reading HEIC needs pillow-heif"):
         read_photo(tmp_path / "phone.jpg")
 
 
