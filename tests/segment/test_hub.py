@@ -114,7 +114,7 @@ def test_tensors_and_settings_of_a_checkpoint_are_enough_if_the_teacher_is_named
 
 @pytest.fixture
 def hub(published: Path) -> Iterator[str]:
-    """Address of a server that answers as the hub does, for one model; and for one that is none of ours."""
+    """Address of a server that answers like the hub, for one model of slotscops and one that is not."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
