@@ -102,7 +102,7 @@ def _open_one(dataset: ShardDataset, wanted: dict[str, Any], weights: str = "ima
         state = f"only {', '.join(others)}" if others else "no finished feature cache"
         reason = " of the mirrored crops (data.mirror is on)" if wanted["mirrored"] else ""
         build = "build with" if dataset.remote is None else "build and upload it, where the shards were made, with"
-        raise UserError(f"{dataset.location}: needed features {name}{reason}, came {state}; {build}: {command}")
+        raise UserError(f"{dataset.location}: needs features {name}{reason}, has {state}; {build}: {command}")
     cache = FeatureCache(folder, read_manifest(folder / "manifest.json"), dataset)
     for field, value in (wanted | {"shard_digest": dataset.digest}).items():
         if cache.manifest[field] != value:
@@ -142,7 +142,7 @@ def open_features(shards: str | Path, shard: str, name: str | None = None) -> Fe
         raise UserError(f"{shards}: has feature caches {names or 'none'}; name the one you want")
     name = name or names[0]
     if not _has_manifest(dataset, name):
-        raise UserError(f"{shards}: has no finished feature cache '{name}', came {', '.join(names) or 'none'}")
+        raise UserError(f"{shards}: has no finished feature cache '{name}', only {', '.join(names) or 'none'}")
     manifest = read_manifest(dataset.folder / "features" / name / "manifest.json")
     fields = ("network", "layer", "input_size", "mirrored")
     cache = _open_one(dataset, {field: manifest[field] for field in fields})
