@@ -109,6 +109,6 @@ def _read_json(path: Path) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("report", "Write the HTML page of a run again.", "runs/toy")
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     console.say(str(write_page(RunFolder(parser.parse_args(arguments).run))))
     return 0
