@@ -140,6 +140,7 @@ def fsync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+    """Writes a file that appears whole or not at all; see `replace_when_complete`."""
     with replace_when_complete(path, durable) as file:
         file.write(content)
 

@@ -58,6 +58,8 @@ class PassedOver(NamedTuple):
 
 
 class FoundPhotos(NamedTuple):
+    """The photos that a search took, and the files and folders that it passed over."""
+
     photos: list[Path]
     passed_over: list[PassedOver]
 

@@ -37,6 +37,8 @@ class LabelMapError(UserError):
 
 
 class LabelMap(NamedTuple):
+    """The labels of one photo, at the size at which the photo is shown."""
+
     part_labels: NDArray[np.uint8]  # (H, W) part label, 0 = no part, or IGNORED
     object_mask: NDArray[np.bool_]  # (H, W) True on the object; ignored pixels are not on it
 

@@ -56,6 +56,11 @@ class FeatureCache:
         return f"features/{self.folder.name}/{entry.name}.safetensors", row["sha256"], row["bytes"]
 
     def open_shard(self, entry: ShardEntry) -> FeatureShard:
+        """The features of one shard, downloaded first if they are remote.
+
+        Raises:
+            UserError: the file cannot be read, is another shard's, or has another shape than the manifest says.
+        """
         with self.dataset.opened(*self.file(entry)) as path:
             shard = FeatureShard(path)
         if shard.label != file_label(self.manifest, entry.name):
@@ -135,6 +140,9 @@ def open_features(shards: str | Path, shard: str, name: str | None = None) -> Fe
 
     Args:
         name: folder below SHARDS/features; may be left out if there is only one, not counting mirrored ones.
+
+    Raises:
+        UserError: there is no such shard or cache, or several caches and no name.
     """
     dataset = open_dataset(shards)
     names = [other for other in _finished_names(dataset) if not other.endswith("-mirrored")]
@@ -194,6 +202,7 @@ def find_damage(cache: FeatureCache, entry: ShardEntry) -> list[str]:
 
 
 def warn_if_random(cache: FeatureCache) -> None:
+    """Prints a warning if the features come from a teacher with random weights."""
     if cache.is_random and console.is_main():
         console.warn(
             f"WARNING: the features in {cache.folder} come from an UNTRAINED {cache.manifest['network']} "

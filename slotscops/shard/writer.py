@@ -54,6 +54,8 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class Outcome:
+    """The finished data set, and all objects and files that were left out of it."""
+
     dataset: ShardDataset
     left_out: list[LeftOut]
 

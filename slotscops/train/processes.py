@@ -192,6 +192,7 @@ def _warn_if_fetched_again_and_again(dataset: ShardDataset, cache: FeatureCache)
 
 
 def open_dataset_of_size(config: Config) -> ShardDataset:
+    """Opens the shards. Raises UserError if they hold crops of another size than `data.size`."""
     dataset = open_dataset(config.data.shards)
     if dataset.size != config.data.size:
         raise UserError(

@@ -41,6 +41,8 @@ _FREE_TO_CHANGE = (
 
 @dataclass(frozen=True)
 class RunFolder:
+    """The files of one run, all below `path`."""
+
     path: Path
 
     @staticmethod
