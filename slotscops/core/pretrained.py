@@ -59,7 +59,7 @@ def fill(module: nn.Module, source: str, pretrained: Pretrained) -> None:
         pretrained: torchvision's weights, read if the source is `imagenet`.
 
     Raises:
-        UserError: the source is none of these, cannot be had or read, or lacks what the module needs.
+        UserError: the source is none of these, cannot be downloaded or read, or lacks what the module needs.
     """
     seed = random_seed(source)
     tensors = None if seed is not None else read_state_dict(source, pretrained)

@@ -23,7 +23,7 @@ from typing import BinaryIO, Protocol
 from slotscops.core.errors import RunError, UserError, first_line
 from slotscops.core.files import replace_when_complete
 
-_MAX_UNPACKED_BYTES = 32 << 30  # PASCAL-Part's archive has less than 1 GB: whatever goes on for longer is a bomb
+_MAX_UNPACKED_BYTES = 32 << 30  # PASCAL-Part's archive has less than 1 GB; more is a decompression bomb
 _MAX_MEMBER_BYTES = 500_000_000  # a photo of 100 million pixels that is not compressed has 300 MB
 _MAX_MEMBERS = 1_000_000  # VOC2010 has some 45,000
 _MAX_HEADER_BYTES = 256 << 10  # of what extends a member's header: a long name, or attributes of at most 64 KB on Linux

@@ -184,7 +184,7 @@ def _read_structs(elements: _Elements, count: int, depth: int) -> list[dict[str,
     if length < 1 or len(joined) % length or depth > _MAX_DEPTH:
         raise MatlabError("is damaged, needed names of fields")
     names = [bytes(joined[at : at + length]).split(b"\0")[0].decode("latin-1") for at in range(0, len(joined), length)]
-    if not names:  # `struct()`: whatever their number, there is nothing in them
+    if not names:  # `struct()` has no fields, so there is nothing to read, however many there are
         return []
     if count * len(names) * 8 > len(elements.data):
         raise MatlabError("is cut short or damaged")

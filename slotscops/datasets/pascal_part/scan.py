@@ -38,8 +38,8 @@ def scan_image(
         split = splits.pop() if len(splits) == 1 else None
         scan.left_out.append(LeftOut(image, None, None, split, "damaged file", str(error), damaged=True))
         return scan
-    # Nobody can ask for a class that the table lacks, so its objects are always looked at: otherwise nobody would learn
-    # of this fault of the file.
+    # Objects of a class that the table lacks are looked at for every choice of classes: nobody can ask for that class,
+    # so the fault of the file would otherwise go unnoticed.
     unasked = set(PART_NAMES) - set(class_names)
     wanted = [(number, item) for number, item in enumerate(objects) if item.class_name not in unasked]
     photo_fault = find_photo_fault(tree, image, objects[0].mask) if wanted and split_of_class else None
