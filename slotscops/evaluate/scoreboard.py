@@ -20,7 +20,7 @@ _SCORES = ("nmi", "ari", "miou", "majority_miou")
 _HEADINGS = {"nmi": "NMI", "ari": "ARI", "miou": "mIoU", "majority_miou": "mIoU maj."}
 _TITLES = {
     "own": "full image, own background",
-    "mask": "full image, given object mask (other numbers than with the method's own background)",
+    "mask": "full image, given object mask (not comparable with the method's own background)",
     "foreground": "foreground only: pixels of true parts",
 }
 _MAY_DIFFER = {"seed", "run_dir"}  # settings in which the runs of one mean may differ
