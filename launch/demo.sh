@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to parts on a laptop: environment, toy photos, shards, features, training, scores, pictures.
-# TEACHER_WEIGHTS=imagenet (torchvision downloads VGG19, 575 MB) or a VGG19 file gives real features; the default
-# random:0 needs no network and is good for a first look only. OUT chooses the folder for everything it makes.
+# With TEACHER_WEIGHTS=imagenet (torchvision downloads VGG19, 575 MB) or TEACHER_WEIGHTS=FILE the features are real. The
+# default, random:0, needs no network and is good for a first look only. OUT is the folder for everything it makes.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" ""
 out=${OUT:-runs/demo}
 mkdir -p "$out"

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' ||
-  { echo "slotscops: $("$python" --version) found, needed 3.11 or newer; set PYTHON=python3.12, say" >&2; exit 2; }
+  { echo "slotscops: $("$python" --version) found, needed 3.11 or newer; name another one, such as PYTHON=python3.12" >&2; exit 2; }
 wanted="$(sha256sum pyproject.toml) $("$python" --version) $1"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   "$python" -m venv --clear .venv

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The PASCAL-Part benchmark of Choudhury et al. (NeurIPS 2021, Table 4): ten classes, one model a class, K = 4; our scores
-# in one table with the published ones.
+# The PASCAL-Part benchmark of Choudhury et al. (NeurIPS 2021, Table 4): ten classes, one model for each, K = 4. It prints
+# our scores in one table with the published ones.
 #   bash launch/pascal_part.sh DATA [setting=value ...]
-# DATA holds VOC2010 and PASCAL-Part, as folders or as the official archives. OUT chooses where everything goes, CLASSES
-# (with spaces) fewer classes, TEACHER_WEIGHTS a VGG19 file in place of torchvision's download. Killed and started again
-# it goes on where it was.
+# DATA holds VOC2010 and PASCAL-Part, as folders or as the official archives. OUT is the folder for everything it makes,
+# CLASSES names fewer classes (with spaces between them), and TEACHER_WEIGHTS is a VGG19 file to use instead of
+# torchvision's download. If it is interrupted, start it again: it continues where it was.
 data=$(realpath "${1:?give the folder of VOC2010 and PASCAL-Part}")
 shift
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" ""

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Slurm: one launcher a node, eight GPUs each. Submit from the repository's root:
+# Slurm: one launcher on each node, with eight GPUs. Submit from the repository's root:
 #   sbatch launch/slurm.sh --config configs/toy.yaml run_dir=runs/toy
-# Two minutes before the time is over, or when the job is preempted, Slurm signals this script (USR1, to the batch shell
-# alone: accelerate's launcher dies of it). It asks the run to save and stop, and puts the job back into the queue; started
-# again it goes on from that checkpoint.
+# Two minutes before the time limit, or when the job is preempted, Slurm sends USR1 to this script (only to the batch
+# shell, because USR1 would kill accelerate's launcher). The script asks the run to save and stop, and puts the job back
+# into the queue. The next start continues from that checkpoint.
 #SBATCH --job-name=slotscops
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,7 +18,7 @@ export gpus_per_node head_node
 
 stop_and_requeue() {
   trap '' USR1
-  echo "$0: asked to stop; saving, then back into the queue"
+  echo "$0: asked to stop: saving a checkpoint and requeuing the job"
   scancel --signal=TERM "$SLURM_JOB_ID" # the steps of the job, not this script
   wait "$run" || true
   scontrol requeue "$SLURM_JOB_ID"

@@ -18,7 +18,7 @@ from slotscops.core.files import PLAIN_NAME, write_bytes
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 # Upper bounds are far beyond what anybody trains, so that a mistyped number, or the settings of a model from elsewhere,
-# end in a line and not in a machine without memory.
+# end in a one-line error and do not use up the memory.
 _MANY = 2**31 - 1
 _MAX_SETTINGS_BYTES = 1_000_000  # of a YAML file; all settings together take 3,000
 Positive = Annotated[int, Field(gt=0, le=_MANY)]
@@ -295,7 +295,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML without aliases, a few hundred bytes of which can stand for gigabytes, or for themselves."""
+    """Reads YAML and refuses aliases: with them, a few hundred bytes can expand to gigabytes or contain themselves."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

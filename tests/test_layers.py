@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "slotscops"
-# One row a room, as in slotscops/README.md. A file beside the rooms is a room of its own.
+# One row for each room, as in slotscops/README.md. A file beside the rooms is a room of its own.
 ROOMS = [
     "core",
     "config",
@@ -58,7 +58,7 @@ def imported_names(tree: ast.AST) -> set[str]:
 
 
 def named_in_strings(tree: ast.AST) -> set[str]:
-    """Modules that stand in strings which are run, not read: a preload, or what follows `-m` in a list of arguments."""
+    """Modules named in strings that start them: a preload, or what follows `-m` in a list of arguments."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -1,4 +1,4 @@
-"""The texts beside the code: short, with links that lead somewhere, and a map that names what is there."""
+"""The READMEs: short, with links that work, and a map that names the existing files."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The wheel alone, installed outside the checkout, goes from toy photos to scores and to parts of a photo."""
+"""The wheel alone, installed outside the checkout, trains on toy photos, scores the run and segments a photo."""
 
 import os
 import shutil

@@ -23,12 +23,12 @@ from slotscops.shard.index import open_dataset
 from slotscops.train.processes import start_accelerator
 
 _MORE = """\
-loss                    the exact loss against the same loss with all tensors materialised
-loader [--shards S]     shards and cache against webdataset and JPEG decoding
-step [--shards S]       a training step against the encoder alone and the baseline with VGG in the loop
+loss                    the exact loss, compared with the same loss with all tensors materialised
+loader [--shards S]     our loader, compared with other loaders and with JPEG decoding alone
+step [--shards S]       a training step, compared with the encoder alone and the baseline with VGG in the loop
 scaling [--shards S]    images per second with 1, 2, ... processes
 sharding --root DIR     from photos and annotations to shards, as many objects as PASCAL-Part has
-report FILE...          writes figures kept with --json into the README's table
+report FILE...          writes figures kept with --json into the table of the file --readme
 
 All figures are medians of contestants that take turns in one process. --json FILE keeps them."""
 
@@ -59,7 +59,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--images", type=int, default=sharding.PASCAL_PART, help="sharding: number of photos (default: %(default)s)"
     )
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="report: the file with the table")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        default=Path("README.md"),
+        help="report: the file with the table, such as launch/README.md",
+    )
     parser.add_argument("--quick", action="store_true", help="loss: measure only batch 8 at 128 px")
     parser.add_argument(
         "--shards", type=Path, help="shards with relu5_4 features (default: toy shards made for this measurement)"

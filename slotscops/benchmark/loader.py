@@ -1,4 +1,4 @@
-"""From shards and cache to a collated batch, beside other loaders and its parts alone, on one core."""
+"""Compares our loader, from shards and cache to a batch, with other loaders and with its own parts, on one core."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ _STARTS = (1_000, 1_000_000)
 
 
 def compare(dataset: ShardDataset, cache: FeatureCache, rounds: int, folder: Path) -> dict[str, Any]:
-    """Images a second of each contestant, all in this process on one thread, every sample once a round."""
+    """Images a second of each contestant. All run on one thread of this process and read each sample once a round."""
     split = Split(dataset, "train", cache, with_labels=False)
     jpegs = [bytes(split.read_member(sample, "jpg")) for sample in range(len(split))]
     shards = [cache.open_shard(entry) for entry in dataset.split("train")]

@@ -1,4 +1,4 @@
-"""The exact low-rank loss against the same loss with its upsampled tensors built."""
+"""Compares the exact low-rank loss with the same loss computed from upsampled tensors."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def _row(case: dict[str, float]) -> tuple[str, ...]:
 
 
 def _measure(case: tuple[int, int, int], rounds: int, device: torch.device) -> dict[str, float]:
-    """Seconds and bytes of forward and backward; of the exact form alone where the other would not fit."""
+    """Seconds and bytes of forward and backward; only those of the exact form if the other would not fit."""
     logits, features, basis = _make_inputs(case, device)
     batch, grid, pixels = case
     size = (pixels, pixels)

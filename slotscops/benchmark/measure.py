@@ -44,8 +44,8 @@ def take_turns(
 def peak_extra_memory_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """The peak memory while `run` runs once, minus the memory in use before.
 
-    On a GPU by PyTorch's allocator; on a CPU by what PyTorch's operators allocated and had not freed yet, as its
-    profiler records it, so that memory kept by the allocator for later use does not blur the figure.
+    On a GPU, PyTorch's allocator reports it. On a CPU, PyTorch's profiler records what its operators have allocated and
+    not yet freed, so memory that the allocator keeps for later does not count.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

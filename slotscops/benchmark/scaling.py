@@ -1,7 +1,7 @@
-"""Images a second with 1, 2, ... processes: the global batch fixed, the batch of each process fixed; and what it costs
-to sum gradients in a fixed order.
+"""Measures images a second with 1, 2, ... processes, and what it costs to sum gradients in a fixed order.
 
-Each measurement is a real run of `slotscops.train` under torchrun, and reads its `metrics.jsonl`.
+Either the global batch is fixed or the batch of each process. Each measurement is a real run of `slotscops.train` under
+torchrun, whose `metrics.jsonl` is read.
 """
 
 import json
@@ -28,7 +28,7 @@ _KINDS = (_FIXED, _FIXED_EACH, _DETERMINISTIC)
 def compare(settings: list[str], batch_size: int, num_processes: list[int], folder: Path) -> dict[str, Any]:
     """Images a second for each number of processes, the efficiency against one, and the cost of determinism."""
     rates: dict[str, dict[int, float]] = {kind: {} for kind in _KINDS}
-    # As few microbatches as serve all these numbers of processes, so that only the order of summing differs.
+    # The smallest number of microbatches that all these numbers of processes divide. Only the order of summing differs.
     fixed_order = ["train.reduction=deterministic", f"train.microbatches={math.lcm(*num_processes)}"]
     for count in num_processes:
         for kind in _KINDS:

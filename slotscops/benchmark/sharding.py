@@ -1,6 +1,6 @@
 """How fast photos and annotations become shards: from a tree, and from the two official archives unopened.
 
-A tree of as many annotations as asked for is made of links to the ones that are there.
+The measured tree has the requested number of annotations. They are links to those of the given tree.
 """
 
 import gzip
@@ -23,7 +23,7 @@ PASCAL_PART = 10_103  # annotations of the whole data set
 
 
 def compare(root: Path, num_images: int, workers: int, folder: Path) -> dict[str, Any]:
-    """Seconds, and images and objects a second and core, without features."""
+    """Seconds, and images and objects per second and core, without features."""
     copies = folder / "copies"
     _multiply(find_tree(root), num_images, copies)
     _archive(copies, folder / "archives")

@@ -1,8 +1,8 @@
-"""How long it takes, and how much memory, until a data set of a given size serves its first batch.
+"""Measures time and memory until a data set of a given size serves its first batch.
 
-The data set is synthetic: an index of as many records as asked for, whose shards are all links to one small real one.
-So are the feature files, but for those that the first batch reads: each says which shard it belongs to. Measured in a
-process of its own, so that nothing is imported or cached for it beforehand.
+The data set is synthetic: its index lists the requested number of records, and all shards are links to one small real
+shard. The feature files are links too, except those that the first batch reads, because each names the shard that it
+belongs to. A separate process is measured, so that nothing has been imported or cached for it beforehand.
 """
 
 import json
@@ -26,7 +26,7 @@ _BATCH_SIZE = 32
 
 
 def measure_start(real: Split, num_records: int, folder: Path) -> dict[str, float]:
-    """Seconds and MB until the first shuffled batch, imports not counted; cold: the index out of the page cache."""
+    """Seconds and MB until the first shuffled batch, without imports. Cold: the index is not in the page cache."""
     shards = folder / f"start-{num_records}"
     _write_synthetic(real, num_records, shards)
     cold = _serve_in_own_process(shards, drop_cache=True)
@@ -45,7 +45,7 @@ def _write_synthetic(real: Split, num_records: int, out: Path) -> None:
         name = f"train-{number:06d}"
         (out / f"{name}.tar").symlink_to(real.dataset.tar_path(entry).resolve())
         content = index_path(real.dataset.folder, entry.name).read_bytes()
-        index_path(out, name).write_bytes(content)  # a file of its own: a million records are that many bytes to read
+        index_path(out, name).write_bytes(content)  # no link: a real index of as many records has as many bytes to read
         entries.append(ShardEntry(name, entry.num_samples, entry.num_bytes, entry.sha256, entry.index_sha256))
     dataset = ShardDataset(
         out, real.dataset.settings, real.dataset.class_names, real.dataset.part_names, {"train": entries, "val": []}
@@ -83,7 +83,7 @@ def _drop_from_page_cache(folder: Path) -> None:
 
 
 def serve(shards: Path) -> dict[str, float]:
-    """Opens a data set and reads one shuffled batch; what that took."""
+    """Opens a data set, reads one shuffled batch, and returns what that took."""
     before = resident_bytes()
     start = time.perf_counter()
     dataset = open_dataset(shards)

@@ -1,4 +1,4 @@
-"""A whole training step beside the encoder alone, and beside the recipe without cache and exact loss."""
+"""Compares a whole training step with the encoder's alone, and with the recipe without cache and exact loss."""
 
 import statistics
 import time
@@ -85,7 +85,7 @@ def compare(config: Config, accelerator: Accelerator, rounds: int) -> dict[str, 
 
 
 def _time_logging(trainer: Trainer) -> float:
-    """Seconds of writing down one logged step, the median of five."""
+    """Seconds that logging one step takes, the median of five."""
     seconds = []
     for _ in range(5):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The README's table of speed, written from what the benchmark commands kept with --json."""
+"""The table of speed in launch/README.md, written from the files that the benchmark wrote with --json."""
 
 import json
 from collections.abc import Sequence

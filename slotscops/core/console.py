@@ -42,10 +42,10 @@ def _is_first_on_node() -> bool:
 
 
 def visible(text: object) -> str:
-    """The text in one line that a terminal only shows: what it would obey, such as an escape sequence, is spelled out.
+    """The text as one line that is safe to print: newlines, escape sequences and other controls are spelled out.
 
-    Names of files, of archive members and of settings come from others, and so do the messages of servers. One with a
-    newline could otherwise forge a line of ours. Passwords and values of queries in URLs are hidden.
+    Names of files, archive members and settings, and the messages of servers, come from other people. A newline in
+    one of them could otherwise forge a line of our output. Passwords and values of queries in URLs are hidden.
     """
     shown = hide_secrets(str(text)).encode("utf-8", "backslashreplace").decode()  # a file name need not be UTF-8
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
@@ -69,7 +69,7 @@ def warn(message: str) -> None:
 
 
 def _tell(line: str) -> None:
-    """Prints on stderr. If nobody reads it any more, as after `2>&1 | head`, the work goes on without."""
+    """Prints on stderr. If the reader is gone, as after `2>&1 | head`, the line is lost and the work goes on."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
@@ -138,13 +138,13 @@ def run_command(command: Callable[[], int]) -> None:
     """Runs a command's main function and exits with its code.
 
     A user's mistake exits with 2 and a failure while running with 1; each prints one line on stderr. Ctrl-C exits with
-    130. A file or folder that cannot be read or written is named with what to do.
+    130. An error of the operating system names the file or folder and says what to do.
     """
     try:
         code = command()
     except UserError as error:
-        # Every process of a node sees the same files and settings, so one line is enough. A claim is refused at another
-        # time in each process, and the launcher ends the others when the first of them ends.
+        # Every process of a node sees the same files and settings, so one line is enough. But processes find a refused
+        # claim at different times, and the launcher ends all others when the first one ends. So each of them prints it.
         if _is_first_on_node() or isinstance(error, ClaimError):
             warn(_one_line(error))
         code = 2
@@ -154,7 +154,7 @@ def run_command(command: Callable[[], int]) -> None:
     except BrokenPipeError:
         code = _after_lost_reader()
     except OSError as error:
-        if error.errno is None:  # no word of the system, so nothing a user could mend
+        if error.errno is None:  # not from the operating system: a fault of ours, which needs its traceback
             raise
         warn(explain_system_error(error))
         code = 1 if error.errno in _FAILURES else 2
@@ -196,13 +196,13 @@ def explain_system_error(error: OSError) -> str:
 
 
 def _after_lost_reader() -> int:
-    """The exit code of a command whose output nobody reads any more, as after `| head`; Python must not complain."""
+    """The exit code after stdout's reader is gone, as in `| head`. Keeps Python from printing an error at its exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
 
 
 def _one_line(error: Exception) -> str:
-    """The message. In an error that PyTorch brings from a loader worker, it is the last line of a traceback."""
+    """The error's message. PyTorch reports a loader worker's error as a whole traceback; we take its last line."""
     message = str(error).strip() or type(error).__name__
     if not message.startswith("Caught "):
         return message

@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class ClaimError(UserError):
-    """A folder belongs to other work. Each process meets this at a time of its own, so each of them prints it."""
+    """A folder belongs to other work. Processes find this out at different times, so each of them prints it."""
 
 
 class RunError(RuntimeError):

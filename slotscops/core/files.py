@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 # One component of a path, of letters that every file system takes: it is neither "..", nor hidden, nor a path.
 PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"
-_OWNED = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.[^.]*\.partial")  # of a temporary file: its machine and process
-_ABANDONED_S = 24 * 3600  # a temporary file of another machine that nobody has written to for so long has no writer
+_OWNED = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.[^.]*\.partial")  # a temporary file's machine and process
+_ABANDONED_S = 24 * 3600  # a temporary file of another machine counts as abandoned when it is this old
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
 
@@ -58,7 +58,7 @@ def write_once(path: Path, content: bytes) -> bool:
     """Writes a file that must not be there yet. Of several processes that try it at once, exactly one succeeds.
 
     Returns:
-        Whether this process wrote the file; if not, the file is that of another one.
+        True if this process wrote the file, False if another process did.
     """
     try:
         with replace_when_complete(path, place=_place_new) as file:
@@ -104,8 +104,8 @@ def _machine_name() -> str:
 def remove_abandoned(*folders: Path) -> None:
     """Removes the temporary files and folders of processes that were killed while writing into these folders.
 
-    Those of living processes stay: on this machine a process that still runs, on another one any file that was written
-    within a day.
+    Those of living processes stay. On this machine, we can see whether the process still runs. On another machine, it
+    counts as living if it has written to the file within a day.
     """
     for folder in folders:
         for path in folder.glob(".*.partial"):
@@ -147,6 +147,7 @@ def fsync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+    """Writes a file that appears whole or not at all; see `replace_when_complete`."""
     with replace_when_complete(path, durable) as file:
         file.write(content)
 
@@ -154,10 +155,10 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
 def decode_text(content: bytes) -> str:
     """The text of a file that a person wrote: UTF-8, or UTF-16 where it begins with a byte order mark.
 
-    Some editors begin a file with a byte order mark, which is no part of the text.
+    The byte order mark, which some editors put first, is removed.
 
     Raises:
-        UnicodeDecodeError: it is neither.
+        UnicodeDecodeError: the content is neither.
     """
     text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     if "\0" in text:  # UTF-16 or UTF-32 without its mark

@@ -58,15 +58,17 @@ class PassedOver(NamedTuple):
 
 
 class FoundPhotos(NamedTuple):
+    """The photos that a search took, and the files and folders that it passed over."""
+
     photos: list[Path]
     passed_over: list[PassedOver]
 
 
 def find_photos(paths: Iterable[Path], out: Path | None = None) -> FoundPhotos:
-    """The photos themselves and those anywhere below the folders, sorted within each folder, each once.
+    """The photos among the paths and all photos below the folders among them, sorted within each folder, each once.
 
     Args:
-        out: the folder of results, which may be one of these or lie in one; results are not taken for photos.
+        out: the folder of results. It may lie among the photos; earlier results in it are not taken as photos.
 
     Raises:
         UserError: no such photo or folder.
@@ -95,14 +97,15 @@ def _is_result(path: Path, out: Path) -> bool:
 def walk_folder(root: Path, is_ours: Callable[[Path], bool] = lambda path: False) -> FoundPhotos:
     """All photos below a folder, and all that was passed over, both sorted by path.
 
-    Links are followed, each file and folder is taken once, under its own name rather than a link's where it has both.
+    Links are followed, and each file and folder is taken once. One that is found both directly and through a link keeps
+    its own name.
 
     Args:
         is_ours: files and folders that are neither taken nor passed over, such as earlier results.
     """
     found = FoundPhotos([], [])
     folders = [root]
-    links: list[Path] = []  # to folders, entered when all real ones have been
+    links: list[Path] = []  # to folders; they are entered after all real folders
     linked_photos: list[Path] = []
     seen = {_identity(parent) for parent in real_path(root).parents}  # a link to one of these would leave the folder
     taken = set()
@@ -161,7 +164,7 @@ def is_litter(name: str) -> bool:
 
 
 def why_passed_over(path: Path) -> PassedOver | None:
-    """Why a file or folder found in a folder is no photo and is not entered; None where it is taken or entered."""
+    """Why a file is not taken as a photo, or why a folder is not entered; None if it is taken or entered."""
     name = path.name
     if is_litter(name):
         return PassedOver(path, "litter of an operating system", "is litter of an operating system", is_fault=False)
@@ -183,11 +186,11 @@ def why_passed_over(path: Path) -> PassedOver | None:
     if suffix in _HEIF_SUFFIXES and not _reads_heif():
         return _fault(path, "HEIC without pillow-heif", _NEEDS_HEIF)
     if suffix == ".avif" and not _reads_avif():
-        return _fault(path, "AVIF that this Pillow cannot read", "this Pillow cannot read AVIF: install Pillow 11.3")
+        return _fault(path, "AVIF that this Pillow cannot read", "reading AVIF needs Pillow 11.3 or newer")
     return None
 
 
-_NEEDS_HEIF = "HEIC is read by pillow-heif: pip install pillow-heif"
+_NEEDS_HEIF = "reading HEIC needs pillow-heif: pip install pillow-heif"
 
 
 @functools.cache
@@ -218,8 +221,7 @@ def read_photo(path: Path) -> Image.Image:
 
     Raises:
         UserError: no such file, not a regular file, not an image, more than 100 million pixels or 100,000 pixels a
-            side, or no memory for it. Whatever Pillow raises on a damaged file, the message holds Pillow's own
-            sentence.
+            side, or no memory for it. For a damaged file, the message quotes Pillow's.
     """
     image = read_image(path)[0]
     try:
@@ -262,7 +264,7 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
 
 
 def orientation_of(image: Image.Image) -> int | None:
-    """Exif's orientation, 1 to 8; None where there is none, another value, or an Exif block that cannot be read."""
+    """Exif's orientation, 1 to 8; None if it is missing, has another value, or the Exif block cannot be read."""
     try:
         value = image.getexif().get(_ORIENTATION)
     except Exception:  # Pillow raises anything on damaged blocks, and the photo may be whole
@@ -277,10 +279,11 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an image of any mode; what is transparent gets the colour of padding.
+    """8-bit RGB of an image of any mode. Transparent pixels are laid over the colour of padding.
 
-    Pixels of 16 bits are divided by 257. Of floating-point pixels, white is 1, 255 or 65535, the smallest that no
-    pixel exceeds, or else the brightest pixel. Whole numbers of 32 bits are scaled likewise, except that 1 is no white.
+    16-bit pixels are divided by 257. Floating-point pixels are scaled so that white becomes 255, where white is the
+    smallest of 1, 255 and 65535 that no pixel exceeds, or the brightest pixel if all are exceeded. 32-bit integers are
+    scaled likewise, but their white is at least 255.
     """
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion clips these at 255
         whites = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, ())
@@ -339,15 +342,16 @@ def shown_name(name: str | Path) -> str:
 
 
 def unique_names(photos: Iterable[Path], longest_ending: str = "") -> list[str]:
-    """File names without suffix; two photos of one name, even if only on a Mac, get a number.
+    """A distinct name for each photo: its file name without suffix, with a number behind it where two would be equal.
 
-    A name is cut where it would be too long for a file system with `longest_ending` behind it.
+    Names that differ only in upper and lower case, or in how accents are composed, count as equal: a Mac does not tell
+    them apart. A name is cut if it would be too long for a file system with `longest_ending` behind it.
     """
     max_bytes = _MAX_NAME_BYTES - len(longest_ending.encode())
     taken: set[str] = set()
     names = []
     for photo in photos:
-        stem = photo.stem.encode("utf-8", "replace").decode()  # a name that is no UTF-8 cannot stand in a page
+        stem = photo.stem.encode("utf-8", "replace").decode()  # a page can only hold UTF-8
         name, number = _cut(stem, max_bytes), 1
         while unicodedata.normalize("NFC", name).casefold() in taken:
             number += 1

@@ -23,7 +23,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and
 _MARGIN = 0.05  # of the box's longer side, on every side of the crop
 SIDE_PER_BOX = 1 + 2 * _MARGIN  # a crop's side over its box's longer side, up to a pixel of the photo
 _LARGE_SIDE = 4096  # pixels of the photo; the padding of a larger square is not resized
-_STRIP_PIXELS = 4_000_000  # of a crop's square are resized at a time
+_STRIP_PIXELS = 4_000_000  # so many pixels of a crop's square are resized at a time
 # Colour of padding beyond the photo's edge; it is zero after normalisation.
 PADDING = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
@@ -44,7 +44,7 @@ def square_crop(box: Box) -> Box:
 
 
 def whole_square(size: tuple[int, int]) -> Box:
-    """The square that holds a whole photo of (width, height) in its middle; it reaches beyond its shorter sides."""
+    """The square around a whole photo of (width, height), which lies in its middle; padding fills the rest."""
     side = max(size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     return left, top, left + side, top + side
@@ -84,9 +84,10 @@ def _crop(image: Image.Image, crop: Box, size: int, fill: Any, filter_: Image.Re
 
 
 def _columns_of_photo(width: int, crop: Box, size: int) -> tuple[int, int]:
-    """The resized columns that the photo reaches, bicubic's support of two pixels included. Others are padding.
+    """The first resized column that depends on the photo, and the one after the last. Bicubic reaches two pixels far.
 
-    All columns of a crop of ordinary size: resizing a few more is cheap, and its values are Pillow's to the last bit.
+    The other columns are padding. A crop of ordinary size is resized in all its columns: a few more are cheap, and the
+    values then equal Pillow's to the last bit.
     """
     left, _, right, _ = crop
     side = right - left

@@ -33,7 +33,11 @@ class WorkerPool:
             self._executor = ProcessPoolExecutor(num_workers, mp_context=context)
 
     def map(self, function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
-        """Raises RunError if a worker dies, as when memory runs out."""
+        """The results, in the order of the arguments.
+
+        Raises:
+            RunError: a worker died, as when memory runs out.
+        """
         if self._executor is None:
             return list(map(function, *arguments))
         try:

@@ -42,7 +42,7 @@ def random_seed(source: str) -> int | None:
     """SEED of `random:SEED`; None for weights that were trained.
 
     Raises:
-        UserError: SEED is no whole number from 0.
+        UserError: SEED is not a whole number from 0 to 2^63 - 1.
     """
     if not source.startswith(_RANDOM):
         return None
@@ -83,7 +83,7 @@ def fill(module: nn.Module, source: str, pretrained: Pretrained) -> None:
         pretrained: the network's own weights, read if the source asks for them.
 
     Raises:
-        UserError: the source is none of these, cannot be had or read, or lacks what the module needs.
+        UserError: the source is none of these, cannot be downloaded or read, or lacks what the module needs.
     """
     seed = random_seed(source)
     tensors = None if seed is not None else read_state_dict(source, pretrained)
@@ -136,8 +136,8 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
 def draw(module: nn.Module, seed: int) -> None:
     """Random weights that neither shrink nor grow the signal under ReLU: variance 2 / fan_in; biases 0, scales 1.
 
-    Uniform, not normal: drawn with one exact operation per number, so that the values, and a fingerprint of them, are
-    the same on every processor, which those of `torch.randn` are not. PyTorch's global generator is left alone.
+    The values are uniform, not normal: each takes one exact operation, so the values and their fingerprint are the same
+    on every processor. Those of `torch.randn` are not. PyTorch's global generator is left alone.
 
     Source: He et al. (arXiv:1502.01852), equation 10.
     """
@@ -224,7 +224,7 @@ def _read_file(source: str) -> dict[str, Tensor]:
             f"weights {source}: cannot be read ({first_line(error)}); give a state dict of tensors, undamaged"
         ) from None
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"weights {source}: holds more or other than tensors by name; save a plain state dict")
+        raise UserError(f"weights {source}: must hold tensors by name and nothing else; save a plain state dict")
     return dict(content)
 
 

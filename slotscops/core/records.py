@@ -19,7 +19,7 @@ from torch import Tensor
 # Members of one sample, in the order they stand in the tar.
 MEMBERS = ("jpg", "parts.png", "parts_small.png", "object.png", "json")
 JPEG_QUALITY = 95
-# A part label that says: nobody knows what this pixel is, leave it out of every score. As in PASCAL VOC's masks.
+# The label of pixels that are left out of every score, because nobody knows what they show. PASCAL VOC uses 255 too.
 IGNORED = 255
 
 
@@ -74,10 +74,12 @@ def decode_image(
     """(H, W, 3) RGB or (H, W) grey pixels of a JPEG or PNG.
 
     Args:
-        size, mode: width and height, and Pillow's name for the kind of pixels: others are refused undecoded.
+        size: width and height in pixels. An image of another size is refused before it is decoded.
+        mode: Pillow's name for the kind of pixels, likewise.
 
     Raises:
-        ValueError: another size or mode; besides, whatever Pillow raises on a damaged image.
+        ValueError: the size or mode is another one.
+        Exception: Pillow raises many kinds on a damaged image.
     """
     with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=["JPEG", "PNG"]) as image:
         if (size or image.size, mode or image.mode) != (image.size, image.mode):

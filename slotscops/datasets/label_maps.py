@@ -20,7 +20,8 @@ from slotscops.core.photos import orientation_of, turned
 from slotscops.core.records import IGNORED
 
 NAMES_FILE = "parts.txt"  # one part name a line, in the order of the labels
-# First lines of parts.txt that name no part but label 0, or what is to be ignored, as labelme and others write them.
+# labelme and other programs write these into the first lines of parts.txt, for label 0 or for ignored pixels. They
+# name no part.
 _NAMES_OF_ZERO = {
     "background", "_background_", "__background__", "_ignore_", "__ignore__", "ignore", "bg", "none", "no part",
     "void", "unlabeled", "unlabelled",
@@ -36,8 +37,10 @@ class LabelMapError(UserError):
 
 
 class LabelMap(NamedTuple):
+    """The labels of one photo, at the size at which the photo is shown."""
+
     part_labels: NDArray[np.uint8]  # (H, W) part label, 0 = no part, or IGNORED
-    object_mask: NDArray[np.bool_]  # (H, W) without what is to be ignored
+    object_mask: NDArray[np.bool_]  # (H, W) True on the object; ignored pixels are not on it
 
     def of_parts(self) -> list[int]:
         """The labels of parts that occur, sorted."""
@@ -49,11 +52,12 @@ def read_label_map(path: Path, shown_size: tuple[int, int], orientation: int, na
 
     Args:
         shown_size: width and height of the photo as it is shown.
-        orientation: Exif's, by which the photo was turned.
+        orientation: the Exif orientation by which the photo was turned.
         names: of the parts, in the order of their labels; empty where parts have no names.
 
     Raises:
-        LabelMapError: it is damaged, no PNG, of another size than the photo, or its values are no part labels.
+        LabelMapError: the file is damaged, is not a PNG, or has another size than the photo, or its values are not part
+            labels.
     """
     labels = _read_values(path, shown_size, orientation)
     if labels.shape[::-1] != shown_size:
@@ -62,8 +66,8 @@ def read_label_map(path: Path, shown_size: tuple[int, int], orientation: int, na
 
 
 def _other_size(path: Path, size: tuple[int, int], shown_size: tuple[int, int]) -> LabelMapError:
-    came = f"labels of {size[0]} x {size[1]}, photo of {shown_size[0]} x {shown_size[1]} as shown"
-    return LabelMapError(f"{path}: {came}, needed one size")
+    came = f"labels of {size[0]} x {size[1]}, but the photo is shown at {shown_size[0]} x {shown_size[1]}"
+    return LabelMapError(f"{path}: {came}; both need the same size")
 
 
 def _read_values(path: Path, shown_size: tuple[int, int], orientation: int) -> NDArray[np.uint8]:
@@ -71,10 +75,10 @@ def _read_values(path: Path, shown_size: tuple[int, int], orientation: int) -> N
 
     Args:
         shown_size: width and height of the photo as it is shown.
-        orientation: Exif's, by which the photo was turned.
+        orientation: the Exif orientation by which the photo was turned.
 
     Raises:
-        LabelMapError: it is damaged, no PNG, has colours or 16 bits, or cannot have the photo's size.
+        LabelMapError: the file is damaged, is not a PNG, has colours or 16 bits, or cannot have the photo's size.
     """
     try:
         with path.open("rb") as file:
@@ -103,21 +107,24 @@ def _read_values(path: Path, shown_size: tuple[int, int], orientation: int) -> N
 def _turn(
     labels: NDArray[np.uint8], shown_size: tuple[int, int], orientation: int, own_orientation: int | None
 ) -> NDArray[np.uint8]:
-    """Turns labels by their own Exif entry, or else by the photo's unless only the unturned map has the shown size."""
+    """Turns labels by their own Exif entry if they have one, otherwise by the photo's.
+
+    A map without an entry stays as it is if it has the shown size as it is and would not have it when turned.
+    """
     upright = np.asarray(turned(Image.fromarray(labels), own_orientation or orientation))
     is_upright_already = labels.shape[::-1] == shown_size != upright.shape[::-1]
     return labels if own_orientation is None and is_upright_already else upright
 
 
 def _check_values(path: Path, labels: NDArray[np.uint8], names: list[str]) -> LabelMap:
-    """Sorts out 255, and refuses values that are no part labels.
+    """Decides what 255 means, and refuses values that are not part labels.
 
-    255 beside other labels is a rim to be ignored: it stays in the part labels, and it is not on the object. Alone it
+    Beside other labels, 255 marks a rim to be ignored: it stays in the part labels and is not on the object. Alone, 255
     is the object's mask.
 
     Raises:
-        LabelMapError: more labels than one photo has parts, a label without a name, an inverted mask, or, where parts
-            have no names, gaps.
+        LabelMapError: the map has more labels than a photo has parts, a label without a name, or an inverted mask; or
+            parts have no names, and the labels have gaps.
     """
     values = [value for value in np.unique(labels).tolist() if value]
     small = [value for value in values if value != IGNORED]
@@ -146,18 +153,19 @@ def _check_values(path: Path, labels: NDArray[np.uint8], names: list[str]) -> La
 def read_part_names(path: Path) -> list[str]:
     """The names in a `parts.txt`, in the order of the labels from 1.
 
-    First lines that name label 0 are left out. Lines that all begin with their label, such as `1: head`, are named by
-    what follows it.
+    First lines that name label 0 are left out. If every line begins with its label, as in `1: head`, the label is not
+    part of the name.
 
     Raises:
-        UserError: it is no text, or holds names that cannot be shown, twice the same, too many or in another order.
+        UserError: the file is not text, or its names cannot be printed, occur twice, are too many, or are numbered in
+            another order.
     """
     try:
         lines = decode_text(path.read_bytes()).splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: is no UTF-8 text; save it as UTF-8") from None
+        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     names = _without_numbers(path, [" ".join(line.split()) for line in lines if line.strip()])
     while names and names[0].lower() in _NAMES_OF_ZERO:
         names = names[1:]
@@ -170,7 +178,7 @@ def read_part_names(path: Path) -> list[str]:
 
 
 def _without_numbers(path: Path, names: list[str]) -> list[str]:
-    """The names of lines that begin with their labels: 0 and 1, or 1 alone, come first, and 255 may come last."""
+    """The names without the labels that their lines begin with. Labels count up from 0 or 1; 255 may come last."""
     matches = [_NUMBERED.fullmatch(name) for name in names]
     numbers = [int(match[1]) for match in matches if match]
     if not names or len(numbers) < len(names):

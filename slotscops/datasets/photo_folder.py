@@ -26,12 +26,15 @@ from slotscops.datasets.label_maps import NAMES_FILE, LabelMap, LabelMapError, r
 from slotscops.datasets.sources import SPLITS, WHOLE_FOLDER, Candidate, ImageScan, LeftOut
 
 _SPLIT_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-_TEST_FOLDERS = {"test", "testing"}  # the val split where there is a train folder and none for val
+_TEST_FOLDERS = {"test", "testing"}  # they are the val split if there is a train folder and no val folder
 
 
 @dataclass(frozen=True)
 class _PhotoFolderSplits:
-    """Splits by folder if there are split folders, else by names alone, so that added photos move no others."""
+    """Splits by folder if there are split folders, otherwise by a hash of each photo's name.
+
+    The hash depends on no other photo, so photos that are added later change no other photo's split.
+    """
 
     val_share: float
     class_name: str
@@ -46,7 +49,7 @@ class _PhotoFolderSplits:
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """All photos below `root`. Where it holds folders of both splits, such as `train/` and `val/`, only theirs."""
+    """All photos below `root`, or those in its split folders if it holds both, such as `train/` and `val/`."""
 
     root: Path
     label_folder: Path | None  # folder of label PNGs of the photos' names, 0 = none
@@ -54,10 +57,10 @@ class PhotoFolder:
     class_name: str
 
     def list_images(self) -> list[str]:
-        """Paths of photos below `root`, then the folder itself, for all that was passed over.
+        """Paths of photos below `root`, then `WHOLE_FOLDER`, which stands for all that was passed over.
 
         Raises:
-            UserError: no folder, no photo, or a `parts.txt` that cannot be used.
+            UserError: there is no such folder, no photo, or a `parts.txt` that cannot be used.
         """
         _keys_of_twins.cache_clear()
         for folder in (self.root, self.label_folder):
@@ -183,7 +186,7 @@ class PhotoFolder:
         return LeftOut(shown_name(image), 0, self.class_name, split, kind, reason, damaged)
 
     def _read(self, image: str) -> tuple[Image.Image, LabelMap | None]:
-        """The photo in RGB and its labels, None without a label map. Raises UserError."""
+        """The photo in RGB, and its labels or None if there is no label map. Raises UserError."""
         upright, orientation = read_image(self.root / image)
         photo = to_rgb(upright)
         path = self._label_path(image)
@@ -197,7 +200,7 @@ class PhotoFolder:
     def _files_of_labels(self, image: str) -> list[Path]:
         """Files of the photo's name in its own sub-folder of `label_folder`, then those in `label_folder` itself.
 
-        Where several photos have that name, only the first tells which of them is meant.
+        If several photos have that name, only the sub-folder tells which of them a label map belongs to.
         """
         if self.label_folder is None:
             return []
@@ -250,8 +253,8 @@ def _passed_over(name: str, kind: str, reason: str, damaged: bool) -> LeftOut:
 def _key_of(image: str) -> str:
     """The photo's name as a key of the shards, the same on every file system.
 
-    Composed (Unicode's NFC), without dots, which would end a WebDataset key, and with unprintable characters as
-    %NN of their UTF-8 bytes. The description of each sample holds the name itself.
+    Accents are composed (Unicode's NFC), dots are replaced because a WebDataset key ends at the first one, and
+    unprintable characters become %NN of their UTF-8 bytes. The description of each sample holds the original name.
     """
     return _printable(Path(image).stem.replace(".", "_"))
 
@@ -284,7 +287,7 @@ def _files_named(folder: Path, stem: str) -> list[Path]:
 
 @functools.lru_cache(maxsize=64)
 def _files_by_stem(folder: Path, changed_ns: int) -> dict[str, list[Path]]:
-    """Read anew when the folder has changed."""
+    """File name without ending -> files. `changed_ns`, the folder's time of change, is part of the cache's key."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file():

@@ -32,9 +32,9 @@ class LeftOut:
     object_number: int | None  # None: the whole image
     class_name: str | None
     split: str | None
-    kind: str  # the reason in general, to count by
-    reason: str  # the reason in particular
-    damaged: bool  # a fault of the file, not a choice
+    kind: str  # the general reason, by which items are counted
+    reason: str  # the exact reason
+    damaged: bool  # whether a file is at fault; otherwise a setting left the item out
 
 
 class ImageScan(NamedTuple):

@@ -33,7 +33,7 @@ def fit(train: Split, seed: int = 0, transform: BaselineTransform = "none", refi
 
     Args:
         train: must be read with labels. The label of a cell is that of most of its pixels, with the smallest part on
-            top. Pixels to be ignored have no say, and cells of nothing else are not used.
+            top. Ignored pixels do not count, and cells that hold nothing else are not used.
         seed: for the sampled cells and the networks.
         transform: applied to the features, see `TargetTransform`.
         refine: refine the maps with `refine_maps`, as networks do with `decoder.refinement: pamr`.

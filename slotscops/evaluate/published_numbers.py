@@ -1,8 +1,8 @@
 """Published scores, shown beside ours if class, number of parts and protocol match. We measured none of them.
 
 Choudhury et al., "Unsupervised Part Discovery from Contrastive Reconstruction" (NeurIPS 2021, arXiv:2111.06349),
-Table 4: PASCAL-Part, K = 4, one model a class, the true object mask given, first listed part on top. Their crops and
-networks differ from ours, so the table shows the state of the field and does not rank methods.
+Table 4: PASCAL-Part, K = 4, one model for each class, the true object mask given, the part listed first on top. Their
+crops and networks differ from ours, so the table shows the state of the field and does not rank methods.
 """
 
 from typing import NamedTuple

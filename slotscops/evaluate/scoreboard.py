@@ -20,7 +20,7 @@ _SCORES = ("nmi", "ari", "miou", "majority_miou")
 _HEADINGS = {"nmi": "NMI", "ari": "ARI", "miou": "mIoU", "majority_miou": "mIoU maj."}
 _TITLES = {
     "own": "full image, own background",
-    "mask": "full image, given object mask (other numbers than with the method's own background)",
+    "mask": "full image, given object mask (not comparable with the method's own background)",
     "foreground": "foreground only: pixels of true parts",
 }
 _MAY_DIFFER = {"seed", "run_dir"}  # settings in which the runs of one mean may differ
@@ -126,8 +126,8 @@ def show(title: str, methods: list[Scored]) -> None:
         console.show_table(_TITLES[protocol], ("method", "class", *columns), rows)
     _show_landmarks(methods, averaged)
     console.say(
-        "x 100. first, small: the part on top where true masks overlap, first listed or smallest. mIoU: best "
-        "one-to-one matching; maj.: each found part counts for the true one it mostly covers."
+        "Scores are x 100. Where true masks overlap, the part listed first (first) or the smallest one (small) is on "
+        "top. mIoU uses the best one-to-one matching; maj. counts each found part for the true part it mostly covers."
     )
     if _published_cells(methods):
         console.say(

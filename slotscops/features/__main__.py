@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
                     damaged[entry.name] = True
         if damaged:
             raise RunError(f"damaged feature files: {', '.join(damaged)}; {REMOVE_AND_REBUILD}")
-        console.say("every feature file is what the manifest says")
+        console.say("every feature file matches its manifest")
         return 0
     teacher = Teacher(options.layer, options.teacher_weights, options.teacher)
     show_cache(build_cache(dataset, teacher, size, options.mirrored))

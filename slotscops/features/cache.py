@@ -56,6 +56,11 @@ class FeatureCache:
         return f"features/{self.folder.name}/{entry.name}.safetensors", row["sha256"], row["bytes"]
 
     def open_shard(self, entry: ShardEntry) -> FeatureShard:
+        """The features of one shard, downloaded first if they are remote.
+
+        Raises:
+            UserError: the file cannot be read, is another shard's, or has another shape than the manifest says.
+        """
         with self.dataset.opened(*self.file(entry)) as path:
             shard = FeatureShard(path)
         if shard.label != file_label(self.manifest, entry.name):
@@ -102,7 +107,7 @@ def _open_one(dataset: ShardDataset, wanted: dict[str, Any], weights: str = "ima
         state = f"only {', '.join(others)}" if others else "no finished feature cache"
         reason = " of the mirrored crops (data.mirror is on)" if wanted["mirrored"] else ""
         build = "build with" if dataset.remote is None else "build and upload it, where the shards were made, with"
-        raise UserError(f"{dataset.location}: needed features {name}{reason}, came {state}; {build}: {command}")
+        raise UserError(f"{dataset.location}: needs features {name}{reason}, has {state}; {build}: {command}")
     cache = FeatureCache(folder, read_manifest(folder / "manifest.json"), dataset)
     for field, value in (wanted | {"shard_digest": dataset.digest}).items():
         if cache.manifest[field] != value:
@@ -135,6 +140,9 @@ def open_features(shards: str | Path, shard: str, name: str | None = None) -> Fe
 
     Args:
         name: folder below SHARDS/features; may be left out if there is only one, not counting mirrored ones.
+
+    Raises:
+        UserError: there is no such shard or cache, or several caches and no name.
     """
     dataset = open_dataset(shards)
     names = [other for other in _finished_names(dataset) if not other.endswith("-mirrored")]
@@ -142,7 +150,7 @@ def open_features(shards: str | Path, shard: str, name: str | None = None) -> Fe
         raise UserError(f"{shards}: has feature caches {names or 'none'}; name the one you want")
     name = name or names[0]
     if not _has_manifest(dataset, name):
-        raise UserError(f"{shards}: has no finished feature cache '{name}', came {', '.join(names) or 'none'}")
+        raise UserError(f"{shards}: has no finished feature cache '{name}', only {', '.join(names) or 'none'}")
     manifest = read_manifest(dataset.folder / "features" / name / "manifest.json")
     fields = ("network", "layer", "input_size", "mirrored")
     cache = _open_one(dataset, {field: manifest[field] for field in fields})
@@ -201,6 +209,7 @@ def _keys_of(cache: FeatureCache, entry: ShardEntry) -> dict[int, str]:
 
 
 def warn_if_random(cache: FeatureCache) -> None:
+    """Prints a warning if the features come from a teacher with random weights."""
     if cache.is_random and console.is_main():
         console.warn(
             f"WARNING: the features in {cache.folder} come from an UNTRAINED {cache.manifest['network']} "

@@ -36,7 +36,7 @@ def verify_shards(shards: Path, num_workers: int) -> int:
         found += 1
     if found:
         raise RunError(f"{shards}: {found} damages found")
-    console.say(f"{shards}: every file is what was written")
+    console.say(f"{shards}: every file is as it was written")
     return 0
 
 

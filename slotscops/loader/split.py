@@ -96,8 +96,8 @@ class Split(Dataset[Batch]):
             if other not in self._faults:
                 return other
         raise RunError(
-            f"{self._faults[sample]} (nor is one of {NUM_SUBSTITUTES} others whole); look at all of them with: "
-            f"python -m slotscops.shard --verify {self.dataset.location}"
+            f"{self._faults[sample]} ({NUM_SUBSTITUTES} samples tried in its place are damaged too); "
+            f"list all damage with: python -m slotscops.shard --verify {self.dataset.location}"
         )
 
     def _look_for_fault(self, sample: int) -> None:

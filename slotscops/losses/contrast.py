@@ -48,7 +48,8 @@ def part_contrast(part_maps: Tensor, features: Tensor, class_ids: Tensor, temper
         means = functional.normalize(means, dim=2, eps=_EPSILON)
         products = means[0::2] @ means[1::2].mT / temperature  # (B/2, K, K)
         same = torch.arange(num_parts, device=part_maps.device).expand(num_images // 2, -1)  # (B/2, K)
-        # cross_entropy takes the softmax over dim 1, the parts of the first photo: one number a part of the second.
+        # cross_entropy takes the softmax over dim 1, the parts of the first photo. It gives one number for each part of
+        # the second.
         there = functional.cross_entropy(products, same, reduction="none")
         back = functional.cross_entropy(products.mT, same, reduction="none")
         counts = (class_ids[0::2] == class_ids[1::2]).to(dtype)[:, None]  # (B/2, 1)

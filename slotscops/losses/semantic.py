@@ -128,7 +128,9 @@ def _check_shapes(logits: Tensor, features: Tensor, basis: Tensor, size: tuple[i
         raise ValueError(f"features {_shape(features)}: needed ({num_images}, C, h, w) beside logits {_shape(logits)}")
     wanted = (num_slots - 1, features.shape[1])
     if basis.shape not in (wanted, (num_images, *wanted)):
-        raise ValueError(f"basis {_shape(basis)}: needed {wanted}, a row a part and a column a feature channel")
+        raise ValueError(
+            f"basis {_shape(basis)}: needed {wanted}, one row for each part and one column for each channel"
+        )
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size {tuple(size)}: needed height and width in pixels, at least 1")
     if mask is None:

@@ -84,7 +84,7 @@ class PartScores:
         """
         if self._table.shape != other._table.shape:
             raise ValueError(
-                f"table {tuple(other._table.shape)}: needed {tuple(self._table.shape)}, as that which it is added to"
+                f"table {tuple(other._table.shape)}: needed {tuple(self._table.shape)}, that of the other table"
             )
         self._table += other._table
 

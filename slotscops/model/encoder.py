@@ -193,7 +193,7 @@ class FrozenBatchNorm(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Computes scale and shift anew. It must follow every change of the other buffers but by `load_state_dict`."""
+        """Computes scale and shift anew. Call it after changing another buffer; `load_state_dict` calls it itself."""
         self.scale = self.weight * (self.running_var + self.eps).rsqrt()
         self.shift = self.bias - self.running_mean * self.scale
 

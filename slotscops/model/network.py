@@ -193,4 +193,4 @@ def _check_choices(maps_from: MapsFrom, num_iterations: int, slot_init: SlotInit
         raise UserError("decoder.maps is attention, which needs slots.iterations of 2 or more, came 1")
     if num_classes is not None and (maps_from == "head_only" or slot_init == "shared_gaussian"):
         other = "decoder.maps is head_only" if maps_from == "head_only" else "slots.init is shared_gaussian"
-        raise UserError(f"slots.per_class is own, but {other}, which has no starts of slots to own; change one of them")
+        raise UserError(f"slots.per_class is own, but {other}, which has no slot starts of its own; change one of them")

@@ -52,7 +52,8 @@ class WholeModel(nn.Module):
         config = model.trained.config
         if config.slots.init == "shared_gaussian":
             raise UserError(
-                "slots.init is shared_gaussian, which draws random numbers; only starts that do not can be exported"
+                "slots.init is shared_gaussian, which draws random numbers and cannot be exported; train with "
+                "slots.init=learned"
             )
         self.network, self.teacher, self.teacher_size = model.network, model.teacher, config.teacher_size
         blank = torch.zeros(1, 3, model.size, model.size, dtype=torch.uint8, device=model.device)

@@ -84,7 +84,6 @@ def write_pictures(out: Path, name: str, photo: NDArray[np.uint8], labels: NDArr
 
     The page does not use the photo's own file, which may be huge, rotated, or of a format that browsers do not show.
 
-
     Args:
         name: file name of the photo in the gallery, without its ending.
         photo: (H, W, 3) uint8 RGB.

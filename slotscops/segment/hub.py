@@ -113,13 +113,13 @@ def fetch(model_id: str, **download: Any) -> Path:
 
 
 def _remove_old_card(path: Path) -> None:
-    """Removes a model card of an earlier model, because the mixin writes one only where there is none."""
+    """Removes the model card of an earlier model, because the mixin does not replace an existing card."""
     if not path.exists():
         return
     if "library_name: slotscops" in path.read_text(errors="replace").splitlines():
         path.unlink()
     else:
-        console.warn(f"{path}: is no model card of slotscops, so it stays and says nothing of this model; move it away")
+        console.warn(f"{path}: was not written by slotscops and stays; move it away to get a card of this model")
 
 
 def _card_contents(trained: Trained) -> dict[str, Any]:

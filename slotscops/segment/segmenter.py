@@ -197,14 +197,14 @@ def load(run_or_checkpoint: str | Path, teacher_weights: str | None = None) -> S
 def _load_teacher(trained: Trained, weights: str | None) -> Teacher:
     original, wanted = trained.state.teacher_weights, trained.config.teacher
     if weights is None and not pretrained.is_found_by_name(original):
-        whence = f"weights from {original}" if original else "weights that nobody noted"
+        whence = f"weights from {original}" if original else "weights that were not recorded"
         raise UserError(
             f"{trained.path}: was trained on features of {wanted.network} with {whence}; "
             "give that file with --teacher-weights (in Python: teacher_weights=)"
         )
     teacher = Teacher(wanted.layer, weights or original, wanted.network)
     if not trained.state.teacher_sha256:
-        console.warn(f"{trained.path}: does not say which teacher it was trained with; {teacher.weights_name} is taken")
+        console.warn(f"{trained.path}: does not say which teacher it was trained with; using {teacher.weights_name}")
     elif teacher.fingerprint != trained.state.teacher_sha256:
         raise UserError(
             f"{trained.path}: was trained with teacher {original} (sha256 {trained.state.teacher_sha256[:12]}), "

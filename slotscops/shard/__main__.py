@@ -170,7 +170,7 @@ def _show(outcome: Outcome, out: Path) -> None:
     if reasons:
         left = [(kind, name, split, f"{count:,}") for (kind, name, split), count in sorted(reasons.items())]
         console.show_table("left out", ("reason", "class", "split", "objects or files"), left)
-        console.say(f"every one with its reason: {out / 'index' / 'left_out.json'}")
+        console.say(f"each with its reason: {out / 'index' / 'left_out.json'}")
     damaged = [item for item in outcome.left_out if item.damaged]
     for item in damaged[:_LISTED]:
         console.warn(f"left out {item.image}: {item.reason}")

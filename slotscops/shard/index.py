@@ -143,14 +143,17 @@ class ShardDataset:
                 yield path
 
     def num_samples(self, split: str) -> int:
+        """Number of samples in all shards of a split."""
         return sum(entry.num_samples for entry in self.split(split))
 
     def split(self, name: str) -> list[ShardEntry]:
+        """The shards of a split, in order. Raises UserError if there is no such split."""
         if name not in self.splits:
             raise UserError(f"{self.location}: has no split '{name}', only {', '.join(self.splits) or 'none'}")
         return self.splits[name]
 
     def read_index(self, entry: ShardEntry) -> ShardIndex:
+        """The index of one shard. Raises UserError if it is damaged or does not fit `dataset.json`."""
         with self.opened(f"index/{entry.name}.safetensors", entry.index_sha256) as path:
             index = ShardIndex.read(path, entry.index_sha256)
         if len(index) and not 0 <= index.class_ids.min() <= index.class_ids.max() < len(self.class_names):

@@ -90,6 +90,7 @@ class ShardReader:
         return mask
 
     def read_description(self, row: int) -> dict[str, Any]:
+        """The sample's `.json` member; see `Record.description`. Raises DamageError."""
         try:
             description = json.loads(self.read_member(row, "json"))
         except (ValueError, RecursionError):

@@ -163,8 +163,8 @@ class RemoteFolder:
         num_bytes = num_bytes or len(content)
         if num_bytes > self.max_bytes:
             raise UserError(
-                f"{self.url_of(name)}: has {num_bytes / 1e9:.3g} GB, the cache at most {self.max_bytes / 1e9:.3g}; set "
-                "SLOTSCOPS_CACHE_GB to more, best to more than the whole data set"
+                f"{self.url_of(name)}: has {num_bytes / 1e9:.3g} GB, but the cache holds at most "
+                f"{self.max_bytes / 1e9:.3g}; set SLOTSCOPS_CACHE_GB to more than the whole data set has"
             )
         # Its name holds the size that the file will have when complete.
         partial = target.with_name(f".{target.name}.{num_bytes}.partial")
@@ -346,7 +346,7 @@ class _Patience:
         if pause is None:
             raise RunError(
                 f"{self._url}: cannot be fetched, tried {len(_PAUSES) + 1} times over {sum(_PAUSES):g} s ({what}); "
-                "see to the network or the server and start again, what came is kept"
+                "check the network and the server, then start again: what has arrived is kept"
             ) from None
         console.warn(f"{self._url}: {what}; trying again in {pause:g} s")
         time.sleep(pause)

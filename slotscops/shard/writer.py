@@ -54,6 +54,8 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class Outcome:
+    """The finished data set, and all objects and files that were left out of it."""
+
     dataset: ShardDataset
     left_out: list[LeftOut]
 
@@ -115,13 +117,13 @@ def _claim_folder(out: Path, plan: dict[str, Any]) -> bool:
     _make_folder(out)
     remove_abandoned(out, plan_path(out).parent, _scan_folder(out))
     claim(plan_path(out), plan, _ANOTHER)
-    _drawing_path(out).unlink(missing_ok=True)  # the plan says it from now on
+    _drawing_path(out).unlink(missing_ok=True)  # the plan records it from now on
     return not dataset_path(out).is_file()
 
 
 def _make_folder(out: Path) -> None:
-    """Makes the folder and its index. Raises ClaimError where there are shards without a plan."""
-    # The content is looked at before the plan: shards of another process of the same work appear after its plan.
+    """Makes the folder and its index. Raises ClaimError if it holds shards without a plan."""
+    # We look for shards first and for the plan second, because a process of the same work writes its plan first.
     if _holds_other_things(out) and not plan_path(out).is_file():
         raise ClaimError(f"{out}: holds other shards or is no folder; choose another --out or remove it")
     try:
@@ -131,7 +133,7 @@ def _make_folder(out: Path) -> None:
 
 
 def _holds_other_things(out: Path) -> bool:
-    """Whether there is more than what a process leaves that was killed before it had written its plan."""
+    """Whether the folder holds more than a process leaves if it is killed before it has written its plan."""
     if out.exists() and not out.is_dir():
         return True
     in_index = (path for path in (out / "index").glob("*") if path != _drawing_path(out))
@@ -146,7 +148,7 @@ def claimed_drawing(out: Path, numbers: dict[str, int]) -> Iterator[bool]:
         numbers: what the photos depend on.
 
     Returns:
-        Whether the photos are to be drawn; if not, the shards' plan says that they have been.
+        True if the photos must be drawn, False if the shards' plan says that they have been.
 
     Raises:
         ClaimError: another process draws other photos there, or was killed while it did.
@@ -155,7 +157,7 @@ def claimed_drawing(out: Path, numbers: dict[str, int]) -> Iterator[bool]:
         _make_folder(out)
         claim(_drawing_path(out), numbers, _ANOTHER)
     try:
-        # Looked at again, because the plan may have taken the place of the claim of another process meanwhile.
+        # Another process may have replaced its claim by the plan since the first look.
         yield not plan_path(out).is_file()
     except BaseException:
         _drawing_path(out).unlink(missing_ok=True)  # so that other numbers can be tried at once

@@ -22,7 +22,7 @@ from slotscops.train.run.published import is_published, read_published
 def build_model(config: Config, feature_channels: int, pretrained: bool = True, num_classes: int = 1) -> SlotScops:
     """Builds the network of the settings on the CPU. The same settings, with their seed, give the same network.
 
-    What no loss of the settings depends on does not train: every trainable parameter receives a gradient.
+    Parameters that no loss of the settings depends on are frozen, so every trainable parameter receives a gradient.
 
     Args:
         feature_channels: C of the teacher's features.

@@ -84,13 +84,13 @@ def _who_left() -> str:
             time.sleep(0.1)
 
     if not _within_time(ask):
-        return "lost the main process, killed, or this node was cut off from it"
+        return "lost the main process: it was killed, or this node was cut off from it"
     causes = {number: reason for number, reason in reasons.items() if reason != _WAITING}
     if causes:
         return "; ".join(f"rank {number} failed: {reason}" for number, reason in sorted(causes.items()))
     silent = [number for number in others if number not in reasons]
     listed = ", ".join(f"rank {number}" for number in silent) or "the network"
-    return f"lost {listed}: killed, hung, or cut off within train.timeout_minutes"
+    return f"lost {listed}: killed, or it gave no answer within train.timeout_minutes"
 
 
 def _within_time(use: Callable[[Any], None]) -> bool:

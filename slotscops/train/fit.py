@@ -55,7 +55,7 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
 
 
 def _find_start(folder: RunFolder, resume: str, is_main: bool) -> Path | None:
-    """The checkpoint to continue from. Where there are some, the folder is owned before they are looked at."""
+    """The checkpoint to continue from, or None. A folder with checkpoints is owned before they are read."""
     if is_main and folder.checkpoints.is_dir():
         folder.own()
     return folder.find_checkpoint(resume)

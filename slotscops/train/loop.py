@@ -38,7 +38,7 @@ from slotscops.train.stopping import Agreement, StopRequest
 from slotscops.train.stopwatch import Stopwatch, peak_memory_bytes
 from slotscops.train.trackers import log_numbers, log_picture, open_trackers
 
-_WAITING_PICTURES = 50  # pictures kept for a disk that is full; the oldest are given up
+_WAITING_PICTURES = 50  # pictures that wait while the disk is full; beyond it the oldest are dropped
 _NO_TRUTH = (
     "No scores and no best checkpoint: the evaluated photos of val have no true parts to compare with. "
     "To get scores, make shards of photos with part labels."

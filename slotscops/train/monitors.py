@@ -70,8 +70,8 @@ def likely_causes(row: dict[str, float], step: int, total_steps: int) -> dict[st
     causes = {}
     if row["map_entropy"] > _UNDECIDED:
         causes["undecided"] = (
-            f"no cell belongs to one slot more than to another (map_entropy {row['map_entropy']:.3f}); slots that "
-            "cannot be told apart never decide: set slots.init=learned, or raise train.learning_rate"
+            f"all slots share every cell about equally (map_entropy {row['map_entropy']:.3f}), as they do if they all "
+            "start alike or learn too slowly: set slots.init=learned, or raise train.learning_rate"
         )
     elif max(shares) > _ALL:
         slot = shares.index(max(shares))
@@ -83,14 +83,14 @@ def likely_causes(row: dict[str, float], step: int, total_steps: int) -> dict[st
         )
     elif shares[0] < DEAD_SHARE:
         causes["no background"] = (
-            f"the background wins {100 * shares[0]:.2f} % of all cells, so a part has taken its place; a slot too many "
-            "for the features does that: lower slots.num_parts, or set basis.init=kmeans"
+            f"the background wins {100 * shares[0]:.2f} % of all cells, so a part has taken its place; this "
+            "happens if there are more slots than the features fill: lower slots.num_parts, or set basis.init=kmeans"
         )
     dead = [slot for slot, share in enumerate(shares) if slot and share < DEAD_SHARE]
     if dead and not causes:
         causes["dead slots"] = (
             f"slot(s) {', '.join(map(str, dead))} win nothing; their basis rows fit no feature, or an entropy loss "
-            "decided before they had found one: set losses.entropy_ramp_steps where losses.entropy is on, set "
+            "decided before they had found one: set losses.entropy_ramp_steps if losses.entropy is on, set "
             "basis.init=kmeans, lower slots.num_parts, or lower train.basis_learning_rate"
         )
     if row["zero_basis_rows"] >= 1:
@@ -132,6 +132,6 @@ class FiniteWatch:
         ranks = ", ".join(str(rank) for rank, step in enumerate(bad_losses) if step == since)
         what = f"the loss of rank {ranks}" if ranks else "the gradient"
         raise RunError(
-            f"{what} has not been finite since step {since}; lower train.learning_rate or train.clip_norm and go on "
-            "from the last checkpoint, which is from before it"
+            f"{what} has not been finite since step {since}; lower train.learning_rate or train.clip_norm and continue "
+            "from the last checkpoint, which was saved before that step"
         )

@@ -60,7 +60,7 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
 
 
 def _check_precision(config: Config) -> None:
-    """Refuses what the launcher may ask for but the loop does not do: it would clip gradients that are still scaled."""
+    """Refuses a precision that only the launcher knows, such as fp16: the loop would clip gradients still scaled."""
     asked = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in get_args(MixedPrecision):
         raise UserError(
@@ -171,13 +171,14 @@ def _warn_if_fetched_again_and_again(dataset: ShardDataset, cache: FeatureCache)
         needed += sum(features.manifest["files"][entry.name]["bytes"] for entry in entries)
     if needed > dataset.remote.max_bytes:
         console.warn(
-            f"{dataset.location}: has {needed / 1e9:.3g} GB to train on, the cache "
-            f"{dataset.remote.max_bytes / 1e9:.3g}; shards will be fetched again and again, set SLOTSCOPS_CACHE_GB to "
+            f"{dataset.location}: has {needed / 1e9:.3g} GB to train on, but the cache holds "
+            f"{dataset.remote.max_bytes / 1e9:.3g}; shards will be fetched again and again: set SLOTSCOPS_CACHE_GB to "
             f"more than {needed / 1e9:.3g}"
         )
 
 
 def open_dataset_of_size(config: Config) -> ShardDataset:
+    """Opens the shards. Raises UserError if they hold crops of another size than `data.size`."""
     dataset = open_dataset(config.data.shards)
     if dataset.size != config.data.size:
         raise UserError(

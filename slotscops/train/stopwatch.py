@@ -16,12 +16,14 @@ class Stopwatch:
         self.restart()
 
     def restart(self) -> None:
+        """Sets all counts to zero and starts anew."""
         self._start = time.perf_counter()
         self.waited_s = 0.0
         self._paused_s = 0.0
         self._images = 0
 
     def count(self, images: int) -> None:
+        """Adds images, of all processes, that were trained on."""
         self._images += images
 
     @contextmanager

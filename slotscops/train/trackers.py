@@ -25,10 +25,10 @@ _TENSORBOARD = "tensorboard"  # also the name of its folder in the run's folder
 
 
 def choose_trackers(names: Sequence[str], config: Config) -> list[Any]:
-    """What Accelerate's `log_with` takes.
+    """The value for Accelerate's argument `log_with`.
 
     Args:
-        names: of `OPTIONAL`.
+        names: some of `OPTIONAL`.
 
     Raises:
         UserError: a tracker is unknown or not installed.
@@ -74,7 +74,7 @@ def log_picture(accelerator: Accelerator, files: SideFiles, name: str, picture: 
 
 
 def close_trackers(accelerator: Accelerator) -> None:
-    """Ends all trackers, also where their last words cannot be written any more."""
+    """Ends all trackers, even if what they still hold cannot be written."""
     for tracker in accelerator.trackers:
         with suppress(OSError):
             tracker.finish()
@@ -82,7 +82,7 @@ def close_trackers(accelerator: Accelerator) -> None:
 
 
 def _log(tracker: Any, method: str, values: dict[str, Any], step: int, **arguments: Any) -> None:
-    """Logs the values of one step. TensorBoard's writer is dead once it fails, and the next try begins a new file."""
+    """Logs the values of one step. TensorBoard's writer is useless once it has failed: the next try opens a new one."""
     if not isinstance(tracker, TensorBoardTracker):
         getattr(tracker, method)(values, step=step, **arguments)
         return

@@ -1,4 +1,4 @@
-"""Several processes that want one folder, and what a killed process leaves in it."""
+"""Several processes that claim one folder, and files that a killed process leaves in it."""
 
 import errno
 import json

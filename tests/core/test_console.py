@@ -1,4 +1,4 @@
-"""What reaches the terminal: one line each, that nothing from outside can forge, and an exit code."""
+"""Commands print one line that no outside text can forge, and end with an exit code."""
 
 import errno
 import os

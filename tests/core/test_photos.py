@@ -73,7 +73,7 @@ def test_a_photo_cut_short_is_refused_by_name(tmp_path: Path, share: float) -> N
 def test_a_heic_photo_under_another_ending_says_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slotscops.core.photos._reads_heif", lambda: False)
     (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
-    with pytest.raises(UserError, match=r"phone\.jpg: HEIC is read by pillow-heif"):
+    with pytest.raises(UserError, match=r"phone\.jpg: reading HEIC needs pillow-heif"):
         read_photo(tmp_path / "phone.jpg")
 
 
@@ -217,7 +217,7 @@ def exif(kind: int, count: int, value: bytes, tag: int = 0x0112) -> bytes:
 
 
 def test_another_entry_of_a_wrong_type_does_not_keep_a_photo_from_being_turned(tmp_path: Path) -> None:
-    # Pillow writes the resolution as a fraction, which it cannot make of this text.
+    # Pillow writes the resolution as a fraction, and cannot make one from this text.
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif(2, 4, b"abc\0", tag=0x011A))
     with Image.open(tmp_path / "a.jpg") as image, pytest.raises((TypeError, ValueError, AttributeError, struct.error)):
         ImageOps.exif_transpose(image)

@@ -1,4 +1,4 @@
-"""Weights from torchvision, from files and from seeds, and every way in which they cannot be had."""
+"""Weights from torchvision, from files and from seeds, and every way in which loading them fails."""
 
 import pickle
 from pathlib import Path

@@ -203,7 +203,7 @@ def test_a_list_of_names_is_read_as_editors_and_tools_write_it(tmp_path: Path, t
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"t\xeate\n", "is no UTF-8 text"),
+        (b"t\xeate\n", "is not UTF-8 text"),
         (b"1 head\n3 tail\n", "begin with 1, ..., 3, needed 1, 2, 3"),
         (b"head\nhead\n", "each once"),
         (b"he\x1bad\n", "cannot be shown"),

@@ -82,7 +82,7 @@ def test_killed_on_two_processes_and_started_again_on_one_the_cache_has_the_same
         deadline = time.monotonic() + 120
         while not list(folder.glob("*.safetensors")) and running.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-    # Leaving that block is kill -9 for all of them.
+    # Leaving that block kills all of them with SIGKILL.
     assert list(folder.glob("*.safetensors")), "nothing was written before the kill"
     assert not (folder / "manifest.json").exists(), "everything was written before the kill"
     for shards in (own_shards, whole):

@@ -1,4 +1,4 @@
-"""Mirrored photos in training: their features, and that nothing but seed, epoch and sample decides what is mirrored."""
+"""Mirrored photos in training: their features, and the choice of mirrored samples by seed, epoch and sample alone."""
 
 import shutil
 import sys
@@ -127,7 +127,7 @@ def test_half_of_the_samples_are_mirrored_and_others_in_each_epoch() -> None:
     first, second = (plan.mirrored_in(10_000, 0, epoch) for epoch in (0, 1))
     assert 4_800 < first.sum() < 5_200
     assert 4_800 < (first != second).sum() < 5_200
-    # Written down once, as the order is: a resumed run must mirror what it would have.
+    # The numbers are fixed here, like the order of samples: a resumed run must mirror the same samples.
     assert plan.mirrored_in(12, seed=3, epoch=1).astype(int).tolist() == PINNED
 
 

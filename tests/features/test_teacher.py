@@ -1,4 +1,4 @@
-"""The teacher is one of torchvision's networks, VGG19 first of all, up to the named layers, on RGB."""
+"""The teacher: VGG19 or another of torchvision's networks, up to the named layers, on RGB photos."""
 
 from pathlib import Path
 

@@ -95,11 +95,11 @@ def scan(tree: PascalPartTree, image: str = "a", classes: str = "horse") -> Imag
 
 
 def message(source: bytes) -> str:
-    """The error of reading it, which must be one line."""
+    """The message of the error that reading it raises. It must be one line."""
     with pytest.raises(UserError) as raised:
         read_annotation(io.BytesIO(source))
     assert "\n" not in str(raised.value)
-    is_whole = "needed version 5" in str(raised.value)  # only MATLAB makes another version of it
+    is_whole = "needed version 5" in str(raised.value)  # a whole file of another version, which only MATLAB can convert
     assert ("save it with: save -v7" if is_whole else "fetch the file again") in str(raised.value)
     return str(raised.value)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def open_tab(browser: Any, page: Path, width: int = 1200, height: int = 800, **settings: Any) -> Any:
-    """The page as it opens from disk, any error of its script noted in `errors`, any address in `asked`."""
+    """Opens the page from disk. Errors of its script go to `errors`, addresses that it requests to `asked`."""
     tab = browser.new_context(viewport={"width": width, "height": height}, **settings).new_page()
     tab.set_default_timeout(20_000)
     tab.errors, tab.asked = [], []
@@ -18,7 +18,7 @@ def open_tab(browser: Any, page: Path, width: int = 1200, height: int = 800, **s
 
 
 def contrast(tab: Any, selector: str) -> float:
-    """Ratio of luminances of an element's text and of what lies behind it (WCAG 2.2)."""
+    """Ratio of the luminances of an element's text and of its background (WCAG 2.2)."""
     colours = tab.evaluate(
         """selector => {
           let element = document.querySelector(selector);

@@ -1,4 +1,4 @@
-"""Real processes for the tests: started with a bound on their time, ended whatever happens."""
+"""Starts real processes for the tests, with a time limit, and always ends them."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from slotscops.train.run.folder import read_metrics
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT_S = 240
 _MARK = "SLOTSCOPS_TEST"
-# Facts about Accelerate: on CPUs this line, and no other, starts as many processes as it says.
+# On CPUs, this is the only way to make Accelerate start the requested number of processes.
 _ACCELERATE = ["accelerate", "launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 _ON_ITS_OWN = ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
 TWO_PROCESSES = [*_ACCELERATE, "--multi_gpu", "--num_processes", "2", *_ON_ITS_OWN]
@@ -83,7 +83,7 @@ def started(command: list[str], **environment: str) -> Iterator[Running]:
         try:
             yield Running(process, out, err)
         finally:
-            # A launcher puts its processes into sessions of their own: they are found by what they inherited.
+            # A launcher puts its processes into sessions of their own. We find them by a variable that they inherit.
             for number in [process.pid, *process_ids("", f"{_MARK}={mark}")]:
                 with suppress(ProcessLookupError):
                     os.kill(number, signal.SIGKILL)
@@ -91,7 +91,7 @@ def started(command: list[str], **environment: str) -> Iterator[Running]:
 
 
 def _clean_environment() -> dict[str, str]:
-    """The environment of a command: one thread, on CPUs, of no process group, with the programs of this interpreter."""
+    """The environment of a command: one thread, no GPU, no process group, this interpreter's programs on the PATH."""
     of_others = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTEST_CURRENT_TEST")
     clean = {name: value for name, value in os.environ.items() if name not in of_others}
     path = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
@@ -136,7 +136,7 @@ def sabotaged(folder: Path, body: str) -> Path:
 
 
 def wait_for_step(run_dir: Path, step: int, running: Running) -> None:
-    """Until the run has logged that step; fails where it ended before."""
+    """Waits until the run has logged that step. Fails if the run ends before."""
     ends = time.monotonic() + TIMEOUT_S
     while time.monotonic() < ends:
         if last_step(run_dir) >= step:
@@ -174,7 +174,7 @@ def rank_id(run_dir: Path, rank: int) -> int:
 
 
 def orphans(run_dir: Path) -> list[int]:
-    """What still runs of a run a few seconds after its end."""
+    """Processes of a run that are still there a few seconds after its end."""
     for _ in range(50):
         left = list(process_ids(f"run_dir={run_dir}"))
         if not left:

@@ -1,4 +1,4 @@
-"""Ways in which files of a data set come to harm, each done to a copy of the toy shards."""
+"""Kinds of damage to the files of a data set. Each is done to a copy of the toy shards."""
 
 import json
 import shutil
@@ -11,9 +11,9 @@ from slotscops.core.records import MEMBERS
 from slotscops.features.verify import tar_header
 from slotscops.shard.index import ShardIndex
 
-SHARD = "train-000001"  # the one that comes to harm
-OTHER = "train-000000"  # of as many samples
-ROW = 2  # the sample of it, if a single one does
+SHARD = "train-000001"  # the shard that is damaged
+OTHER = "train-000000"  # another one with the same number of samples
+ROW = 2  # the damaged sample, if it is a single one
 CACHE = "vgg19-relu5_4-64"
 
 
@@ -73,12 +73,12 @@ def at_length(content: bytes, num_bytes: int) -> bytes:
 
 
 def write_over(path: Path, other: Path) -> None:
-    """The other's content, at the file's own length."""
+    """Replaces the content by that of the other file, and keeps the file's own length."""
     path.write_bytes(at_length(other.read_bytes(), path.stat().st_size))
 
 
 def swap_content(first: Path, second: Path) -> None:
-    """Each with the other's content at its own length."""
+    """Swaps the content of two files, and keeps the length of each."""
     mine, others = first.read_bytes(), second.read_bytes()
     first.write_bytes(at_length(others, len(mine)))
     second.write_bytes(at_length(mine, len(others)))
@@ -118,7 +118,7 @@ def dataset_json(shards: Path) -> Path:
 
 
 Damage = Callable[[Path], object]
-# What is damaged, how, and where it is found: at opening (O), in reading samples by index (R), by --verify (V).
+# Damage -> how to do it, and where it is found: at opening (O), when reading samples by index (R), by --verify (V).
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "tar cut at a member boundary": (lambda s: cut(tar(s), offset(s) - 512), "O V"),
     "tar cut inside a member": (lambda s: cut(tar(s), offset(s) + 10), "O V"),

@@ -31,7 +31,7 @@ _environment: dict[str, str] = {}
 def ranks(count: int) -> list[str]:
     """Launcher of that many processes on this machine, without Accelerate's launcher, whose imports take seconds too.
 
-    It sets the variables that torch's launcher sets. Tests of what happens as a rank fails use the real one.
+    It sets the variables that torch's launcher sets. Tests of failing ranks use the real launcher.
     """
     return [RANKS, str(count)]
 

@@ -1,4 +1,4 @@
-"""A disk that is full when a test says so: a small tmpfs, or where none can be mounted, system calls that refuse."""
+"""A disk that a test can fill: a small tmpfs or, if none can be mounted, system calls that raise ENOSPC."""
 
 import errno
 import os

@@ -22,7 +22,7 @@ from typing import Any
 
 @dataclass
 class WebServer:
-    """Serves files in ranges. What `faults` holds happens to that many requests for that file, first ones first.
+    """Serves files in ranges. `faults` lists for each file what goes wrong with its first requests, in order.
 
     Faults: `drop` (half of the bytes, then the connection ends), `503`, `403`, `flip` (a bit is wrong), `short` (fewer
     bytes than asked for, as if that were all), `whole` (ranges are not known), `endless` (the bytes, then zeros until

@@ -1,6 +1,6 @@
-"""Pytest hook that fails a session in which tests were skipped, where SLOTSCOPS_NO_SKIPS is 1.
+"""Pytest hook that fails a session in which tests were skipped, if SLOTSCOPS_NO_SKIPS is 1.
 
-Tests that need real data may still be skipped where SLOTSCOPS_DATA is not set.
+Tests that need real data may still be skipped if SLOTSCOPS_DATA is not set.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Runs and photos that are made in a moment, for tests of what comes after training."""
+"""Quickly made runs and photos, for tests of what comes after training."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def save_feature_run(folder: Path, *settings: str) -> Path:
 
 
 def photo(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
-    """Colours in large blots."""
+    """A photo of large coloured blots."""
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC).convert(mode)

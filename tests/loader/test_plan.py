@@ -62,7 +62,7 @@ def test_epochs_and_seeds_give_different_orders() -> None:
 
 
 def test_the_order_is_the_one_that_older_checkpoints_were_trained_with() -> None:
-    # Written down once: another order would make every resumed run see other samples than it would have.
+    # The order is fixed here: with another one, every resumed run would see other samples.
     assert plan.permutation(8, seed=3, epoch=1).tolist() == [7, 1, 0, 6, 2, 3, 5, 4]
 
 

@@ -1,6 +1,6 @@
 """Damages real files at random and reads them: each must end in a result or a one-line error.
 
-    python tests/fuzz.py --inputs 100000 --seed 0 [--workers 2] [--real DIR]
+    python tests/long/fuzz.py --inputs 100000 --seed 0 [--workers 2] [--real DIR]
 
 Input i goes to reader i modulo their number and depends on (seed, i) only: `--first I --inputs 1` repeats one. Readers
 run in processes of their own, so that a crash is seen and counted; one that takes longer than 20 s on an input hangs.
@@ -76,7 +76,7 @@ def run_chunk(
     options: argparse.Namespace, corpus: Path, folder: Path, outcomes: Counter[str], failures: list[str],
     first: int, last: int,
 ) -> None:  # fmt: skip
-    """Inputs `first` to `last` in processes of their own; a new one goes on behind an input that ended the old."""
+    """Reads inputs `first` to `last` in a child process. If an input ends the child, a new one continues after it."""
     progress = folder / f"{first}.progress"
     while first < last:
         progress.write_text(str(first))
@@ -120,7 +120,7 @@ def wait(process: subprocess.Popen[bytes], progress: Path) -> bool:
 
 
 def work(options: argparse.Namespace) -> None:
-    """In the child: reads the inputs one after the other, and tells of each hundred what came out."""
+    """In the child: reads the inputs one after the other, and reports the results of each hundred."""
     readers = list(READERS)
     with tempfile.TemporaryDirectory() as scratch, os.fdopen(os.open(options.child, os.O_WRONLY), "w") as progress:
         corpus = Corpus(options.corpus, Path(scratch), options.real)
@@ -137,14 +137,14 @@ def work(options: argparse.Namespace) -> None:
                 outcome, failure = "hang", "took too long"
             outcomes[f"{reader}: {outcome}"] += 1
             failures += [f"input {number}, {reader}: {failure}"] if failure else []
-            # What is told stays told, if a later input ends this process.
+            # What has been reported is kept if a later input ends this process.
             print(json.dumps({"outcomes": outcomes, "failures": failures}), flush=True)
             outcomes.clear()
             failures.clear()
 
 
 def read_one(corpus: Corpus, reader: str, generator: np.random.Generator) -> tuple[str, str]:
-    """What came out, and what is wrong with it."""
+    """The kind of result, and what is wrong with it."""
     try:
         READERS[reader](corpus, generator)
     except (UserError, RunError) as error:

@@ -1,4 +1,4 @@
-"""Random damage to files, and the readers that must bear it."""
+"""Random damage to files, and the readers that must cope with it."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ VALUES: tuple[Any, ...] = (
 
 
 class SilentChange(Exception):
-    """A damaged file was read as if it were whole, and came out different."""
+    """A damaged file was read without an error, but with another result."""
 
 
 # ---- damage ------------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def damage(content: bytes, others: list[bytes], generator: Generator) -> bytes:
 
 
 def _span(changed: bytearray, generator: Generator) -> tuple[int, int]:
-    """A place, often near the beginning, where headers are; and a length, mostly short."""
+    """A random place, often near the beginning, where headers are, and a random length, mostly short."""
     at = int(len(changed) * generator.random() ** generator.choice([1, 4]))
     return at, int(2 ** (generator.random() * 12))
 
@@ -105,7 +105,7 @@ KINDS = (_flip, _flip, _byte, _number, _number, _cut, _remove, _zeros, _insert, 
 
 
 def damage_json(content: Any, generator: Generator) -> Any:
-    """One to three values or keys anywhere within become something else."""
+    """Replaces one to three values or keys anywhere in the content."""
     changed = json.loads(json.dumps(content))
     for _ in range(generator.integers(1, 4)):
         node = changed
@@ -129,12 +129,12 @@ def damage_json(content: Any, generator: Generator) -> Any:
 
 
 class Corpus:
-    """Whole files to damage, and a copy of the data set in which the damaged ones take their place."""
+    """Whole files to damage, and a copy of the data set that takes the damaged files."""
 
     def __init__(self, shards: Path, scratch: Path, real: Path | None) -> None:
         annotations = sorted((shards / "photos").rglob("*.mat"))[:4] + (sorted(real.rglob("*.mat"))[:8] if real else [])
         compressed = [path.read_bytes() for path in annotations]
-        # Inflated, too: in what is compressed, zlib's own checksum finds nearly everything.
+        # An uncompressed copy is damaged too, because zlib's checksum finds nearly all damage to compressed data.
         self.annotations = [*compressed, *map(inflated, compressed)]
         self.shards = Path(shutil.copytree(shards, scratch / "shards", ignore=shutil.ignore_patterns("photos")))
         self.dataset = open_dataset(self.shards)
@@ -159,7 +159,7 @@ class Corpus:
 
 
 def inflated(annotation: bytes) -> bytes:
-    """The same MATLAB file with its first matrix not compressed; as it is where that is so already."""
+    """The same MATLAB file with its first matrix uncompressed."""
     kind, size = np.frombuffer(annotation[128:136], "<u4")
     return annotation[:128] + zlib.decompress(annotation[136 : 136 + size]) if kind == 15 else annotation
 
@@ -170,7 +170,7 @@ def read_mat(corpus: Corpus, generator: Generator) -> None:
 
 
 def read_tar(corpus: Corpus, generator: Generator) -> None:
-    """Every member as training and evaluation read it. A sample comes as it was, or as damaged."""
+    """Reads every member as training and evaluation do. Each must be unchanged or reported as damaged."""
     path = corpus.dataset.tar_path(corpus.entry)
     path.write_bytes(damage(corpus.tars[0], corpus.tars, generator))
     try:
@@ -197,7 +197,7 @@ def read_tar(corpus: Corpus, generator: Generator) -> None:
 
 
 def read_index(corpus: Corpus, generator: Generator) -> None:
-    """With its sha256 as always, and without, so that the checks behind it are reached, too."""
+    """Reads the index with its sha256, as always, and without it, so that the later checks are reached too."""
     corpus.index_path.write_bytes(damage(corpus.indices[0], corpus.indices, generator))
     try:
         index = ShardIndex.read(corpus.index_path)
@@ -247,7 +247,7 @@ def read_features(corpus: Corpus, generator: Generator) -> None:
 
 
 def _damaged_text(content: bytes, generator: Generator) -> bytes:
-    """Damaged bytes; or damaged values under a digest that fits them, as in a file made with bad intent."""
+    """Damaged bytes, or damaged values with a digest that fits them, as in a malicious file."""
     if generator.integers(2):
         return damage(content, [content], generator)
     values = json.loads(content)

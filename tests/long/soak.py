@@ -1,4 +1,4 @@
-"""Kills a run again and again at random moments; it must end with the very parameters of an undisturbed one.
+"""Kills a run again and again at random moments. It must end with the same parameters as an undisturbed run.
 
     python tests/long/soak.py [--kills 100] [--steps 300] [--seed 0] [--processes 1]
 
@@ -29,7 +29,7 @@ SETTINGS = ("train.save_every_steps=5", "train.keep_checkpoints=2", "train.timeo
 def soak(
     shards: Path, folder: Path, kills: int, steps: int, seed: int, num_processes: int, more: tuple[str, ...] = ()
 ) -> tuple[int, int]:
-    """Kills that came amid training, and all starts it took. Raises AssertionError where the parameters differ."""
+    """Number of kills during training, and of all starts. Raises AssertionError if the parameters differ."""
     launcher = [sys.executable] if num_processes == 1 else TWO_PROCESSES
     settings = (*SETTINGS, *more, f"train.total_steps={steps}")
     rng = random.Random(seed)
@@ -39,7 +39,7 @@ def soak(
         with started(training(launcher, shards, run_dir, *settings), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1") as running:
             starts += 1
             before = last_step(run_dir)
-            # Most of the kills in the steps, some while starting; so few steps apart that all fit in.
+            # Most kills come during steps and some during a start. Few steps lie between them, so that all fit in.
             target = before + rng.randint(0, steps // kills)
             pause = rng.uniform(0, 0.1)
             while running.process.poll() is None and last_step(run_dir) < target:
@@ -52,7 +52,7 @@ def soak(
                 amid += last_step(run_dir) > before
             running.wait()
         assert orphans(run_dir) == []
-    for _ in range(3):  # a killed rank may leave its launcher's last restart to us
+    for _ in range(3):  # the launcher of a killed rank may have used up its restarts
         if train(launcher, shards, run_dir, *settings).returncode == 0:
             break
     assert train(launcher, shards, folder / "whole", *settings).returncode == 0

@@ -21,7 +21,7 @@ def test_a_few_hundred_damaged_files_end_in_a_result_or_a_one_line_error(toy_sha
 def test_an_input_that_crashes_a_reader_is_seen_and_counted(
     toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The children run this instead: its reader of tars dies at once.
+    # The children run this script instead. Its reader of tars dies at once.
     (tmp_path / "bad_fuzz.py").write_text(
         "import os, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"

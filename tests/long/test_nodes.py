@@ -1,4 +1,4 @@
-"""Several nodes on one machine: each a network namespace of its own, joined by a bridge (Linux, as root)."""
+"""Several nodes on one machine. Each is a network namespace, and a bridge joins them (Linux, as root)."""
 
 import os
 import subprocess
@@ -57,7 +57,7 @@ class Nodes:
                 _ip("netns", "delete", name)
 
     def launch(self, stack: ExitStack, kind: str, shards: Path, run_dir: Path, *settings: str) -> list[Running]:
-        """One launcher a node, one process each."""
+        """Starts one launcher on each node, with one process each."""
         count = len(self.names)
         running = []
         for number, name in enumerate(self.names):

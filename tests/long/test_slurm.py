@@ -1,4 +1,4 @@
-"""launch/slurm.sh with stand-ins for Slurm's three programs, a real run, and a real signal."""
+"""launch/slurm.sh with scripts in place of Slurm's three programs, a real run, and a real signal."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from commands import ROOT, orphans, started, training, wait_for_step
 
 PROGRAMS = {
     "srun": 'shift; echo $$ > "$SLURM_STANDIN/step"; export SLURM_NODEID=0; exec "$@"',
-    # As Slurm does: every process of the step gets it, the loader workers too.
+    # As with Slurm, every process of the step gets the signal, including the loader workers.
     "scancel": 'step=$(cat "$SLURM_STANDIN/step"); kill -TERM $(pgrep -P "$step") "$step"',
     "scontrol": '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$SLURM_STANDIN/asked"',
 }

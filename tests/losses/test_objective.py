@@ -88,7 +88,7 @@ ALONE_AND_IN_PAIRS = [
 def test_every_parameter_that_trains_gets_a_gradient_from_each_term_and_each_pair(
     names: tuple[str, ...], maps: str
 ) -> None:
-    """Several processes wait for every gradient: one that never comes ends a run at its second step."""
+    """With several processes, a parameter without a gradient ends a run at its second step."""
     needs_photos = any(name.endswith("equivariance") for name in names)
     losses: dict[str, float | str] = {"semantic": 0.0, "target_mask": "object", **dict.fromkeys(names, 1.0)}
     encoder = RESNET if needs_photos else FEATURES

@@ -1,4 +1,4 @@
-"""The low-rank semantic loss against the plain one that builds every pixel's features."""
+"""Compares the low-rank semantic loss with the plain form, which builds every pixel's features."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +81,7 @@ cases = st.builds(
 def materialised(
     logits: Tensor, features: Tensor, basis: Tensor, size: tuple[int, int], mask: Tensor | None, align_corners: bool
 ) -> tuple[Tensor, Tensor]:
-    """The plain form: the loss, and the mean square of both sides, to which rounding is relative."""
+    """The loss in its plain form, and the mean square of both sides, which is the scale of rounding errors."""
     maps = interpolate(logits, size, mode="bilinear", align_corners=align_corners).softmax(1)[:, 1:]
     rebuilt = torch.einsum("bkyx,bkc->bcyx", maps, basis.expand(len(maps), -1, -1))
     target = interpolate(features, size, mode="bilinear", align_corners=align_corners)
@@ -106,7 +106,7 @@ def assert_same(case: Case, dtype: torch.dtype, tolerance: float) -> None:
     assert value.shape == ()
     assert abs(value - wanted) <= tolerance * scale
     for gradient, wanted_gradient in zip(gradients, wanted_gradients, strict=True):
-        # A gradient's terms may cancel, just as the loss's do.
+        # The terms of a gradient may cancel, like those of the loss.
         largest = wanted_gradient.abs().max() + scale / wanted_gradient.numel()
         assert (gradient - wanted_gradient).abs().max() <= tolerance * largest
 

@@ -1,4 +1,4 @@
-"""Regularisers, contrast and warps: by hand, against finite differences, and over shares of a batch."""
+"""Regularisers, contrast and warps: compared with values by hand, finite differences, and shares of a batch."""
 
 import math
 from collections.abc import Callable

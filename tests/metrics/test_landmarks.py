@@ -1,4 +1,4 @@
-"""Part centres by hand, and a regression that must find what is linear."""
+"""Part centres computed by hand, and a regression that must find a linear map."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Protocols against scikit-learn and by hand, never mixed, streamed in any order."""
+"""Protocols compared with scikit-learn and with values by hand, in any order of batches."""
 
 import weakref
 
@@ -77,7 +77,7 @@ def test_each_protocol_equals_scikit_learn_on_the_pixels_it_looks_at(
 
 
 def test_the_object_mask_given_away_makes_a_method_that_finds_nothing_look_good() -> None:
-    """One part for everything: worthless with its own background, high when told where the object is."""
+    """One part for everything scores 0 with its own background and high with the given object mask."""
     true = torch.zeros(1, 4, 4, dtype=torch.uint8)
     true[:, 1:3] = 1
     batch = Batch(torch.zeros(1, 3, 4, 4), None, true, true > 0, torch.zeros(1, dtype=torch.int64), ["a"], true)

@@ -1,4 +1,4 @@
-"""Every shape of the network, the encoder against torchvision's, gradients and precision of the whole."""
+"""Shapes of the network, the encoder compared with torchvision's, gradients and precision of the whole."""
 
 import copy
 import math
@@ -238,7 +238,7 @@ def test_every_trainable_parameter_gets_a_gradient_in_either_precision(
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
-        # A padding tap of the head is the only weight that may see nothing; no tensor as a whole does.
+        # Single weights may get no gradient, such as a tap of the head that sees only padding, but no whole tensor may.
         assert parameter.grad.abs().max() > 0, name
 
 

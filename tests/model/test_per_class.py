@@ -91,7 +91,7 @@ def test_a_class_starts_from_clusters_of_its_own_photos_and_one_without_photos_f
 
 @pytest.fixture(scope="module")
 def run(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps at a stretch, and the same six with a stop after three, which must end alike."""
+    """Six steps without a break, and the same six with a stop after three. Both must end with the same result."""
     folder = tmp_path_factory.mktemp("own")
     for name, stops in (("straight", [[]]), ("resumed", [["train.stop_after_steps=3"], []])):
         for settings in stops:

@@ -1,4 +1,4 @@
-"""Part maps drawn after the photo."""
+"""Refinement of part maps with the photo."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from slotscops.model.refinement import refine_maps
 
 
 def by_hand(maps: torch.Tensor, images: torch.Tensor, dilations: tuple[int, ...]) -> torch.Tensor:
-    """One iteration of the first photo, pixel by pixel."""
+    """One iteration for the first photo, computed pixel by pixel."""
     num_slots, height, width = maps.shape[1:]
     refined = torch.zeros(num_slots, height, width)
     for y in range(height):

@@ -20,7 +20,7 @@ SIZES = st.tuples(st.integers(1, 60), st.integers(1, 60))
 
 
 def decode_runs(runs: str) -> list[int]:
-    """As the page does."""
+    """Decodes runs as the page does."""
     packed, labels, at = base64.b64decode(runs), [], 0
     while at < len(packed):
         label, length, shift = packed[at], 0, 0

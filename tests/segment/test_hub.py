@@ -76,7 +76,7 @@ def test_saving_over_another_model_replaces_its_card_but_no_readme_of_the_users(
     card.write_text("# A project of mine\n")
     slotscops.load(run).save_pretrained(tmp_path)
     assert card.read_text() == "# A project of mine\n"
-    assert f"{card}: is no model card of slotscops" in capsys.readouterr().err
+    assert f"{card}: was not written by slotscops" in capsys.readouterr().err
 
 
 def test_a_published_model_is_evaluated_as_a_run_is(published: Path, toy_shards: Path, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_tensors_and_settings_of_a_checkpoint_are_enough_if_the_teacher_is_named
 ) -> None:
     for path in (run / "checkpoints" / "step-1" / "model.safetensors", run / "config.yaml"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match="weights that nobody noted"):
+    with pytest.raises(UserError, match="weights that were not recorded"):
         slotscops.load(tmp_path)
     maps = slotscops.load(tmp_path, teacher_weights="random:0").segment(photo((64, 64))).maps
     assert "does not say which teacher" in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_tensors_and_settings_of_a_checkpoint_are_enough_if_the_teacher_is_named
 
 @pytest.fixture
 def hub(published: Path) -> Iterator[str]:
-    """Address of a server that answers as the hub does, for one model; and for one that is none of ours."""
+    """Address of a server that answers like the hub, for one model of slotscops and one that is not."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:

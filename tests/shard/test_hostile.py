@@ -1,4 +1,4 @@
-"""Files made with bad intent: names that lead elsewhere, and images that become gigabytes."""
+"""Malicious files: names that lead out of the folder, and images that expand to gigabytes."""
 
 import io
 import shutil
@@ -30,7 +30,7 @@ LIMIT_BYTES = 300_000_000  # beyond what Python and its libraries take; the bomb
 
 
 def png_bomb() -> bytes:
-    """A whole black PNG of 30,000 x 30,000 pixels, for which Pillow takes a byte each, in half a megabyte."""
+    """An undamaged black PNG of 30,000 x 30,000 pixels: half a megabyte that Pillow expands to one byte a pixel."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -63,7 +63,7 @@ def own_shards(toy_shards: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(shards: Path, changed: dict[str, bytes], names: dict[str, tarfile.TarInfo]) -> None:
-    """Gives the sample ROW of a shard other members, with hashes that all fit, and other entries in the tar."""
+    """Replaces members of the sample ROW and entries in the tar, and makes all hashes fit."""
     dataset = open_dataset(shards)
     entry = next(entry for entry in dataset.splits["train"] if entry.name == SHARD)
     reader = ShardReader(dataset, entry)
@@ -192,7 +192,7 @@ def test_keys_that_do_not_fit_in_a_line_are_refused(tmp_path: Path) -> None:
 
 # ---- photos ------------------------------------------------------------------------------------------------------
 
-# Memory beyond what is in use once everything is imported is refused: a bomb that went off would end in a MemoryError.
+# After the imports, more memory is refused, so a file that expands would end in a MemoryError.
 LIMITED = f"""
 import resource, sys
 from pathlib import Path

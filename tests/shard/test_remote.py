@@ -39,14 +39,14 @@ def server(toy_shards: Path) -> Iterator[WebServer]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, and no pauses between tries."""
+    """A cache for the test alone, and no pauses between tries."""
     monkeypatch.setenv("SLOTSCOPS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "_PAUSES", (0.0,) * 3)
     return tmp_path / "cache"
 
 
 def read_all(dataset: ShardDataset) -> list[bytes]:
-    """Every crop and every feature of the training split, twice, in an order that jumps between shards."""
+    """Reads every crop and feature of the training split twice, in an order that jumps between shards."""
     split = Split(dataset, "train", open_cache(dataset, "relu5_4", 64), with_labels=True)
     numbers = np.random.default_rng(0).permutation(len(split)).tolist() * 2
     batches = [split.read(np.array([number])) for number in numbers]
@@ -54,7 +54,7 @@ def read_all(dataset: ShardDataset) -> list[bytes]:
 
 
 def cached(cache: Path) -> list[str]:
-    """Names of what the cache holds, its bookkeeping aside."""
+    """Names of the files in the cache, without its locks and partial files."""
     names = (path.name for path in cache.rglob("*") if path.is_file())
     return sorted(name for name in names if not name.endswith(".lock"))
 
@@ -136,7 +136,7 @@ def test_what_came_wrong_comes_once_more_and_is_refused_then(server: WebServer, 
 @pytest.mark.parametrize("name", [TAR, INDEX, FEATURES])
 def test_giving_up_says_which_file_why_and_what_to_do(server: WebServer, name: str) -> None:
     server.faults[name] = ["503"] * 99
-    with pytest.raises(RunError, match=rf"/{name}: cannot be fetched, tried 4 times .*503.*; see to the network"):
+    with pytest.raises(RunError, match=rf"/{name}: cannot be fetched, tried 4 times .*503.*; check the network"):
         read_all(open_dataset(server.url))
     server.faults[name] = ["403"] * 99
     before = server.requests[name]
@@ -155,7 +155,7 @@ def test_no_data_set_no_server_and_no_such_cache_are_the_users_to_mend(server: W
         open_dataset("http://127.0.0.1:9/shards")
     with pytest.raises(UserError, match="give a folder, https:// or s3://"):
         open_dataset("gopher://host/shards")
-    with pytest.raises(UserError, match=r"needed features vgg19-relu5_2-64, came no finished .* --shards http://127"):
+    with pytest.raises(UserError, match=r"needs features vgg19-relu5_2-64, has no finished .* --shards http://127"):
         open_cache(open_dataset(server.url), "relu5_2", 64)
 
 
@@ -231,7 +231,7 @@ def test_a_cache_that_cannot_hold_one_shard_or_cannot_be_written_is_refused(
     server: WebServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bounded(monkeypatch, 1000)
-    with pytest.raises(UserError, match=r"the cache at most 1e-06; set SLOTSCOPS_CACHE_GB to more"):
+    with pytest.raises(UserError, match=r"but the cache holds at most 1e-06; set SLOTSCOPS_CACHE_GB to more"):
         read_all(open_dataset(server.url))
     for wrong in ("0", "-1", "much", "nan", "inf"):
         monkeypatch.setenv("SLOTSCOPS_CACHE_GB", wrong)

@@ -33,7 +33,7 @@ def opens(shards: Path) -> bool:
 
 
 def reads(shards: Path) -> bool:
-    """Whether every sample that evaluation reads comes without an error."""
+    """Whether evaluation can read every sample without an error."""
     dataset = open_dataset(shards)
     split = Split(dataset, "train", open_cache(dataset, "relu5_4", 64), with_labels=True)
     try:
@@ -68,7 +68,7 @@ def test_whole_shards_verify_with_code_0_and_damaged_ones_name_every_member_and_
     toy_shards: Path, own_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert shard.main(["--verify", str(toy_shards), "--workers", "1"]) == 0
-    assert capsys.readouterr().out == f"{toy_shards}: every file is what was written\n"
+    assert capsys.readouterr().out == f"{toy_shards}: every file is as it was written\n"
     key = index_of(own_shards).key(ROW)
     for member in ("jpg", "json"):
         flip(tar(own_shards), offset(own_shards, member) + 4)

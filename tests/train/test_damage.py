@@ -1,4 +1,4 @@
-"""Training over damaged shards: what is damaged is replaced, counted and reported, and too much of it ends the run."""
+"""Training on damaged shards: damaged samples are replaced, counted and reported, and too many end the run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What can go wrong amid a run: it ends within its time, says who and why, and leaves a whole checkpoint."""
+"""Failures during a run: it ends in time, says which rank failed and why, and leaves a whole checkpoint."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ FAST_LAUNCHER = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
 
 
 def end_of(running: Running, run_dir: Path, within_s: float) -> str:
-    """What a run said that ended by itself, in time, with all its processes, and its last checkpoint whole."""
+    """Output of a run. Checks that it ended in time with all its processes, and that its last checkpoint is whole."""
     assert running.wait(timeout=within_s) == 1
     assert orphans(run_dir) == []
     resolve_checkpoint(run_dir)  # verifies every hash
@@ -40,7 +40,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(toy_shards: Path, tmp_path: Pat
         wait_for_step(run_dir, 6, running)
         os.kill(rank_id(run_dir, rank), signal.SIGKILL)
         said = end_of(running, run_dir, within_s=40)
-    # Where the launcher is quicker than the survivor, it is the launcher that names the rank.
+    # If the launcher is quicker than the surviving rank, the launcher names the failed rank.
     assert f"lost rank {rank}: killed" in said or f"rank      : {rank}" in said
     assert "step " in said
 
@@ -52,7 +52,7 @@ def test_a_hung_rank_ends_the_run_after_the_timeout_and_is_named(toy_shards: Pat
         os.kill(rank_id(run_dir, 1), signal.SIGSTOP)
         said = end_of(running, run_dir, within_s=60)
     assert "slotscops: rank 0: after step " in said
-    assert "lost rank 1: killed, hung, or cut off within train.timeout_minutes" in said
+    assert "lost rank 1: killed, or it gave no answer within train.timeout_minutes" in said
 
 
 def test_an_error_on_one_rank_is_told_by_the_other(toy_shards: Path, tmp_path: Path) -> None:

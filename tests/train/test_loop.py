@@ -15,7 +15,7 @@ from slotscops.train.processes import start_accelerator
 
 
 class Readings(TorchDispatchMode):
-    """Counts the numbers that Python reads out of tensors: on a GPU each would wait for all work queued so far."""
+    """Counts how often Python reads a number from a tensor: on a GPU, each time waits for all queued work."""
 
     def __init__(self) -> None:
         super().__init__()

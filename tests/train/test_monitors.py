@@ -1,4 +1,4 @@
-"""Monitors by hand, and warnings that name a cause and a setting that exists."""
+"""Monitors compared with values by hand, and warnings that name a cause and existing settings."""
 
 import re
 

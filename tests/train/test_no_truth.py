@@ -1,4 +1,4 @@
-"""Photos without true parts: they train, and nothing pretends to have scored them."""
+"""Photos without true parts can be trained on, and no scores are shown for them."""
 
 import json
 import math

@@ -100,7 +100,7 @@ def test_a_run_goes_on_from_one_to_two_to_four_to_one_process_with_the_same_samp
 def test_the_gradient_of_two_processes_is_that_of_one_with_the_whole_batch(
     toy_shards: Path, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
-    # Plain steps of size 1 along the gradient: what differs in the parameters differed in the gradient.
+    # SGD with step size 1: a difference of the parameters is a difference of the gradients.
     one_step = ("train.optimizer=sgd", "train.momentum=0.0", "train.weight_decay=0.0", "train.clip_norm=0",
                 "train.learning_rate=1.0", "train.encoder_learning_rate=1.0", "train.stop_after_steps=1")  # fmt: skip
     for name, launcher in (("one", PYTHON), ("two", TWO_PROCESSES)):

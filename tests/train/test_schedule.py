@@ -1,4 +1,4 @@
-"""The learning rate's factor: by hand, and what holds for every run."""
+"""The factor of the learning rate: values by hand, and properties of every schedule."""
 
 import math
 

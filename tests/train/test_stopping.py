@@ -1,4 +1,4 @@
-"""Real signals to real runs: each saves what it has, and goes on as if nothing had happened."""
+"""Real signals to real runs: each run saves a checkpoint, and the next start continues exactly."""
 
 import json
 import os

@@ -18,7 +18,7 @@ def read_annotation(source: Path | str | BinaryIO) -> list[AnnotatedObject]:
     """Reads one `.mat` file of PASCAL-Part, from its path or from an open file.
 
     Raises:
-        UserError: in one line, whatever is wrong with the file.
+        UserError: one line that says what is wrong with the file.
     """
     name = str(source if isinstance(source, Path | str) else getattr(source, "name", "annotation"))
     try:
@@ -69,7 +69,7 @@ def _rows(row: dict[str, Any], field: str) -> list[dict[str, Any]]:
 
 
 def _text(row: dict[str, Any], field: str, where: str) -> str:
-    """A name without blanks around it; U+FFFD stands for what cannot be shown, so that it costs no other object."""
+    """A name without blanks around it. U+FFFD replaces what cannot be printed, so that other objects stay usable."""
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
         raise MatlabError(f"{where} lacks its name, '{field}'")

@@ -23,7 +23,7 @@ from typing import BinaryIO, Protocol
 from slotscops.core.errors import RunError, UserError, first_line
 from slotscops.core.files import replace_when_complete
 
-_MAX_UNPACKED_BYTES = 32 << 30  # PASCAL-Part's archive has less than 1 GB: whatever goes on for longer is a bomb
+_MAX_UNPACKED_BYTES = 32 << 30  # PASCAL-Part's archive has less than 1 GB; more is a decompression bomb
 _MAX_MEMBER_BYTES = 500_000_000  # a photo of 100 million pixels that is not compressed has 300 MB
 _MAX_MEMBERS = 1_000_000  # VOC2010 has some 45,000
 _MAX_HEADER_BYTES = 256 << 10  # of what extends a member's header: a long name, or attributes of at most 64 KB on Linux
@@ -40,10 +40,10 @@ class Place(Protocol):
         """All files here, sorted."""
 
     def path(self, name: str) -> Path:
-        """What messages call the file."""
+        """The path by which messages name the file."""
 
     def open(self, name: str) -> BinaryIO:
-        """Raises UserError where there is none or it may not be read."""
+        """Opens the file. Raises UserError if there is none or it may not be read."""
 
 
 def spellings(name: str) -> list[str]:
@@ -78,7 +78,7 @@ class FolderPlace:
 
 @dataclass(frozen=True)
 class ArchivePlace:
-    """Files of one folder inside an archive, whatever folders that one lies in."""
+    """Files of one folder inside an archive, at any depth."""
 
     archive: Path  # as the user calls it
     plain: Path  # the tar to read: the archive itself, or what was unpacked of it
@@ -97,11 +97,12 @@ class ArchivePlace:
             raise UserError(f"{self.path(name)}: no such file; {_FETCH}")
         offset, size = place
         if size > _MAX_MEMBER_BYTES:
-            raise UserError(f"{self.path(name)}: has {size:,} bytes, no photo or annotation has {_MAX_MEMBER_BYTES:,}")
+            raise UserError(f"{self.path(name)}: has {size:,} bytes; at most {_MAX_MEMBER_BYTES:,} are read")
         try:
             with self.plain.open("rb") as file:
                 content = os.pread(file.fileno(), size, offset)
-        except OSError as error:  # no fault of one photo: whoever left it out would make other shards than the rest
+        except OSError as error:
+            # The archive is at fault, not the photo. A process that left it out would make other shards than the rest.
             raise RunError(f"{self.plain}: cannot be read any more ({error.strerror}); start again") from None
         if len(content) != size:
             raise RunError(f"{self.plain}: has become shorter while it was read; start again")
@@ -112,9 +113,9 @@ class ArchivePlace:
 
 
 class _BoundedHeader(tarfile.TarInfo):
-    """A member's header whose extensions are of honest size: tarfile reads them whole, whatever size they say.
+    """A member's header with extensions of bounded size: tarfile reads an extension whole, however large it says it is.
 
-    `_proc_member` is where tarfile's own comments let subclasses step in.
+    tarfile's own comments name `_proc_member` as the method that subclasses may override.
     """
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -130,7 +131,10 @@ class _BoundedHeader(tarfile.TarInfo):
 
 @lru_cache(maxsize=8)  # once a process: 40,000 members take a second
 def _members_by_folder(plain: Path, archive: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Offset and size of the plain files, by the last one and the last two names of their folder, and by name."""
+    """Folder -> file name -> (offset, size) of each regular file.
+
+    Each folder is listed twice: under its last name and under its last two names, such as `Main` and `ImageSets/Main`.
+    """
     found: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         # Only headers are read.
@@ -164,7 +168,7 @@ def _members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _check_end(plain: Path, offset: int) -> None:
-    """A tar ends in a block of zeros; where tarfile stopped at anything else, the rest would be lost in silence."""
+    """Raises unless there is a block of zeros, the end of a tar. tarfile stops at damage too, without an error."""
     with plain.open("rb") as file:
         file.seek(offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -186,7 +190,7 @@ def is_compressed(archive: Path) -> bool:
 def unpacked(archive: Path, scratch: Path) -> Iterator[Path]:
     """The archive as a plain tar below `scratch`, made by one process while others wait.
 
-    What a killed process leaves behind is used by the next; the last to leave removes the folder.
+    The next process uses what a killed one left behind. The last process to finish removes the folder.
 
     Raises:
         UserError: the archive is damaged.

@@ -80,11 +80,11 @@ class AnnotatedObject:
 def paint_parts(item: AnnotatedObject, smallest_on_top: bool = False) -> NDArray[np.uint8]:
     """(H, W) part labels, 0 = none.
 
-    Where masks overlap the first listed wins, as with Choudhury et al.; a head then hides its eyes where the file lists
-    it before them.
+    Where masks overlap, the part that the file lists first stays on top, as in Choudhury et al. If it lists the head
+    before the eyes, the head hides them.
 
     Args:
-        smallest_on_top: the mask of the fewest pixels wins instead; of equal ones the first listed.
+        smallest_on_top: the mask with the fewest pixels stays on top instead; of equal ones, the first listed.
     """
     parts = item.parts
     if smallest_on_top:

@@ -19,7 +19,7 @@ from slotscops.datasets.sources import Candidate, LeftOut
 def read_records(
     tree: PascalPartTree, image: str, candidates: list[Candidate], size: int
 ) -> tuple[list[Record], list[LeftOut]]:
-    """Crops the candidates of one image to `size` x `size`. What turns out to be damaged only now is left out."""
+    """Crops the candidates of one image to `size` x `size`. Damage that shows only now leaves objects out."""
     if not candidates:
         return [], []
     try:

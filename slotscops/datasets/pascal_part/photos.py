@@ -19,7 +19,7 @@ _MAX_PHOTO_SIDE = 10_000  # VOC's have at most 500; the square crop of a much la
 
 
 def find_photo_fault(tree: PascalPartTree, image: str, mask: NDArray[np.bool_]) -> str | None:
-    """What is wrong with a photo as far as its header tells. Nothing is decoded."""
+    """What is wrong with a photo according to its header; None if nothing is. No pixel is decoded."""
     try:
         with tree.open_photo(image) as stream:
             _open_jpeg(stream, tree.photo_path(image), mask)
@@ -41,13 +41,13 @@ def read_photo(tree: PascalPartTree, image: str, mask: NDArray[np.bool_]) -> Ima
 
 
 def _open_jpeg(stream: BinaryIO, path: Path, mask: NDArray[np.bool_]) -> Image.Image:
-    """Reads the header. The size is that of the pixels: nothing is turned by Exif, the masks are not either."""
+    """Reads the header. The size is that of the stored pixels: Exif turns neither the photo nor the masks."""
     try:
         with warnings.catch_warnings(action="ignore"):
             photo = Image.open(stream, formats=["JPEG"])
         width, height = photo.size
     except Image.DecompressionBombError:
-        width = height = _MAX_PHOTO_SIDE + 1  # at the least
+        width = height = _MAX_PHOTO_SIDE + 1  # or more: the header says it is huge
     except Exception as error:  # as above
         raise UserError(f"{path}: is no readable JPEG ({type(error).__name__}); fetch it again") from None
     if max(width, height) > _MAX_PHOTO_SIDE:

@@ -22,7 +22,7 @@ def scan_image(
     class_names: list[str],
     min_box_share: dict[str, float],
 ) -> ImageScan:
-    """Sorts one image's objects of the wanted classes into those that are kept and those left out: each is in one.
+    """Sorts one image's objects of the wanted classes into kept and left out. Each object is in exactly one list.
 
     Args:
         split_of_class: which split's list of each class names the image.
@@ -38,7 +38,8 @@ def scan_image(
         split = splits.pop() if len(splits) == 1 else None
         scan.left_out.append(LeftOut(image, None, None, split, "damaged file", str(error), damaged=True))
         return scan
-    # A class that the table lacks cannot be asked for: left to itself, such a fault of the file would go unseen.
+    # Objects of a class that the table lacks are looked at for every choice of classes: nobody can ask for that class,
+    # so the fault of the file would otherwise go unnoticed.
     unasked = set(PART_NAMES) - set(class_names)
     wanted = [(number, item) for number, item in enumerate(objects) if item.class_name not in unasked]
     photo_fault = find_photo_fault(tree, image, objects[0].mask) if wanted and split_of_class else None

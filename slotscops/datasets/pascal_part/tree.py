@@ -1,4 +1,4 @@
-"""Where the files of PASCAL-Part lie in the folders that people have, and what their split lists say."""
+"""Finds the files of PASCAL-Part in the folder layouts that people have, and reads the split lists."""
 
 import os
 import re
@@ -34,7 +34,7 @@ _FOLDERS = ("JPEGImages", "ImageSets/Main", "Annotations_Part")
 
 @dataclass(frozen=True)
 class PascalPartTree:
-    """The three folders of a PASCAL-Part tree. Whoever reads its files asks for them by the image's name."""
+    """The three folders of a PASCAL-Part tree. Its files are opened by the name of their image."""
 
     root: Path
     photos: Place  # JPEGImages
@@ -48,11 +48,11 @@ class PascalPartTree:
         return self.photos.path(f"{image}.jpg")
 
     def open_annotation(self, image: str) -> BinaryIO:
-        """Raises UserError where there is none or it may not be read."""
+        """Raises UserError if there is none or it may not be read."""
         return self.annotations.open(f"{image}.mat")
 
     def open_photo(self, image: str) -> BinaryIO:
-        """Raises UserError where there is none or it may not be read."""
+        """Raises UserError if there is none or it may not be read."""
         return self.photos.open(f"{image}.jpg")
 
 
@@ -61,7 +61,7 @@ class PascalPartTree:
 
 @contextmanager
 def open_tree(root: Path, scratch: Path) -> Iterator[PascalPartTree]:
-    """As `find_tree`, and reads the official archives unopened where `root` holds them instead of the folders.
+    """As `find_tree`. If `root` holds the official archives instead of the folders, they are read without unpacking.
 
     Args:
         scratch: folder for what must be unpacked, removed at the end.
@@ -83,12 +83,12 @@ def open_tree(root: Path, scratch: Path) -> Iterator[PascalPartTree]:
 def find_tree(root: Path, places: Mapping[str, Place] | None = None) -> PascalPartTree:
     """Finds the folders below `root`; those that are not there are taken from `places`.
 
-    Known are the official layout, `VOCdevkit/VOC2010/` with `Annotations_Part/` in `root`, in `VOCdevkit` or beside
-    it, and that of Choudhury et al., `VOCdevkit_2010/{VOC2010,Annotations_Part}`; `root` may be any folder of these,
-    and the folder above them. Where there is no VOC2010, another year is used and named.
+    Two layouts are known: the official one, `VOCdevkit/VOC2010/` with `Annotations_Part/` in `root`, in `VOCdevkit` or
+    beside it, and that of Choudhury et al., `VOCdevkit_2010/{VOC2010,Annotations_Part}`. `root` may be any of these
+    folders or the folder above them. If there is no VOC2010, another year is used and named in a printed line.
 
     Raises:
-        UserError: no such folder, or one of the three is missing; says where it was looked for.
+        UserError: no such folder, or one of the three is missing. The message says where it was looked for.
     """
     if not _is_folder(root) and not places:
         raise UserError(f"{root}: no such folder; give --root the folder that holds VOCdevkit and Annotations_Part")
@@ -149,7 +149,7 @@ def list_images(tree: PascalPartTree) -> list[str]:
 
 
 def list_passed_over(tree: PascalPartTree) -> list[tuple[str, str]]:
-    """What else lies among the annotations, without litter: names, sorted, each with the reason."""
+    """Other files among the annotations, except litter: (name, why it is not read), sorted by name."""
     taken = set(_annotations_of_images(tree).values())
     others = [name for name in tree.annotations.names() if name not in taken and not _is_hidden(name)]
     same = "another file has this name with another ending"
@@ -157,7 +157,7 @@ def list_passed_over(tree: PascalPartTree) -> list[tuple[str, str]]:
 
 
 def _annotations_of_images(tree: PascalPartTree) -> dict[str, str]:
-    """The file of each image; where several differ in the letters of their ending, the one that is opened."""
+    """Image -> its annotation file. Of files such as `a.mat` and `a.MAT`, it is the one that is opened."""
     found: dict[str, str] = {}
     for name in tree.annotations.names():
         if name.lower().endswith(".mat") and not _is_hidden(name):
@@ -186,11 +186,11 @@ class SplitLists:
 def find_splits(tree: PascalPartTree, class_names: list[str]) -> SplitLists:
     """Reads `ImageSets/Main/{class}_{train,val}.txt`; a class without a list of its own follows `{train,val}.txt`.
 
-    A list names all images of the split; its second column says whether the class is in the image. The annotation
-    knows that better, so that column is not looked at (nor do Choudhury et al.).
+    A list names all images of the split. Its second column says whether the class is in the image; we ignore it, as
+    Choudhury et al. do, because the annotation is more reliable.
 
     Raises:
-        UserError: no list at all for a class, a line that is none of a list, an image in both splits.
+        UserError: a class has no list at all, a line does not have a list's form, or an image is in both splits.
     """
     return SplitLists({name: _splits_of_class(tree, name) for name in class_names})
 

@@ -96,7 +96,7 @@ def _draw_tail(rng: np.random.Generator, class_name: str) -> list[Shape]:
 
 
 def _draw_udder(rng: np.random.Generator, class_name: str) -> list[Shape]:
-    """Belongs to the animal and to none of its parts, as some of every real object does."""
+    """The udder belongs to the cow and to none of its parts: real objects, too, have pixels outside all parts."""
     if class_name != "cow" or rng.random() < 0.5:
         return []
     bag = smooth([(0.14, 0.20), (0.22, 0.17), (0.31, 0.17), (0.32, 0.27), (0.24, 0.31), (0.16, 0.28)])
@@ -159,7 +159,7 @@ def _side_of_head(class_name: str, anatomy: Anatomy, rng: np.random.Generator) -
 
 
 def _front_of_head(class_name: str, anatomy: Anatomy, rng: np.random.Generator) -> list[Shape]:
-    """Seen from the front, the animal's far side is the one its forehead frame counts as positive."""
+    """The head from the front. The second coordinate of its frame is positive on the animal's far side."""
     half = np.array(anatomy.face_from_front)
     head = smooth(np.concatenate([half, half[-2:0:-1] * (1, -1)]))
     tip, horse = half[-1, 0], class_name == "horse"
@@ -209,7 +209,7 @@ def _mix(first: ArrayLike, second: ArrayLike, share: float) -> Colour:
 
 
 def _dye(rng: np.random.Generator, class_name: str) -> tuple[dict[str, Colour], Colour, float]:
-    """A coat, and what follows from it as in real animals: dark points, a pale belly, a muzzle of its own colour."""
+    """Colours of a coat and of what goes with it in real animals: dark legs and mane, a pale belly, a muzzle."""
     coats = _HORSE_COATS if class_name == "horse" else _COW_COATS
     coat = np.array(coats[int(rng.integers(len(coats)))]) * rng.uniform(0.85, 1.15) + rng.normal(0, 5, 3)
     points = _mix(coat, (28, 24, 22), rng.uniform(0.45, 0.75))

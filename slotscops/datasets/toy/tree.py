@@ -38,7 +38,7 @@ LIST_NAMES = {"cow": "cow", "table": "diningtable", "horse": "horse"}  # PASCAL-
 JPEG_QUALITY = 92
 MAT_HEADER = b"MATLAB 5.0 MAT-file, Platform: slotscops toy".ljust(116)
 
-# A part's mask goes on under these neighbours, where they hide it, as the annotators of the real files drew it.
+# A part's mask continues under these neighbours that hide it, as in the real files.
 _LEGS = [side + end for side in "lr" for end in "fb"]
 RUNS_UNDER = {
     "torso": ("neck", *(f"{leg}uleg" for leg in _LEGS)),
@@ -66,7 +66,7 @@ def write_tree(root: Path, *, num_train: int = 600, num_val: int = 150, seed: in
     images. The lists are written last, so a tree without them is one that was not finished.
 
     Raises:
-        UserError: a number of images that cannot be had.
+        UserError: a number of images outside 1 to `MAX_IMAGES`.
     """
     counts = dict(zip(SPLITS, (num_train, num_val), strict=True))
     for split, count in counts.items():
@@ -84,7 +84,7 @@ def write_tree(root: Path, *, num_train: int = 600, num_val: int = 150, seed: in
             photo, objects = draw_photo(seed, split, index)
             encoded = io.BytesIO()
             photo.save(encoded, "JPEG", quality=JPEG_QUALITY)
-            # Whole at every moment: another process that draws the same tree may be reading it already.
+            # The file must be whole at every moment: another process that draws the same tree may read it already.
             write_bytes(photos / f"{name}.jpg", encoded.getvalue(), durable=False)
             write_bytes(annotations / f"{name}.mat", annotation_bytes(name, objects), durable=False)
             classes_of[name] = {item.class_name for item in objects}

@@ -1,7 +1,7 @@
 """Checkpoints: a folder that appears whole or not at all, every file hashed, no pickle anywhere.
 
-`checkpoints/step-{N}/` holds `model.safetensors`, `optimizer.safetensors`, `rng.safetensors` (one row a process),
-`ema.safetensors` where weights are averaged, `state.json` (step, samples_seen, what it was trained on) and
+`checkpoints/step-{N}/` holds `model.safetensors`, `optimizer.safetensors`, `rng.safetensors` (one row per process),
+`ema.safetensors` if weights are averaged, `state.json` (step, samples_seen, what it was trained on) and
 `manifest.json` (sha256 and size of all others). The link `checkpoints/best` leads to the one with the best score.
 """
 
@@ -88,17 +88,17 @@ def save_checkpoint(
 ) -> Path:
     """Writes `folder/step-{N}`, then removes all but the newest `keep` and the best.
 
-    At whatever moment the process dies, every checkpoint that was whole before is whole still.
+    If the process dies at any moment, every checkpoint that was whole before stays whole.
 
     Args:
         tensors: what each safetensors file holds, by its name without ending: model, optimizer, rng, and ema if any.
-        best_step: a checkpoint that stays, however old; the link `best` leads to it, or where links cannot be made
-            the text `best.txt` names it.
+        best_step: step of a checkpoint that is kept, however old it is. The link `best` leads to it; where links cannot
+            be made, the file `best.txt` names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step}"
     _remove_left_overs(folder)
-    # Unique, so that two writers never mix their files, on a file system without locks either.
+    # A unique name, so that two writers never mix their files, not even on a file system without locks.
     writer = f"{writer_name()}.{uuid.uuid4().hex[:8]}"
     partial, replaced = (folder / f".{final.name}.{writer}.{end}" for end in ("partial", "replaced"))
     partial.mkdir()
@@ -121,7 +121,7 @@ def save_checkpoint(
 
 
 def _remove_left_overs(folder: Path) -> None:
-    """Removes what a process left that died while it wrote, replaced or removed a checkpoint."""
+    """Removes what processes left behind that died while writing, replacing or removing a checkpoint."""
     remove_abandoned(folder)
     for ending in ("replaced", "removed"):  # not needed any more, whoever renamed it
         for path in folder.glob(f".step-*.{ending}"):
@@ -130,7 +130,7 @@ def _remove_left_overs(folder: Path) -> None:
 
 def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: State) -> None:
     for name, group in tensors.items():
-        # Not with safetensors' save_file, which makes files that only their owner may read, whatever the umask.
+        # safetensors' own save_file would make files that only their owner may read, whatever the umask.
         write_bytes(folder / f"{name}.safetensors", save(dict(group)))
     write_json(folder / "state.json", asdict(state))
     names = [*(f"{name}.safetensors" for name in tensors), "state.json"]
@@ -151,7 +151,7 @@ def _link_best(folder: Path, step: int) -> None:
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The best checkpoint where no link leads to it; None if there is no note of it."""
+    """The best checkpoint as `best.txt` names it, which is written where links cannot be made; None without it."""
     try:
         name = (folder / _BEST_NAME).read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -160,7 +160,7 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def _remove(checkpoint: Path) -> None:
-    # Renamed first: one that is half removed must not stand there under a checkpoint's name.
+    # We rename it first, so that no half-removed folder has a checkpoint's name.
     leaving = checkpoint.with_name(f".{checkpoint.name}.{uuid.uuid4().hex[:8]}.removed")
     checkpoint.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
@@ -276,7 +276,7 @@ def restore(
 
 
 def restore_model(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Loads the model's tensors; one that is missing, foreign, misshapen or not finite is refused by name."""
+    """Loads the model's tensors. Raises UserError that names one that is missing, foreign, misshapen or not finite."""
     own = module.state_dict()
     for name in sorted(set(own) ^ set(tensors)):
         side = "lacks" if name in own else "has the foreign"
@@ -345,17 +345,17 @@ def _check_optimizer_tensors(
 
 
 def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor in the parameter's order of memory: fused optimizers walk through both side by side, unchecked."""
+    """The tensor in the parameter's memory layout: fused optimizers read both in memory order, without a check."""
     if tensor.shape != parameter.shape:
         return tensor  # a step counter
     return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def restore_rng(tensors: Mapping[str, Tensor], rank: int, path: Path) -> bool:
-    """Restores this process's generators; False where the checkpoint was written by fewer processes.
+    """Restores this process's generators. Returns False if the checkpoint was written by fewer processes.
 
     Raises:
-        UserError: if a state is none of a generator, or the states of the first process are missing.
+        UserError: if a state is not one of a generator, or the states of the first process are missing.
     """
     if "cpu/0" not in tensors:
         raise UserError(f"{path}: lacks the random numbers cpu/0; {_USE_ANOTHER}")

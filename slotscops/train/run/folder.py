@@ -1,4 +1,4 @@
-"""The run's own folder: what lies in it under which name, and which of its checkpoints to go on from."""
+"""The folder of a run: the names of its files, and the choice of the checkpoint to continue from."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from slotscops.train.run.checkpoint import (
 from slotscops.train.run.owner import release_ownership, take_ownership
 from slotscops.train.run.side_files import SideFiles
 
-_MAX_LOOKS = 20  # at a run that goes on training while one of its checkpoints is read
+_MAX_LOOKS = 20  # tries to read a checkpoint of a run that trains and removes old checkpoints meanwhile
 # Settings that may change between two starts of one run without making it another run.
 _FREE_TO_CHANGE = (
     "run_dir",
@@ -42,6 +42,8 @@ _FREE_TO_CHANGE = (
 
 @dataclass(frozen=True)
 class RunFolder:
+    """The files of one run, all below `path`."""
+
     path: Path
 
     @staticmethod
@@ -71,7 +73,7 @@ class RunFolder:
 
     @property
     def status(self) -> Path:
-        """How the run stands: running, interrupted, finished or failed; at which step, why."""
+        """Says whether the run is running, interrupted, finished or failed, at which step, and why."""
         return self.path / "status.json"
 
     @property
@@ -81,7 +83,7 @@ class RunFolder:
 
     @property
     def machine(self) -> Path:
-        """What the run was last started on."""
+        """Describes the machine on which the run was last started."""
         return self.path / "machine.json"
 
     @property
@@ -91,7 +93,7 @@ class RunFolder:
 
     @property
     def wandb_id(self) -> Path:
-        """By which Weights & Biases knows the run."""
+        """Holds the id of the run at Weights & Biases."""
         return self.path / "wandb_id"
 
     def open(self, config: Config, step: int) -> None:
@@ -142,7 +144,7 @@ class RunFolder:
         release_ownership(self.path)
 
     def _repair_metrics(self, step: int) -> None:
-        """Keeps the logged steps up to `step`, and sets lines aside that are none, as after a flipped bit."""
+        """Keeps the logged steps up to `step`, and moves damaged lines to another file."""
         rows, damaged = _split_metrics(self.metrics)
         if damaged:
             aside = self.metrics.with_name(f"{self.metrics.name}.damaged")
@@ -153,7 +155,7 @@ class RunFolder:
         write_bytes(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def note(self, state: str, step: int, reason: str = "", missing: Mapping[str, str] | None = None) -> None:
-        """Writes down how the run stands: running, interrupted, finished or failed.
+        """Records whether the run is running, interrupted, finished or failed.
 
         Args:
             missing: what could not be written so far, and why.
@@ -163,7 +165,7 @@ class RunFolder:
         write_json(self.status, status | ({"missing": missing} if missing else {}))
 
     def close(self, config: Config, step: int, signal_number: int, files: SideFiles) -> None:
-        """Writes down and says how far a run came that did not fail."""
+        """Records and prints how far the run came, if it did not fail."""
         if step >= config.train.total_steps:
             files.write("status.json", lambda: self.note("finished", step, "", files.missing), keep=1)
             console.say(
@@ -182,7 +184,7 @@ class RunFolder:
             end = file.seek(0, os.SEEK_END)
             written = 0
             try:
-                while written < len(line):  # a full disk takes a part of it first
+                while written < len(line):  # a nearly full disk takes only a part of the line
                     written += file.write(line[written:])
             except OSError:
                 file.truncate(end)
@@ -210,10 +212,10 @@ class RunFolder:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint's folder from that of a run or a checkpoint; of a run, its newest checkpoint that verifies.
+    """The checkpoint at `path`, or the newest whole checkpoint of the run at `path`.
 
     Raises:
-        UserError: nothing there, or nothing whole.
+        UserError: there is no such path, or no whole checkpoint in it.
     """
     if path.name == "best" and not path.exists():
         path = best_checkpoint(path.parent) or path
@@ -235,7 +237,7 @@ def load_newest(path: Path) -> Checkpoint:
     one is read.
 
     Raises:
-        UserError: nothing there, nothing whole, or of another format.
+        UserError: there is no such path, no whole checkpoint in it, or the checkpoint has another format.
     """
     for _ in range(_MAX_LOOKS):
         before = _look(path)
@@ -287,12 +289,12 @@ def check_same_run(saved: State, config: Config, dataset: ShardDataset, cache: F
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged steps. Lines that are none are left out, such as a last line cut short by a crash."""
+    """The logged steps, without damaged lines, such as a last line that a crash cut short."""
     return _split_metrics(path)[0]
 
 
 def _split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """The logged steps, and the lines that are none; a last line without an end is neither."""
+    """The logged steps, and the damaged lines. A last line without a line end is in neither."""
     *lines, _cut_short = path.read_bytes().split(b"\n")
     rows, damaged = [], []
     for line in lines:

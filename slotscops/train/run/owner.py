@@ -23,8 +23,8 @@ def take_ownership(folder: Path) -> None:
     """Makes this process the owner of a run's folder until it ends, however it ends.
 
     The system releases the lock of a process that is killed, so no lock outlives its owner; on a network file system it
-    also holds between nodes. `owner.json` says who owns the folder; it is only read to tell another start. On a file
-    system without locks a warning takes their place.
+    also holds between nodes. `owner.json` says who owns the folder; another start quotes it in its error. On a
+    file system without locks, a warning takes their place.
 
     Raises:
         UserError: if another process owns the folder, or it cannot be written.
@@ -34,7 +34,7 @@ def take_ownership(folder: Path) -> None:
         place = folder.resolve()
         if place in _held:
             return
-        # Not through filelock, which does not tell a lock that another process holds from a file system without locks.
+        # filelock would not say whether another process holds the lock or the file system has no locks.
         file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
-"""A run's own page: `runs/NAME/report.html`, made of what the run folder holds, so that it can be made again.
+"""A run's own page, `runs/NAME/report.html`. It is made from the run folder's files and can be made again any time.
 
     python -m slotscops.report RUN
 
-Opens from disk without a network. The pictures stay files of their own in the run folder's `pictures/`.
+The page opens from disk without a network. It shows the pictures that lie in the run folder's `pictures/`.
 """
 
 import json
@@ -18,9 +18,9 @@ from slotscops.core.files import write_bytes
 from slotscops.core.pictures import voc_palette
 from slotscops.train.run.folder import RunFolder, read_metrics
 
-_MAX_POINTS = 2000  # of a curve: more than any screen shows, and a page that opens at once
-_PLACE = '"RUN"'  # of the content in the page
-# Panel -> prefixes of what it plots; the first panel that wants a value gets it.
+_MAX_POINTS = 2000  # of a curve: more than a screen shows, and few enough for a page that opens at once
+_PLACE = '"RUN"'  # the template's placeholder for the content
+# Panel -> prefixes of the values that it plots. A value goes to the first panel that has a prefix of its name.
 _PANELS = {
     "Loss": ("loss",),
     "Scores": ("val_",),
@@ -78,7 +78,7 @@ def _panels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Evenly fewer points where there are too many; the last stays."""
+    """Every n-th point, so that about 2,000 remain, and always the last one."""
     every = -(-len(points) // _MAX_POINTS)
     return points[:-1][::every] + points[-1:]
 
@@ -109,6 +109,6 @@ def _read_json(path: Path) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("report", "Write the HTML page of a run again.", "runs/toy")
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     console.say(str(write_page(RunFolder(parser.parse_args(arguments).run))))
     return 0

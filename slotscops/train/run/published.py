@@ -1,7 +1,7 @@
-"""A model on its own, to be given away: `model.safetensors` with `config.yaml` beside it, no folder of a run.
+"""A model to give away without its run: `model.safetensors` with `config.yaml` beside it.
 
 The header of `model.safetensors` says what a checkpoint keeps in `state.json` (steps, teacher, scores) and holds the
-fingerprint of the tensors, for safetensors itself loads flipped bits without a word.
+fingerprint of the tensors, because safetensors itself loads flipped bits without an error.
 """
 
 import json
@@ -30,7 +30,7 @@ def is_published(folder: Path) -> bool:
 
 
 def write_published(folder: Path, tensors: Mapping[str, Tensor], config: Config, state: State) -> None:
-    """Writes both files; paths of this machine, which are nobody's business, shrink to their last names."""
+    """Writes both files. Paths are cut to their last names, because this machine's folders concern nobody else."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     config = without_folders(config)
     header = {
@@ -45,10 +45,11 @@ def write_published(folder: Path, tensors: Mapping[str, Tensor], config: Config,
 def read_published(folder: Path) -> tuple[dict[str, Tensor], Config, State]:
     """The tensors, settings and state.
 
-    A header without a state, as in a checkpoint's own `model.safetensors`, gives one that knows no teacher or scores.
+    A checkpoint's own `model.safetensors` has a header without a state. The result is then a state without teacher and
+    scores.
 
     Raises:
-        UserError: no settings; damaged.
+        UserError: the settings are missing, or a file is damaged.
     """
     path = folder / MODEL
     if not (folder / SETTINGS).is_file():

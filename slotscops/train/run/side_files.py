@@ -1,4 +1,4 @@
-"""What a run writes besides its checkpoints: a full disk costs what cannot be written, not the run."""
+"""Files that a run writes besides its checkpoints. If the disk is full, the writes wait and the run goes on."""
 
 from collections import deque
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from slotscops.core.errors import first_line
 
 
 class SideFiles:
-    """Writes by kind, such as metrics or pictures. What cannot be written waits and is written in order later."""
+    """Writes of several kinds, such as metrics or pictures. A write that fails waits and is done later, in order."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[Callable[[], object]]] = {}
@@ -17,15 +17,17 @@ class SideFiles:
 
     @property
     def missing(self) -> dict[str, str]:
-        """Why each kind that is not complete could not be written."""
+        """Kind -> why it could not be written, for each kind with waiting writes."""
         return dict(self._reasons)
 
     def write(self, kind: str, write: Callable[[], object], keep: int | None = None) -> None:
-        """Calls `write` after all that waits of its kind. If the system refuses, it waits, with a warning once a kind.
+        """Calls `write` after the waiting writes of its kind. If one raises OSError, it and the later ones wait.
+
+        The first failure of each kind prints a warning.
 
         Args:
-            write: may be called again after it raised OSError.
-            keep: how many writes of the kind wait at most, the newest; 1 where a file is always written whole.
+            write: is called again later if it raises OSError.
+            keep: at most so many writes of the kind wait, the newest ones. 1 for a file that is always written whole.
         """
         waiting = self._waiting.setdefault(kind, deque())
         waiting.append(write)
@@ -34,7 +36,7 @@ class SideFiles:
         self._catch_up(kind)
 
     def catch_up(self) -> None:
-        """Tries once more to write all that waits."""
+        """Tries all waiting writes once more."""
         for kind in list(self._waiting):
             self._catch_up(kind)
 

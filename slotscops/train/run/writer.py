@@ -15,10 +15,10 @@ from slotscops.train.run.checkpoint import State, save_checkpoint
 
 
 class CheckpointWriter:
-    """One checkpoint at a time; the next waits for the one before it.
+    """Writes one checkpoint at a time. The next one waits until the one before it is written.
 
-    A checkpoint that cannot be written (disk full, folder gone read-only) costs a warning, not the run: training goes
-    on and the next one is tried. Only where the last of a run fails does leaving the writer raise.
+    If a checkpoint cannot be written (full disk, read-only folder), a warning is printed, training goes on, and the
+    next one is tried. Leaving the writer raises RunError only if the last checkpoint of the run failed.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -36,8 +36,8 @@ class CheckpointWriter:
         """Copies the tensors and returns; the writing goes on in a thread of its own.
 
         Args:
-            tensors: of each file by its name without ending: model, optimizer, rng, and ema where there is one.
-            best_step: a checkpoint that stays, however old.
+            tensors: file name without ending (model, optimizer, rng, and ema if there is one) -> its tensors.
+            best_step: step of a checkpoint that is kept, however old it is.
         """
         copies = {
             name: {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in group.items()}
@@ -51,14 +51,14 @@ class CheckpointWriter:
         return self._writing is not None and not self._writing.done()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Waits until nothing is being written."""
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
         try:
             writing.result()
             self._failure = None
-        except (OSError, SafetensorError) as error:  # safetensors' own for a full disk
+        except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
             self._failure = f"{self._folder}: the checkpoint could not be written ({first_line(error)})"
             console.warn(f"{self._failure}; training goes on, earlier checkpoints are whole: make room there")
 

@@ -1,4 +1,4 @@
-"""Annotations: read as SciPy reads them, no damage unseen."""
+"""Annotations are read as SciPy reads them, and no damage goes unnoticed."""
 
 import io
 import random
@@ -71,7 +71,7 @@ def test_other_variables_and_fields_are_passed_over() -> None:
 
 
 def test_a_big_endian_file_is_read() -> None:
-    # Written by hand after MathWorks' description of the format: nobody's savemat writes them any more.
+    # Written by hand from MathWorks' description of the format, because no savemat writes them any more.
     def element(kind: int, content: bytes) -> bytes:
         return kind.to_bytes(4) + len(content).to_bytes(4) + content + bytes(-len(content) % 8)
 
@@ -104,7 +104,7 @@ def test_a_file_cut_short_anywhere_is_an_error() -> None:
 
 @pytest.mark.parametrize("compress", [True, False])
 def test_flipped_bits_give_a_result_or_a_user_error_and_nothing_else(compress: bool) -> None:
-    # SciPy's own reader ends the process on such files within a few thousand flips.
+    # SciPy's own reader crashes the process on such files within a few thousand flips.
     small = rectangle(7, 6, (2, 1, 5, 4))
     whole = annotation([("horse", small, [("head", small), ("tail", small)]), ("cow", small, [])], compress)
     generator = random.Random(0)
@@ -134,7 +134,7 @@ def test_no_flipped_bit_of_a_compressed_annotation_goes_unseen() -> None:
             unnoticed.append(place)
             np.testing.assert_array_equal(item.mask, HORSE[1])
             np.testing.assert_array_equal(item.parts[0][1], HORSE[2][0][1])
-    # Padding before the checksum, and copies of zeros from elsewhere among the zeros: the same content all the same.
+    # The content is unchanged: the change is in the padding before the checksum, or copies zeros onto zeros.
     assert len(unnoticed) < 20
 
 

@@ -98,7 +98,7 @@ def test_a_launcher_killed_with_all_its_processes_leaves_what_one_process_finish
             while not list(out.glob(wanted)):
                 assert running.process.poll() is None, running.said(running.err)
                 time.sleep(0.005)
-        # Leaving that block is kill -9 for all of them.
+        # Leaving that block kills all of them with SIGKILL.
     assert not (out / "index" / "dataset.json").exists(), "everything was written before the kill"
     assert write(archives, out) == 0
     left = {name: content for name, content in contents(out).items() if not name.endswith(".partial")}

@@ -70,7 +70,7 @@ def test_an_image_belongs_to_the_split_whose_list_of_the_class_names_it_whatever
     splits = find_splits(tree, ["horse", "dog", "cow"])
     assert splits.lists["horse"] == {"a": "train", "b": "train", "c": "val"}
     assert splits.lists["dog"] == {"c": "train", "a": "val", "b": "val", "d": "val"}
-    assert splits.lists["cow"] == {"d": "train"}  # one list of its own is enough for the general ones not to serve
+    assert splits.lists["cow"] == {"d": "train"}  # the general lists are not used if the class has one of its own
     assert splits.of_image("c") == {"horse": "val", "dog": "train"}
     assert splits.of_image("e") == {}
 

@@ -1,4 +1,4 @@
-"""The toy tree must be read by whatever reads PASCAL-Part, so its files are held against the real ones' layout."""
+"""Any reader of PASCAL-Part must read the toy tree, so its files are compared with the layout of the real ones."""
 
 from pathlib import Path
 

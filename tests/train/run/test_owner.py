@@ -1,4 +1,4 @@
-"""A run's folder has one owner at a time, and nothing but one whole checkpoint is needed to go on."""
+"""A run's folder has one owner at a time, and one whole checkpoint is enough to continue."""
 
 import errno
 import fcntl
