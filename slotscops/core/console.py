@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from slotscops.core.errors import ClaimError, RunError, UserError
+from slotscops.core.errors import ClaimError, RunError, SilentLoaderError, UserError
 
 _PLAIN_LINE_EVERY_S = 10.0
 # One object for bars and lines, so that a line goes above a running bar instead of through it.
@@ -139,6 +139,7 @@ def run_command(command: Callable[[], int]) -> None:
     A user's mistake exits with 2 and a failure while running with 1; each prints one line on stderr. Ctrl-C exits with
     130. A file or folder that cannot be read or written is named with what to do.
     """
+    hangs = False
     try:
         code = command()
     except UserError as error:
@@ -149,7 +150,7 @@ def run_command(command: Callable[[], int]) -> None:
         code = 2
     except RunError as error:
         warn(f"rank {rank()}: {_one_line(error)}" if world_size() > 1 else _one_line(error))
-        code = 1
+        code, hangs = 1, isinstance(error, SilentLoaderError)
     except BrokenPipeError:
         code = _after_lost_reader()
     except OSError as error:
@@ -164,8 +165,9 @@ def run_command(command: Callable[[], int]) -> None:
         sys.stdout.flush()
     except OSError:
         code = code or _after_lost_reader()
-    if code == 1 and world_size() > 1:
-        os._exit(code)  # a normal exit would wait for lost processes, for minutes if the network is down
+    if code == 1 and (world_size() > 1 or hangs):
+        # A normal exit would wait for lost processes, for minutes if the network is down, and for ever if the disk is.
+        os._exit(code)
     sys.exit(code)
 
 
