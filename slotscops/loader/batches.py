@@ -56,11 +56,16 @@ def _name_lost_workers(batches: Iterable[Batch], timeout_s: float) -> Iterator[B
         except (RunError, UserError):  # errors about the data, which a healthy worker reports
             raise
         except (ConnectionError, EOFError, RuntimeError) as error:
+            if "Too many open files" in str(error):
+                raise RunError(
+                    "too many open files for what loader workers send; raise the limit, as with ulimit -n 1024, or "
+                    "set data.num_workers=0"
+                ) from error
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise RunError(
-                "a loader worker died, killed or out of memory; start again to go on from the last checkpoint, with "
-                "fewer data.num_workers if memory was short"
+                "a loader worker died, killed, out of memory, or for what it said above; start again to go on from the "
+                "last checkpoint, with fewer data.num_workers if memory or open files were short"
             ) from error
         if batch is None:
             return
