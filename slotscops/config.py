@@ -11,8 +11,9 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from slotscops.core.address import Address
 from slotscops.core.errors import UserError
-from slotscops.core.files import write_bytes
+from slotscops.core.files import PLAIN_NAME, write_bytes
 
 # Pydantic would otherwise turn the text '2e-4', which YAML does not read as a number, into a number unnoticed.
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -26,6 +27,8 @@ Count = Annotated[int, Field(ge=0, le=_MANY)]
 Side = Annotated[int, Field(ge=32, le=8192)]  # pixels
 Width = Annotated[int, Field(gt=0, le=65_536)]  # channels
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# These names become a part of a folder's name, and the settings may be a stranger's: no name may lead elsewhere.
+PlainName = Annotated[str, Field(pattern=PLAIN_NAME, max_length=200)]
 
 # Each choice stands here once; every other module imports it from here.
 BaselineTransform = Literal["none", "sqrt", "l2", "sqrt_l2"]  # transforms that need no measurement of the whole cache
@@ -51,7 +54,8 @@ Precision = Annotated[MixedPrecision, BeforeValidator(lambda value: "no" if valu
 
 @dataclass(frozen=True, config=_STRICT)
 class Data:
-    shards: str = "shards/toy"  # The folder that python -m slotscops.shard wrote.
+    # The folder that python -m slotscops.shard wrote, or its URL. Passwords and signed queries in it are never stored.
+    shards: Address = Address("shards/toy")
     size: Side = 128  # The side of the square crops, in pixels.
     # Mirroring is the only augmentation. Cached features must match what is done to the photo, so every augmentation
     # needs features of its own (python -m slotscops.features --mirrored), and training refuses to start without them.
@@ -65,8 +69,10 @@ class Data:
 
 @dataclass(frozen=True, config=_STRICT)
 class TeacherSettings:
-    network: str = "vgg19"  # Any of torchvision's classification networks.
-    layer: str = "relu5_4"  # The layer whose features are the target. "relu5_2+relu5_4" joins the channels of both.
+    network: PlainName = "vgg19"  # Any of torchvision's classification networks.
+    layer: PlainName = (
+        "relu5_4"  # The layer whose features are the target. "relu5_2+relu5_4" joins the channels of both.
+    )
     size: Annotated[int, Field(gt=0, le=8192)] | None = (
         None  # The side of the crops that the teacher saw, in pixels. null takes data.size.
     )
@@ -237,7 +243,9 @@ def config_from_mapping(settings: Mapping[str, Any], origin: str) -> Config:
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    """The settings as they are printed and stored: without the secrets of an address."""
+    mapping = dataclasses.asdict(config)
+    return mapping | {"data": mapping["data"] | {"shards": str(config.data.shards)}}
 
 
 def to_yaml(config: Config) -> str:
@@ -341,6 +349,8 @@ def _explain(error: ValidationError) -> str:
     value = problem["input"]
     if problem["type"] == "unexpected_keyword_argument" or problem["type"] == "extra_forbidden":
         return f"unknown setting '{name}'{suggest(name, setting_names())}"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{name} is {value!r}; it must be a plain name of letters, digits and the signs _ . + -"
     message = (
         problem["msg"]
         .removeprefix("Input ")

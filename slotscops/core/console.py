@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from slotscops.core.address import hide_secrets
 from slotscops.core.errors import ClaimError, RunError, SilentLoaderError, UserError
 
 _PLAIN_LINE_EVERY_S = 10.0
@@ -49,9 +50,9 @@ def visible(text: object) -> str:
     """The text in one line that a terminal only shows: what it would obey, such as an escape sequence, is spelled out.
 
     Names of files, of archive members and of settings come from others, and so do the messages of servers. One with a
-    newline could otherwise forge a line of ours.
+    newline could otherwise forge a line of ours. Passwords and values of queries in URLs are hidden.
     """
-    shown = str(text).encode("utf-8", "backslashreplace").decode()  # a file name need not be UTF-8
+    shown = hide_secrets(str(text)).encode("utf-8", "backslashreplace").decode()  # a file name need not be UTF-8
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 

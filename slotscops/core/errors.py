@@ -1,5 +1,7 @@
 """The two ways a command ends early: the user's mistake (exit 2) and a failure while running (exit 1)."""
 
+from slotscops.core.address import hide_secrets
+
 
 class UserError(ValueError):
     """A mistake that the user can fix. The one-line message: what came, what was needed, what to do. Exit code 2."""
@@ -24,10 +26,11 @@ class DamageError(RunError):
 def first_line(error: Exception) -> str:
     """The first line of another library's error message, or the error's type if the message is empty.
 
-    Our messages quote it. Characters that cannot be printed, such as escape sequences in a damaged file, become '?'.
+    Our messages quote it. Secrets in URLs become '***'. Characters that cannot be printed, such as escape sequences in
+    a damaged file, become '?'.
     """
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return "".join(character if character.isprintable() else "?" for character in line)
+    return "".join(character if character.isprintable() else "?" for character in hide_secrets(line))
 
 
 def shorten(text: str, length: int = 300) -> str:

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and their hashes."""
 
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -15,8 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# One component of a path, of letters that every file system takes: it is neither "..", nor hidden, nor a path.
+PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"
 _OWNED = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.[^.]*\.partial")  # of a temporary file: its machine and process
 _ABANDONED_S = 24 * 3600  # a temporary file of another machine that nobody has written to for so long has no writer
+_NO_FOLDER_FSYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EBADF, errno.EISDIR}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
 
@@ -130,13 +134,32 @@ def _is_running(process: int) -> bool:
     return True
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name from elsewhere can be a component of a path without leading anywhere else."""
+    return re.fullmatch(PLAIN_NAME.strip("^$"), name) is not None
+
+
 def fsync(path: Path) -> None:
     """Makes a file's content, or the renames inside a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FSYNC or not path.is_dir():  # folders of some network file systems
+            raise
+
+
+def lock_refusal(folder: Path) -> str | None:
+    """What the system says where files in this folder cannot be locked; None where they can."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.strerror or str(error)
+    return None
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:

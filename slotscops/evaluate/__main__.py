@@ -35,6 +35,7 @@ from slotscops.metrics.scoring import (
 from slotscops.shard.index import ShardDataset, open_dataset
 from slotscops.train.build import Trained, load_model
 from slotscops.train.processes import join_processes
+from slotscops.train.run.published import is_published
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,12 +92,31 @@ class _Harness:
 def _open_harness(options: Namespace) -> _Harness:
     accelerator = join_processes() if console.world_size() > 1 else None
     runs = [load_model(path) for path in options.checkpoint]
-    dataset = open_dataset(options.shards or runs[0].config.data.shards)
+    dataset = open_dataset(options.shards or shards_of_run(runs[0], options.checkpoint[0]))
     if not dataset.num_samples(options.split):
         raise UserError(f"{dataset.location}: the split '{options.split}' holds no samples; there is nothing to score")
     return _Harness(
         dataset, options.split, options.landmarks, _baseline_settings(options, runs, dataset), runs, accelerator
     )
+
+
+def shards_of_run(trained: Trained, path: Path) -> Path:
+    """The folder that a run was trained on, if it lies below the current one.
+
+    The settings of a model that somebody handed over are not trusted: no address in them is contacted, and no path
+    elsewhere is opened, unless the user gives it.
+
+    Raises:
+        UserError: the user has to name the shards.
+    """
+    address = trained.config.data.shards
+    folder = Path(address.reveal())
+    if is_published(path) or address.is_remote or folder.is_absolute() or ".." in folder.parts:
+        raise UserError(
+            f"{path}: its settings name the shards {address}, which are not opened unasked, because a model may come "
+            f"from elsewhere; name the shards to score it on with --shards (--shards {address})"
+        )
+    return folder
 
 
 def _baseline_settings(options: Namespace, runs: list[Trained], dataset: ShardDataset) -> _BaselineSettings:

@@ -1,6 +1,7 @@
 """The options of `python -m slotscops.evaluate`."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -21,7 +22,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     Raises:
         UserError: if a baseline is unknown, there is nothing to score or no data to score it on, options exclude
-            each other, or --clusters is out of range.
+            each other, --clusters is out of range, or the file of --json cannot be written.
     """
     options = _parser().parse_args(arguments)
     for name in options.baseline:
@@ -33,11 +34,23 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         return options
     if not (options.checkpoint or options.baseline):
         raise UserError("nothing to score; give --checkpoint RUN, --baseline NAME or both")
+    if options.json is not None:
+        _check_writable(options.json)
     if not (options.checkpoint or options.shards):
         raise UserError("a baseline alone needs data; give --shards SHARDS")
     if options.clusters is not None and not 2 <= options.clusters <= 255:
         raise UserError(f"--clusters is {options.clusters}, needed 2 to 255: a background and at least one part")
     return options
+
+
+def _check_writable(path: Path) -> None:
+    """Refuses a file that could not be written after the scoring, which may take hours."""
+    if not path.parent.is_dir():
+        raise UserError(f"--json {path}: no such folder; make it first")
+    if path.is_dir():
+        raise UserError(f"--json {path}: is a folder; give the name of a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--json {path}: its folder cannot be written; check its permissions, or name another place")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         "trained on the true parts",
     )
     parser.add_argument(
-        "--shards", type=shards_argument, help="shards to score on (default: those of the first run's training)"
+        "--shards",
+        type=shards_argument,
+        help="shards to score on (default: those of the first run's training, if they lie below this folder)",
     )
     parser.add_argument("--split", default="val", help="split to score (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the scores, not multiplied by 100")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from slotscops.core.errors import UserError, first_line
-from slotscops.core.files import sha256_of_json, write_json
+from slotscops.core.files import is_plain_name, sha256_of_json, write_json
 
 FORMAT = 2
 # Fields that must be equal for two caches to hold the same features.
@@ -26,8 +26,15 @@ REMOVE_AND_REBUILD = "remove the folder and rebuild it with python -m slotscops.
 
 
 def cache_name(layer: str, size: int, network: str = "vgg19", mirrored: bool = False) -> str:
-    """Name of the cache's folder below SHARDS/features."""
-    return f"{network}-{layer}-{size}" + ("-mirrored" if mirrored else "")
+    """Name of the cache's folder below SHARDS/features.
+
+    Raises:
+        UserError: the names of network and layer would make it another folder.
+    """
+    name = f"{network}-{layer}-{size}" + ("-mirrored" if mirrored else "")
+    if not is_plain_name(name):
+        raise UserError(f"'{name}' is no name of a feature cache; give the names of a network and of its layer")
+    return name
 
 
 def name_of(manifest: dict[str, Any]) -> str:

@@ -131,7 +131,7 @@ def _card_contents(trained: Trained) -> dict[str, Any]:
     from_file = state.teacher_weights != "imagenet" and not state.teacher_weights.startswith("random:")
     needs_file = trained.network.takes_features and from_file
     return {
-        "data": config.data.shards,
+        "data": str(config.data.shards),
         "shard_digest": f" (digest `{state.shard_digest[:12]}`)" if state.shard_digest else "",
         "num_parts": config.slots.num_parts,
         "size": config.data.size,

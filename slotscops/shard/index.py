@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from slotscops.core.address import Address
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import sha256_of_bytes, sha256_of_json, write_bytes, write_json
 from slotscops.core.records import MEMBERS
-from slotscops.shard.remote import RemoteFolder, is_remote
+from slotscops.shard.remote import RemoteFolder
 
 FORMAT = 2
 # A foreign data set must not be able to name files outside its folder.
@@ -116,8 +117,8 @@ class ShardDataset:
 
     @property
     def location(self) -> str:
-        """Folder or URL of the data set, as messages name it."""
-        return str(self.folder) if self.remote is None else self.remote.url
+        """Folder or URL of the data set, as messages name it: without a password or the values of a query."""
+        return str(self.folder if self.remote is None else self.remote.url)
 
     @property
     def size(self) -> int:
@@ -173,16 +174,17 @@ def dataset_path(shards: Path) -> Path:
     return shards / "index" / "dataset.json"
 
 
-def open_dataset(shards: str | Path) -> ShardDataset:
+def open_dataset(shards: str | Path | Address) -> ShardDataset:
     """Reads `dataset.json` of a folder or a URL, and checks that every tar of a folder has the size it says.
 
     Raises:
         UserError: no shards there (the message gives the command that makes them), or they are unfinished or damaged.
         RunError: the server cannot be reached.
     """
-    if is_remote(shards):
-        return _open_remote(RemoteFolder.of(str(shards)))
-    dataset = read_dataset(Path(shards))
+    address = Address(shards)
+    if address.is_remote:
+        return _open_remote(RemoteFolder.of(address))
+    dataset = read_dataset(Path(address.reveal()))
     for entries in dataset.splits.values():
         for entry in entries:
             _check_tar(dataset, entry)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from slotscops.core import console
+from slotscops.core.address import Address
 from slotscops.core.errors import UserError
 from slotscops.core.files import write_bytes
 from slotscops.core.pictures import overlay, picture_bytes, sheet, voc_palette
@@ -36,7 +37,7 @@ class _ClassCounts:
     box_sides: list[int] = field(default_factory=list)  # longer side, source pixels
 
 
-def inspect_shards(shards: str | Path, picture: Path | None = None) -> None:
+def inspect_shards(shards: str | Path | Address, picture: Path | None = None) -> None:
     """Prints the tables and writes the sheet, by default to `SHARDS/contact_sheet.png`.
 
     Raises:

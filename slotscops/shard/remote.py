@@ -1,18 +1,26 @@
 """Shards behind a URL: each file is fetched once per node into a bounded cache, checked by sha256 and read there.
 
-All URLs that fsspec opens will do: `https://`, `s3://`, `gs://`, ... `SLOTSCOPS_CACHE` names the cache's folder, which
-should lie on a local disk of the node (default: ~/.cache/slotscops). `SLOTSCOPS_CACHE_GB` bounds its size (default:
-100). All processes of the node and all data sets share it. Above the bound, the least recently opened file is removed.
+URLs that fsspec opens will do: `https://`, `s3://`, `gs://`, ..., but not `ftp://` and archives such as `zip://`.
+`SLOTSCOPS_CACHE` names the cache's folder, which should lie on a local disk of the node (default: ~/.cache/slotscops).
+`SLOTSCOPS_CACHE_GB` bounds its size (default: 100). All processes of the node and all data sets share it. Above the
+bound, the least recently opened file is removed.
+
+A server is not trusted: no more is read of a file than the index says it has, or than an index can honestly have, and
+nothing is written outside the folder of the copies.
 """
 
+import functools
 import hashlib
 import os
 import re
+import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +28,59 @@ import fsspec
 from filelock import FileLock, Timeout
 
 from slotscops.core import console
+from slotscops.core.address import Address
 from slotscops.core.errors import RunError, UserError, first_line
-from slotscops.core.files import fsync, sha256_of_file, write_bytes
+from slotscops.core.files import fsync, is_plain_name, lock_refusal, sha256_of_file, write_bytes
 
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each new try; starts again after data has arrived
 _MOST_AT_ONCE, _LEAST_AT_ONCE = 8 << 20, 64 << 10  # bytes of one request; halved when a transfer breaks
 _CONNECT_SECONDS, _SILENCE_SECONDS = 15, 30  # after so many silent seconds the request is tried again
+_SAY_AFTER_S, _SAY_EVERY_S = 5.0, 30.0  # of waiting for one request
+_NOT_SUPPORTED = {"ftp", "zip", "tar", "libarchive"}  # no ranges, or files inside of files
+_PAGE_STARTS = (b"<!doctype html", b"<html")
 _WAIT_FOR_ROOM = 0.2  # seconds
 _AT_A_TIME = 8  # parallel transfers of one process
+# Of dataset.json, a manifest or a shard's index. A row of dataset.json has 300 bytes, a sample in an index about 150.
+_MAX_INDEX_BYTES = 256_000_000
+_PIECE_BYTES = 256 << 10  # read at once
+_Shards = str | Path | Address
 
 
-def is_remote(shards: str | Path) -> bool:
+def is_remote(shards: _Shards) -> bool:
     """Whether the shards are given by a URL."""
-    return "://" in str(shards)
+    return Address(shards).is_remote
 
 
-def shards_argument(text: str) -> str | Path:
+def shards_argument(text: str) -> Path | Address:
     """A command's `--shards`: a URL stays as it is typed."""
-    return text if is_remote(text) else Path(text)
+    return Address(text) if is_remote(text) else Path(text)
 
 
-def check_local(shards: str | Path) -> Path:
+def check_local(shards: _Shards) -> Path:
     """A folder to write to. Raises UserError if it is a URL."""
-    if is_remote(shards):
-        raise UserError(f"{shards}: shards and features are written to a folder; write them there, then upload it")
-    return Path(shards)
+    address = Address(shards)
+    if address.is_remote:
+        raise UserError(f"{address}: shards and features are written to a folder; write them there, then upload it")
+    return Path(address.reveal())
 
 
 @dataclass(frozen=True)
 class RemoteFolder:
     """A folder at a URL and its copy in the cache, which has the same layout. It is pickled to worker processes."""
 
-    url: str
+    url: Address
     cache: Path
     max_bytes: int  # of the whole cache
 
     @staticmethod
-    def of(url: str) -> "RemoteFolder":
-        """Raises UserError if the cache settings in the environment are invalid."""
+    def of(url: str | Address) -> "RemoteFolder":
+        """Raises UserError if the address lacks its secret, or the cache settings in the environment are invalid."""
+        address = Address(url)
+        if address.lost_secret:
+            raise UserError(
+                f"{address}: was stored without its password or signed query, as always; give the whole address again "
+                "with data.shards=URL in training, --shards URL in other commands"
+            )
         cache = Path(os.environ.get("SLOTSCOPS_CACHE") or Path.home() / ".cache" / "slotscops")
         gigabytes = os.environ.get("SLOTSCOPS_CACHE_GB") or "100"
         try:
@@ -66,13 +89,24 @@ class RemoteFolder:
             max_bytes = 0
         if max_bytes <= 0:
             raise UserError(f"SLOTSCOPS_CACHE_GB is '{gigabytes}', needed a number of gigabytes above 0")
-        return RemoteFolder(url.rstrip("/"), cache.absolute(), max_bytes)
+        return RemoteFolder(address, cache.absolute(), max_bytes)
 
     @property
     def copy(self) -> Path:
         """Folder of the local copies of the files."""
-        readable = re.sub(r"[^A-Za-z0-9]+", "-", self.url.split("://", 1)[1].rpartition("@")[2])[-60:].strip("-")
-        return self.cache / f"{readable}-{hashlib.sha256(self.url.encode()).hexdigest()[:12]}"
+        identity = self.url.identity().rstrip("/")
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", re.split("[?#]", identity.split("://", 1)[1])[0])[-60:].strip("-")
+        return self.cache / f"{readable}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+    def copy_of(self, name: str) -> Path:
+        """The local copy of a file by its path in the folder, of which each component is a plain name.
+
+        Raises:
+            UserError: a component is not, and might lead out of the folder.
+        """
+        if not all(is_plain_name(component) for component in name.split("/")):
+            raise UserError(f"{self.url}: '{name}' is no name of a file of a data set; nothing is fetched")
+        return self.copy / name
 
     def fetch_anew(self, name: str) -> Path:
         """Fetches a small file that may have changed, such as `index/dataset.json`. It is never evicted.
@@ -81,8 +115,8 @@ class RemoteFolder:
             FileNotFoundError: the server has none.
             RunError: as `opened`.
         """
+        target = self.copy_of(name)
         content = self._read_whole(name)
-        target = self.copy / name
         with self._writing():
             target.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(target, content)
@@ -99,9 +133,10 @@ class RemoteFolder:
             RunError: it cannot be fetched after several tries, or its sha256 is wrong.
             UserError: the cache cannot hold it or cannot be written.
         """
-        target = self.copy / name
+        target = self.copy_of(name)
         with self._writing():
             target.parent.mkdir(parents=True, exist_ok=True)
+            _check_locks(self.cache)
             lock = FileLock(_lock_of(target))
             lock.acquire()  # other processes that want this file wait for it here
         try:
@@ -117,7 +152,7 @@ class RemoteFolder:
 
     def fetch_together(self, wanted: list[tuple[str, str, int]]) -> None:
         """Fetches all missing files, each given as in `opened`, several at a time."""
-        missing = [file for file in wanted if not (self.copy / file[0]).is_file()]
+        missing = [file for file in wanted if not self.copy_of(file[0]).is_file()]
         if len(missing) < 2 or sum(num_bytes for _, _, num_bytes in missing) > self.max_bytes / 2:
             return  # the files would evict each other
         with ThreadPoolExecutor(_AT_A_TIME) as pool:
@@ -127,8 +162,8 @@ class RemoteFolder:
         with self.opened(*file):
             pass
 
-    def url_of(self, name: str) -> str:
-        return f"{self.url}/{name}"
+    def url_of(self, name: str) -> Address:
+        return self.url.file(name)
 
     def _fetch(self, name: str, target: Path, sha256: str, num_bytes: int | None) -> None:
         content = self._read_whole(name) if num_bytes is None else b""
@@ -159,35 +194,52 @@ class RemoteFolder:
         )
 
     def _read_whole(self, name: str) -> bytes:
-        files, path = self._connect(name)
+        """A file of which only the greatest honest size is known."""
+        source = self._connect(name)
         patience = _Patience(self.url_of(name))
         while True:
+            pieces: list[bytes] = []
             try:
-                return bytes(files.cat_file(path))
+                with _saying_that_it_waits(self.url_of(name)):
+                    source.read(0, _MAX_INDEX_BYTES + 1, partial(_append, pieces))
+                break
             except Exception as error:  # each file system raises its own kinds of errors
                 patience.try_again_after(error)
+        content = b"".join(pieces)
+        if len(content) > _MAX_INDEX_BYTES:
+            raise RunError(
+                f"{self.url_of(name)}: has more than {_MAX_INDEX_BYTES:,} bytes, as no index has; check the URL"
+            )
+        if content[:200].lstrip().lower().startswith(_PAGE_STARTS):
+            raise UserError(
+                f"{self.url_of(name)}: a web page came, perhaps to log in, needed the file; give an address that opens "
+                "without a login, such as a signed one, or download the folder and give its path"
+            )
+        return content
 
-    def _transfer(self, name: str, partial: Path, num_bytes: int) -> None:
-        """Appends the missing bytes to the partial file."""
-        files, path = self._connect(name)
+    def _transfer(self, name: str, target: Path, num_bytes: int) -> None:
+        """Appends the missing bytes to the partial file, and not one more."""
+        source = self._connect(name)
         patience, at_once = _Patience(self.url_of(name)), _MOST_AT_ONCE
-        have = partial.stat().st_size
-        while have < num_bytes:
+
+        def write(start: int, piece: bytes) -> None:
+            with self._writing():
+                file.seek(start)
+                file.write(piece[: num_bytes - start])
+
+        while (have := min(target.stat().st_size, num_bytes)) < num_bytes:
             end = min(have + at_once, num_bytes)
             try:
-                content = files.cat_file(path, start=have, end=end)
-                if len(content) == num_bytes:  # the server does not support ranges
-                    have = 0
-                elif len(content) != end - have:
-                    raise ConnectionError(f"{len(content)} bytes came, asked for {end - have}")
+                with target.open("r+b") as file, _saying_that_it_waits(self.url_of(name)):
+                    source.read(have, end, write, num_bytes)
+                if (came := target.stat().st_size) < end:
+                    raise ConnectionError(f"{max(came - have, 0)} bytes came, asked for {end - have}")
+            except UserError:  # of the cache
+                raise
             except Exception as error:
                 at_once = max(at_once // 2, _LEAST_AT_ONCE)
                 patience.try_again_after(error)
                 continue
-            with self._writing(), partial.open("r+b") as file:
-                file.seek(have)
-                file.write(content)
-            have += len(content)
             patience = _Patience(self.url_of(name))
 
     def _make_room(self, partial: Path, num_bytes: int) -> None:
@@ -204,17 +256,27 @@ class RemoteFolder:
                     return
             time.sleep(_WAIT_FOR_ROOM)
 
-    def _connect(self, name: str) -> tuple[Any, str]:
-        """The file system and the file's path in it."""
-        protocol = self.url.split("://", 1)[0]
+    def _connect(self, name: str) -> "_Source":
+        address = self.url_of(name)
+        protocol = address.reveal().split("://", 1)[0]
+        if "::" in address.reveal().split("?")[0] or protocol in _NOT_SUPPORTED:
+            raise UserError(
+                f"{self.url}: {protocol}:// is not supported; unpack the shards to a folder and give its path, or its "
+                "https://, s3:// or gs:// address"
+            )
         try:
-            return fsspec.core.url_to_fs(self.url_of(name), **_patient_options(protocol))  # type: ignore[no-any-return]
+            files, path = fsspec.core.url_to_fs(address.reveal(), **_patient_options(address))
         except ImportError as error:
             raise UserError(
                 f"{self.url}: {first_line(error)}; pip install 'slotscops[remote]', or fsspec's package for {protocol}"
             ) from None
         except ValueError as error:
-            raise UserError(f"{self.url}: {first_line(error)}; give a folder, https:// or s3://") from None
+            reason = self.url.clean(first_line(error))
+            raise UserError(f"{self.url}: {reason}; give a folder, https:// or s3://") from None
+        except Exception as error:  # some file systems connect here
+            reason = f"{type(error).__name__}: {self.url.clean(first_line(error))}"
+            raise RunError(f"{self.url}: cannot be reached ({reason}); check the address and the network") from None
+        return _WebSource(files, path) if protocol in ("http", "https") else _Source(files, path)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -227,17 +289,98 @@ class RemoteFolder:
             ) from None
 
 
+def _append(pieces: list[bytes], start: int, piece: bytes) -> None:
+    pieces.append(piece)
+
+
+class _Source:
+    """A file of one of fsspec's file systems."""
+
+    def __init__(self, files: Any, path: str) -> None:
+        self._files, self._path = files, path
+
+    def read(self, start: int, end: int, write: Callable[[int, bytes], None], whole_size: int | None = None) -> None:
+        """Hands the bytes from `start` up to `end`, or to the end of the file, on to `write`, each with its position.
+
+        Args:
+            write: takes the position in the file, and the bytes there.
+            whole_size: bytes of the whole file. A server that knows no ranges is read up to there, from the beginning.
+        """
+        content = bytes(self._files.cat_file(self._path, start=start, end=end))
+        if whole_size is not None and len(content) == whole_size:
+            start, end = 0, whole_size
+        write(start, content[: end - start])
+
+
+class _WebSource(_Source):
+    """A file of a web server, read in pieces, so that a body without an end costs no memory."""
+
+    def read(self, start: int, end: int, write: Callable[[int, bytes], None], whole_size: int | None = None) -> None:
+        fsspec.asyn.sync(self._files.loop, self._read, start, end, write, whole_size)
+
+    async def _read(
+        self, start: int, end: int, write: Callable[[int, bytes], None], whole_size: int | None = None
+    ) -> None:
+        headers = {"Accept-Encoding": "identity"}
+        if whole_size is not None:
+            headers["Range"] = f"bytes={start}-{end - 1}"
+        session = await self._files.set_session()
+        async with session.get(self._files.encode_url(self._path), headers=headers) as response:
+            if response.status == 404:
+                raise FileNotFoundError(self._path)
+            response.raise_for_status()
+            if whole_size is not None and response.status != 206:
+                start, end = 0, whole_size
+            decode = _decoder(response.headers.get("Content-Encoding", ""))
+            async for coded in response.content.iter_chunked(_PIECE_BYTES):
+                piece = decode(coded, end - start)[: end - start]
+                write(start, piece)
+                start += len(piece)
+                if start == end:  # what the server sends beyond it is not read
+                    response.close()
+                    return
+
+
+def _decoder(encoding: str) -> Callable[[bytes, int], bytes]:
+    """Undoes a compression that was not asked for; the second argument bounds what comes out."""
+    if encoding.lower() in ("", "identity"):
+        return lambda piece, _: piece
+    if encoding.lower() in ("gzip", "x-gzip", "deflate"):
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress  # knows both by their headers
+    raise ValueError(f"sent with Content-Encoding {encoding}, asked for none")
+
+
+@contextmanager
+def _saying_that_it_waits(url: Address) -> Iterator[None]:
+    """Says so while the body takes long, so that a slow server is not taken for a hang."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        since, pause = time.monotonic(), _SAY_AFTER_S
+        while not ended.wait(pause):
+            console.warn(f"{url}: waiting for the server, {time.monotonic() - since:.0f} s so far")
+            pause = _SAY_EVERY_S
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 class _Patience:
     """Retries temporary errors, each time after a longer pause, and gives up with a one-line error."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: Address) -> None:
         self._url = url
         self._pauses = iter(_PAUSES)
 
     def try_again_after(self, error: Exception) -> None:
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"{self._url}: is not there") from None
-        what = f"{type(error).__name__}: {first_line(error)}"
+        what = f"{type(error).__name__}: {self._url.clean(first_line(error))}"
         if not _may_pass(error):
             raise RunError(f"{self._url}: cannot be fetched ({what}); check the URL and your credentials") from None
         pause = next(self._pauses, None)
@@ -258,16 +401,29 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, PermissionError | ValueError) and "Credential" not in type(error).__name__
 
 
-def _patient_options(protocol: str) -> dict[str, Any]:
+def _patient_options(address: Address) -> dict[str, Any]:
     """The options of each file system that turn a silent server into an error."""
+    protocol, _, rest = address.reveal().partition("://")
     if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
         timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+        # Bodies are decompressed in `_WebSource`, which bounds what comes out.
+        client = {"timeout": timeout, "trust_env": True, "auto_decompress": False}
+        return {"client_kwargs": client, "encoded": "?" in rest}  # a signed query is sent as it is written
     if protocol == "s3":
         return {"config_kwargs": {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _SILENCE_SECONDS}}
     return {}
+
+
+@functools.cache
+def _check_locks(cache: Path) -> None:
+    """Raises UserError where the file system has no locks: FileLock would wait for them for ever."""
+    if (refusal := lock_refusal(cache)) is not None:
+        raise UserError(
+            f"{cache}: the cache of remote shards needs a file system with locks ({refusal}); set SLOTSCOPS_CACHE to a "
+            "folder on a local disk"
+        )
 
 
 def _lock_of(path: Path) -> Path:

@@ -1,5 +1,7 @@
 """Real servers on loopback that serve a folder: one over HTTP that can misbehave, nginx, and one that speaks S3."""
 
+import functools
+import gzip
 import os
 import re
 import shutil
@@ -8,9 +10,10 @@ import subprocess
 import threading
 import time
 import urllib.request
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +25,8 @@ class WebServer:
     """Serves files in ranges. What `faults` holds happens to that many requests for that file, first ones first.
 
     Faults: `drop` (half of the bytes, then the connection ends), `503`, `403`, `flip` (a bit is wrong), `short` (fewer
-    bytes than asked for, as if that were all), `whole` (ranges are not known).
+    bytes than asked for, as if that were all), `whole` (ranges are not known), `endless` (the bytes, then zeros until
+    nobody reads them), `gzip` (the bytes compressed), `bomb` (256 MB of zeros compressed to 1 MB).
     """
 
     folder: Path
@@ -30,11 +34,17 @@ class WebServer:
     faults: dict[str, list[str]] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
     sent: Counter[str] = field(default_factory=Counter)  # bytes
+    user: str = ""  # name:password that every request must give
+    query: str = ""  # that every request must have
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        name = handler.path.lstrip("/")
+        name, _, query = handler.path.lstrip("/").partition("?")
         path = self.folder / name
         self.requests[name] += 1
+        wanted = f"Basic {b64encode(self.user.encode()).decode()}" if self.user else ""
+        if handler.headers.get("Authorization", "") != wanted or query != self.query:
+            handler.send_error(401)
+            return
         fault = self.faults[name].pop(0) if self.faults.get(name) else ""
         if fault.isdigit() or not path.is_file():
             handler.send_error(int(fault or 404))
@@ -52,6 +62,12 @@ class WebServer:
             content = bytes([content[0] ^ 1]) + content[1:]
         if fault == "short":
             content = content[: len(content) // 2]
+        if fault in ("gzip", "bomb"):
+            content = gzip.compress(content) if fault == "gzip" else make_bomb()
+            handler.send_header("Content-Encoding", "gzip")
+        if fault == "endless":
+            self._send_without_end(handler, name, content)
+            return
         handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
         if handler.command == "HEAD":
@@ -59,8 +75,25 @@ class WebServer:
         if fault == "drop":
             content = content[: len(content) // 2]
             handler.close_connection = True
-        handler.wfile.write(content)
-        self.sent[name] += len(content)
+        with suppress(ConnectionError):  # who asked has read enough
+            handler.wfile.write(content)
+            self.sent[name] += len(content)
+
+    def _send_without_end(self, handler: BaseHTTPRequestHandler, name: str, content: bytes) -> None:
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.close_connection = True
+        with suppress(ConnectionError):
+            while self.sent[name] < 1 << 30:  # the end of the test, if all of it is read
+                handler.wfile.write(content)
+                self.sent[name] += len(content)
+                content = bytes(1 << 16)
+
+
+@functools.cache
+def make_bomb() -> bytes:
+    """What the fault `bomb` sends."""
+    return gzip.compress(bytes(1 << 28), 1)
 
 
 @contextmanager

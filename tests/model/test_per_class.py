@@ -128,7 +128,7 @@ def test_photos_are_segmented_as_the_class_given_or_guessed(run: Path, toy_shard
 
 
 def test_a_run_is_scored_on_its_own_classes_by_name_and_on_no_others(run: Path, toy_shards: Path) -> None:
-    assert evaluate.main(["--checkpoint", str(run)]) == 0
+    assert evaluate.main(["--checkpoint", str(run), "--shards", str(toy_shards)]) == 0
     trained = evaluate.load_model(run)
     dataset = open_dataset(toy_shards)
     names = dataset.class_names

@@ -15,8 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Bounds on what a file may hold, so that a small file costs little time and memory whatever it says.
 MAX_MATLAB_BYTES = 64_000_000  # of a file; real annotations have up to 0.1 MB
-_MAX_INFLATED_BYTES = 512_000_000  # real annotations have up to some 40 MB
+_MAX_INFLATED_BYTES = 256_000_000  # of all its compressed elements; real annotations have up to some 40 MB
+_MAX_MATRICES = 100_000  # nested ones included; 20 objects with 30 parts each have 1,300
+_MAX_NAME_BYTES = 4096  # of a text, and of a name of a variable or field
+_MAX_FIELDS = 100  # of a struct; real annotations have 4
+_MAX_DIMENSIONS = 32  # of a matrix, as in NumPy
 _INFLATE_STEP = 2048  # bytes; masks shrink 200-fold, so this gives pieces that stay in the processor's cache
 _MAX_DEPTH = 8  # of structs within structs; real annotations have 3
 _MATRIX, _COMPRESSED = 14, 15  # element types; the next two tables have the others
@@ -45,7 +50,7 @@ def read_matlab_structs(content: bytes, variable: str) -> list[dict[str, Any]]:
         One dict a struct, by field: an array as stored, a str, again a list of dicts, or None for other kinds.
 
     Raises:
-        MatlabError: the file is none, is damaged, is of absurd size, or has no such structs.
+        MatlabError: the file is none, is damaged, holds more than an annotation can, or has no such structs.
     """
     if len(content) > MAX_MATLAB_BYTES:
         raise MatlabError(f"has more than {MAX_MATLAB_BYTES} bytes, as no annotation of PASCAL-Part has")
@@ -58,15 +63,16 @@ def read_matlab_structs(content: bytes, variable: str) -> list[dict[str, Any]]:
         raise MatlabVersionError("is a MATLAB 4 file, needed version 5")
     if order is None:
         raise MatlabError("is no MATLAB 5 file")
-    elements = _Elements(memoryview(bytearray(content))[128:], order)  # masks are views of it: writable ones
+    file = _File(order)
+    elements = _Elements(memoryview(bytearray(content))[128:], file)  # masks are views of it: writable ones
     found = None
     while elements.data:  # to the end, so that a file cut short is noticed
         kind, payload = elements.take()
         if kind == _COMPRESSED:
-            kind, payload = _Elements(memoryview(_inflate(payload)), order).take()
+            kind, payload = _Elements(memoryview(file.inflate(payload)), file).take()
         if kind != _MATRIX:
             raise MatlabError("is damaged, needed a matrix")
-        name, value = _read_matrix(payload, order, depth=0, wanted=variable)
+        name, value = _read_matrix(payload, file, depth=0, wanted=variable)
         found = value if name == variable else found
     if not isinstance(found, list):
         raise MatlabError(f"lacks the struct '{variable}'")
@@ -88,31 +94,45 @@ def _is_version_4(content: bytes) -> bool:
     return False
 
 
-def _inflate(payload: memoryview) -> bytearray:
-    """Checks the checksum too: no flipped bit of compressed data goes unseen."""
-    stream, content = zlib.decompressobj(), bytearray()
-    try:
-        for start in range(0, len(payload), _INFLATE_STEP):
-            piece = payload[start : start + _INFLATE_STEP]
-            content += stream.decompress(piece, _MAX_INFLATED_BYTES + 1 - len(content))
-            if len(content) > _MAX_INFLATED_BYTES:
-                raise MatlabError(f"decompresses to more than {_MAX_INFLATED_BYTES} bytes, as no annotation does")
-    except (zlib.error, MemoryError):
-        raise MatlabError("is damaged, its content does not decompress") from None
-    if not stream.eof:
-        raise MatlabError("is cut short or damaged")
-    return content
+class _File:
+    """The byte order of a file, and how much of what a file may hold was read so far."""
+
+    def __init__(self, order: str) -> None:
+        self.order = order  # "<" or ">"
+        self._num_matrices = self._num_inflated = 0
+
+    def count_matrices(self, number: int) -> None:
+        """Call it before reading so many matrices. Raises MatlabError if the file has too many of them."""
+        self._num_matrices += number
+        if self._num_matrices > _MAX_MATRICES:
+            raise MatlabError(f"has more than {_MAX_MATRICES:,} matrices, as no annotation has")
+
+    def inflate(self, payload: memoryview) -> bytearray:
+        """Checks the checksum too: no flipped bit of compressed data goes unseen."""
+        stream, content = zlib.decompressobj(), bytearray()
+        allowed = _MAX_INFLATED_BYTES - self._num_inflated
+        try:
+            for start in range(0, len(payload), _INFLATE_STEP):
+                content += stream.decompress(payload[start : start + _INFLATE_STEP], allowed + 1 - len(content))
+                if len(content) > allowed:
+                    raise MatlabError(f"decompresses to more than {_MAX_INFLATED_BYTES} bytes, as no annotation does")
+        except (zlib.error, MemoryError):
+            raise MatlabError("is damaged, its content does not decompress") from None
+        if not stream.eof:
+            raise MatlabError("is cut short or damaged")
+        self._num_inflated += len(content)
+        return content
 
 
 class _Elements:
     """The elements of a file or matrix, one after the other."""
 
-    def __init__(self, data: memoryview, order: str) -> None:
-        self.data, self.order = data, order  # what is not taken yet; "<" or ">"
+    def __init__(self, data: memoryview, file: _File) -> None:
+        self.data, self.file, self._order = data, file, file.order  # data: what is not taken yet
 
     def take(self) -> tuple[int, memoryview]:
         """Type and payload of the next element."""
-        kind, size = struct.unpack(f"{self.order}II", head := self._cut(8))
+        kind, size = struct.unpack(f"{self._order}II", head := self._cut(8))
         if kind >> 16:  # a small element: size and type share the first four bytes, the payload has the others
             kind, size = kind & 0xFFFF, min(4, kind >> 16)
             return kind, head[4 : 4 + size]
@@ -123,7 +143,7 @@ class _Elements:
 
     def take_numbers(self) -> NDArray[Any]:
         kind, payload = self.take()
-        dtype = np.dtype(self.order + _NUMBERS.get(kind, "V0"))
+        dtype = np.dtype(self._order + _NUMBERS.get(kind, "V0"))
         if not dtype.itemsize or len(payload) % dtype.itemsize:
             raise MatlabError("is damaged, needed numbers")
         return np.frombuffer(payload, dtype)
@@ -131,9 +151,11 @@ class _Elements:
     def take_text(self) -> str:
         """A name; as in SciPy, U+FFFD stands for bytes that are no text, so that one of them costs no other name."""
         kind, payload = self.take()
+        if len(payload) > _MAX_NAME_BYTES:
+            raise MatlabError(f"has a text of {len(payload):,} bytes, as no annotation has")
         encoding = _TEXTS.get(kind, "ascii")
         if encoding in ("utf-16", "utf-32"):
-            encoding += "-le" if self.order == "<" else "-be"
+            encoding += "-le" if self._order == "<" else "-be"
         return str(payload, encoding, errors="replace")
 
     def _cut(self, size: int) -> memoryview:
@@ -143,11 +165,13 @@ class _Elements:
         return head
 
 
-def _read_matrix(data: memoryview, order: str, depth: int, wanted: str | None = None) -> tuple[str, Any]:
+def _read_matrix(data: memoryview, file: _File, depth: int, wanted: str | None = None) -> tuple[str, Any]:
     """A matrix's name and value; the value is not read, and is None, where another name is wanted."""
+    if depth == 0:  # those in structs are counted there, before any of them is read
+        file.count_matrices(1)
     if not data:
         return "", np.empty((0, 0))
-    elements = _Elements(data, order)
+    elements = _Elements(data, file)
     flags = elements.take_numbers()
     if flags.dtype.kind not in "iu" or len(flags) != 2:
         raise MatlabError("is damaged, needed a matrix's class")
@@ -158,7 +182,7 @@ def _read_matrix(data: memoryview, order: str, depth: int, wanted: str | None = 
     if wanted not in (None, name):
         return name, None
     # The format wants signed numbers here; some writers use unsigned ones, which SciPy reads as well.
-    if shape.dtype.kind not in "iu" or len(shape) < 2 or shape.min() < 0:
+    if shape.dtype.kind not in "iu" or not 2 <= len(shape) <= _MAX_DIMENSIONS or shape.min() < 0:
         raise MatlabError("is damaged, needed a matrix's size")
     value: Any
     if kind == _CELL:  # only an empty one has a meaning here, as an empty matrix has
@@ -182,11 +206,16 @@ def _read_structs(elements: _Elements, count: int, depth: int) -> list[dict[str,
     length = int(lengths[0]) if len(lengths) and lengths.dtype.kind in "iu" else 0
     if length < 1 or len(joined) % length or depth > _MAX_DEPTH:
         raise MatlabError("is damaged, needed names of fields")
+    if len(joined) // length > _MAX_FIELDS or length > _MAX_NAME_BYTES:
+        raise MatlabError(
+            f"has structs of {len(joined) // length:,} fields with names of {length:,} bytes, as no annotation has"
+        )
     names = [bytes(joined[at : at + length]).split(b"\0")[0].decode("latin-1") for at in range(0, len(joined), length)]
     if not names:  # `struct()`: whatever their number, there is nothing in them
         return []
     if count * len(names) * 8 > len(elements.data):
         raise MatlabError("is cut short or damaged")
+    elements.file.count_matrices(count * len(names))
     return [{name: _read_field(elements, depth) for name in names} for _ in range(count)]
 
 
@@ -194,4 +223,4 @@ def _read_field(elements: _Elements, depth: int) -> Any:
     kind, payload = elements.take()
     if kind != _MATRIX:
         raise MatlabError("is damaged, needed a matrix")
-    return _read_matrix(payload, elements.order, depth)[1]
+    return _read_matrix(payload, elements.file, depth)[1]

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from slotscops.core.errors import UserError, first_line
-from slotscops.core.files import fsync, remove_abandoned, sha256_of_file, write_bytes, write_json, writer_name
+from slotscops.core.files import (
+    fsync,
+    is_plain_name,
+    remove_abandoned,
+    sha256_of_file,
+    write_bytes,
+    write_json,
+    writer_name,
+)
 from slotscops.model.saved_names import saved_parameter_names
 from slotscops.train.averaging import WeightAverage
 
@@ -211,6 +219,8 @@ def verify_checkpoint(path: Path) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         names = {*_FILES, *manifest}
+        if not all(map(is_plain_name, names)):
+            raise ValueError("names files elsewhere")
         expected = {name: (manifest[name]["sha256"], manifest[name]["bytes"]) for name in sorted(names)}
     except FileNotFoundError:
         raise UserError(f"{path}: is no checkpoint (no manifest.json); give a folder step-N of a run") from None

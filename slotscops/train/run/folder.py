@@ -11,6 +11,7 @@ from typing import Any
 
 from slotscops.config import Config, config_from_mapping, load_config, to_mapping, write_config
 from slotscops.core import console
+from slotscops.core.address import hide_secrets
 from slotscops.core.claims import differences
 from slotscops.core.errors import UserError, shorten
 from slotscops.core.files import json_numbers, remove_abandoned, write_bytes, write_json
@@ -105,6 +106,11 @@ class RunFolder:
             self.pictures.mkdir(exist_ok=True)
             remove_abandoned(self.path)
             write_config(config, self.config)
+            if config.data.shards.has_secret:
+                console.say(
+                    f"{self.config}: keeps {config.data.shards} without its password or signed query; give "
+                    "data.shards=URL again at the next start"
+                )
             if self.metrics.exists():
                 self._repair_metrics(step)
         except OSError as error:
@@ -152,7 +158,7 @@ class RunFolder:
         Args:
             missing: what could not be written so far, and why.
         """
-        status: dict[str, Any] = {"state": state, "step": step, "reason": shorten(reason)}
+        status: dict[str, Any] = {"state": state, "step": step, "reason": shorten(hide_secrets(reason))}
         missing = {kind: why for kind, why in (missing or {}).items() if kind != self.status.name}
         write_json(self.status, status | ({"missing": missing} if missing else {}))
 

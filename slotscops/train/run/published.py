@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from slotscops.config import Config, load_config, to_mapping, to_yaml
+from slotscops.core.address import Address
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import write_bytes
 from slotscops.core.pretrained import display_name, fingerprint
@@ -79,7 +80,7 @@ def without_folders(config: Config) -> Config:
     return replace(
         config,
         run_dir=Path(config.run_dir).name,
-        data=replace(config.data, shards=Path(config.data.shards).name),
+        data=replace(config.data, shards=Address(config.data.shards.name)),
         encoder=replace(config.encoder, weights=display_name(config.encoder.weights)),
         teacher=teacher,
     )

@@ -3,6 +3,9 @@
 import io
 import random
 import struct
+import time
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +215,62 @@ def test_absurd_sizes_are_refused_before_they_fill_the_memory(monkeypatch: pytes
     assert "decompresses to more than 10000 bytes" in message(with_mask(np.zeros((200, 200), np.uint8)))
     monkeypatch.setattr(matlab, "MAX_MATLAB_BYTES", 300)
     assert "has more than 300 bytes" in message(bytes(301))
+
+
+def raw_element(kind: int, content: bytes) -> bytes:
+    return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
+
+
+def raw_structs(shape: list[int], names: list[bytes], values: bytes, length: int = 8) -> bytes:
+    """A file with the struct array `anno`, written by hand: no library writes absurd ones."""
+    content = raw_element(6, struct.pack("<II", 2, 0)) + raw_element(5, struct.pack(f"<{len(shape)}i", *shape))
+    content += raw_element(1, b"anno") + struct.pack("<HHi", 5, 4, length)
+    content += raw_element(1, b"".join(name.ljust(length, b"\0") for name in names)) + values
+    return b"MATLAB 5.0".ljust(124) + b"\0\1IM" + raw_element(15, zlib.compress(raw_element(14, content)))
+
+
+def inflating_element(num_bytes: int) -> bytes:
+    """Compressed zeros. Each piece ends with a full flush, so that it can be repeated as it is."""
+    stream = zlib.compressobj()
+    head = stream.compress(b"") + stream.flush(zlib.Z_FULL_FLUSH)
+    piece = stream.compress(bytes(1 << 24)) + stream.flush(zlib.Z_FULL_FLUSH)
+    return raw_element(15, head + piece * (num_bytes >> 24))
+
+
+EMPTY = struct.pack("<II", 14, 0)
+BOMBS = {
+    "has more than 100,000 matrices": raw_structs([1, 3_000_000], [b"a"], EMPTY * 3_000_000),
+    "has more than 100,000 matrices|": annotation([])[:128] + EMPTY * 3_000_000,
+    "decompresses to more than 256000000 bytes": annotation([])[:128] + inflating_element(4 << 30),
+    "has structs of 101 fields": raw_structs([1, 1], [b"a"] * 101, EMPTY * 101),
+    "has structs of 1 fields with names of 5,000 bytes": raw_structs([1, 1], [b"a" * 5000], EMPTY, length=5000),
+    "needed a matrix's size": raw_structs([2**31 - 1] * 100_000, [b"a"], EMPTY),
+    "is cut short or damaged": raw_structs([2**31 - 1] * 32, [b"a"], EMPTY),
+    "has a text of 1,000,000 bytes": matlab_bytes(structs(("imname", "objects"), [("a" * 1_000_000, [])])),
+}
+
+
+@pytest.mark.parametrize("wanted", BOMBS)
+def test_a_bomb_is_refused_in_little_time_and_memory(wanted: str) -> None:
+    content = BOMBS[wanted]
+    assert len(content) < 30_000_000
+    started = time.monotonic()
+    tracemalloc.start()
+    try:
+        assert wanted.rstrip("|") in message(content)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 350_000_000  # the bound on what is decompressed, and the file
+    assert time.monotonic() - started < 20
+
+
+def test_compressed_elements_share_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.zeros((90, 90), np.uint8)
+    file = io.BytesIO()
+    scipy.io.savemat(file, {"one": mask, "two": mask}, do_compression=True)
+    monkeypatch.setattr(matlab, "_MAX_INFLATED_BYTES", 10_000)
+    assert "decompresses to more than 10000 bytes" in message(file.getvalue())
 
 
 def nested(depth: int) -> dict[str, Any]:
