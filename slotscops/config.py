@@ -358,7 +358,7 @@ def _explain(error: ValidationError) -> str:
         .replace("an object", "a section of settings")
     )
     if isinstance(value, str) and problem["type"].startswith(("float", "int")):
-        return f"{name} is the text '{value}'; {message}{_number_hint(value)}"
+        return f"{name} is the text {value!r}; {message}{_number_hint(value)}"
     return f"{name} is {value!r}; {message}"
 
 
