@@ -36,7 +36,7 @@ def main() -> int:
     options = parse()
     if options.child is not None:
         work(options)
-        return 0
+        os._exit(0)  # a server that one of the readers started runs in a thread, for which a normal exit would wait
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
