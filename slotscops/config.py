@@ -375,7 +375,7 @@ def _explain(error: ValidationError) -> str:
     if name == "encoder.name":  # the other member of its union
         message += ", or timm/NAME for a network of timm"
     if isinstance(value, str) and problem["type"].startswith(("float", "int")):
-        return f"{name} is the text '{value}'; {message}{_number_hint(value)}"
+        return f"{name} is the text {value!r}; {message}{_number_hint(value)}"
     return f"{name} is {value!r}; {message}"
 
 

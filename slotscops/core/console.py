@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import sys
 import time
@@ -9,15 +10,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from slotscops.core.address import hide_secrets
-from slotscops.core.errors import ClaimError, RunError, UserError
+from slotscops.core.errors import ClaimError, RunError, SilentLoaderError, UserError
 
 _PLAIN_LINE_EVERY_S = 10.0
+_LEAST_NAME = 12  # columns of a terminal for the names of a table that is spread over several
+_UNLIMITED = 100_000
+_MOST_OPEN_FILES = 16_384
 # One object for bars and lines, so that a line goes above a running bar instead of through it.
 _STDERR = Console(stderr=True, highlight=False, soft_wrap=True)
 Item = TypeVar("Item")
@@ -74,17 +79,69 @@ def _tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table; columns after the first are right-aligned."""
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], num_names: int = 1) -> None:
+    """Prints a table; columns after the names are right-aligned.
+
+    Where a terminal is too narrow, names break into several lines and the other columns are spread over several tables
+    with the same rows, so that no name and no number is cut.
+
+    Args:
+        num_names: how many columns at the left say what a row is about; each of the tables repeats them.
+    """
     if not is_main():
         return
-    table = Table(title=escape(visible(title)), title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*(escape(visible(cell)) for cell in row))
-    # A pipe has no width, and rich's default of 80 columns would cut the cells.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    cells = [[visible(cell) for cell in row] for row in rows]
+    width = _table_width()
+    name_width, groups = _spread(columns, cells, num_names, width)
+    for group in groups:
+        table = Table(title=escape(visible(title)) if group is groups[0] else None, title_justify="left")
+        for number in [*range(num_names), *group]:
+            is_name = number < num_names
+            table.add_column(
+                columns[number],
+                justify="left" if number == 0 else "right",
+                overflow="fold",
+                max_width=name_width if number == 0 else None,
+                min_width=None if is_name else _cells_width(number, cells),
+            )
+        for row in cells:
+            table.add_row(*(escape(row[number]) for number in [*range(num_names), *group]))
+        Console(width=width).print(table)
+
+
+def _table_width() -> int:
+    """Columns of the terminal. A file or a pipe has no width."""
+    return Console().width if sys.stdout.isatty() else _UNLIMITED
+
+
+def _spread(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], num_names: int, width: int
+) -> tuple[int, list[list[int]]]:
+    """The width of the first column, and the numbers of the other columns in each of the tables."""
+    frame = 3  # a line and two spaces for each column
+    widths = [
+        max(_cells_width(number, cells), *(cell_len(word) for word in heading.split() or [""]))
+        for number, heading in enumerate(columns)
+    ]
+    others = list(range(num_names, len(columns)))
+    room = width - 1 - sum(widths[number] + frame for number in range(1, len(columns))) - frame
+    least = min(widths[0], max(_LEAST_NAME, width // 3))
+    if room >= least:
+        return min(widths[0], room), [others]
+    groups: list[list[int]] = [[]]
+    fixed = width - 1 - (least + frame) - sum(widths[number] + frame for number in range(1, num_names))
+    left = fixed
+    for number in others:
+        if groups[-1] and left < widths[number] + frame:
+            groups.append([])
+            left = fixed
+        groups[-1].append(number)
+        left -= widths[number] + frame
+    return least, groups
+
+
+def _cells_width(column: int, cells: Sequence[Sequence[str]]) -> int:
+    return max((cell_len(row[column]) for row in cells), default=0)
 
 
 def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
@@ -140,6 +197,8 @@ def run_command(command: Callable[[], int]) -> None:
     A user's mistake exits with 2 and a failure while running with 1; each prints one line on stderr. Ctrl-C exits with
     130. An error of the operating system names the file or folder and says what to do.
     """
+    hangs = False
+    raise_limit_of_open_files()
     try:
         code = command()
     except UserError as error:
@@ -150,7 +209,7 @@ def run_command(command: Callable[[], int]) -> None:
         code = 2
     except RunError as error:
         warn(f"rank {rank()}: {_one_line(error)}" if world_size() > 1 else _one_line(error))
-        code = 1
+        code, hangs = 1, isinstance(error, SilentLoaderError)
     except BrokenPipeError:
         code = _after_lost_reader()
     except OSError as error:
@@ -165,12 +224,14 @@ def run_command(command: Callable[[], int]) -> None:
         sys.stdout.flush()
     except OSError:
         code = code or _after_lost_reader()
-    if code == 1 and world_size() > 1:
-        os._exit(code)  # a normal exit would wait for lost processes, for minutes if the network is down
+    if code == 1 and (world_size() > 1 or hangs):
+        # A normal exit would wait for lost processes, for minutes if the network is down, and for ever if the disk is.
+        os._exit(code)
     sys.exit(code)
 
 
 _FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of the process or the machine, whatever the file
 _REMEDIES = {
     errno.ENOSPC: "make room there and start again",
     errno.EDQUOT: "make room within your quota and start again",
@@ -183,9 +244,19 @@ _REMEDIES = {
     errno.EISDIR: "it is a folder; name a file",
     errno.EEXIST: "name another place, or move it away",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "raise the limit of open files (ulimit -n)",
+    errno.EMFILE: "raise the limit of open files, as with ulimit -n 1024, and start again",
+    errno.ENFILE: "the machine has too many open files: end other programs, or raise fs.file-max",
+    errno.ENOMEM: "the memory is full: end other programs, or take smaller batches",
 }
+
+
+def raise_limit_of_open_files() -> None:
+    """Lets this process and its workers open as many files as the system allows, up to a bound."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # some systems allow less than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def explain_system_error(error: OSError) -> str:
@@ -202,8 +273,18 @@ def _after_lost_reader() -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """The error's message. PyTorch reports a loader worker's error as a whole traceback; we take its last line."""
+    """The error's message. PyTorch reports a loader worker's error as a whole traceback; we take its last line.
+
+    Where a file could not be opened because the process has too many open, nothing is wrong with the file, and what the
+    message advises for it would not help.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _LIMITS:
+            return explain_system_error(cause)
+        cause = cause.__cause__ or cause.__context__
     message = str(error).strip() or type(error).__name__
     if not message.startswith("Caught "):
         return message
-    return message.splitlines()[-1].strip().removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    _traceback, name, own = message.rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")
+    return own if name else message.splitlines()[-1].strip()

@@ -18,6 +18,10 @@ class RunError(RuntimeError):
     """A run that started well and cannot go on, such as a loss that is not finite. Exit code 1."""
 
 
+class SilentLoaderError(RunError):
+    """No batch came in time. The run is as it was after its last step and can be saved."""
+
+
 class DamageError(RunError):
     """A sample of a data set is damaged. The message names it and its file; training replaces it by another sample."""
 

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and their hashes."""
 
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"
 _OWNED = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.[^.]*\.partial")  # a temporary file's machine and process
 _ABANDONED_S = 24 * 3600  # a temporary file of another machine counts as abandoned when it is this old
+_NO_FOLDER_FSYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EBADF, errno.EISDIR}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
 
@@ -139,11 +141,25 @@ def is_plain_name(name: str) -> bool:
 
 def fsync(path: Path) -> None:
     """Makes a file's content, or the renames inside a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FSYNC or not path.is_dir():  # folders of some network file systems
+            raise
+
+
+def lock_refusal(folder: Path) -> str | None:
+    """What the system says where files in this folder cannot be locked; None where they can."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.strerror or str(error)
+    return None
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:

@@ -295,7 +295,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled(strip: Image.Image, white: float) -> Image.Image:
-    scaled = np.nan_to_num(np.asarray(strip).astype(np.float64) * (255 / white)).clip(0, 255).round()
+    with np.errstate(invalid="ignore"):  # pixels that are not numbers become 0
+        scaled = np.nan_to_num(np.asarray(strip).astype(np.float64) * (255 / white)).clip(0, 255).round()
     return Image.fromarray(scaled.astype(np.uint8))
 
 

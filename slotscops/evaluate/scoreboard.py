@@ -123,7 +123,7 @@ def show(title: str, methods: list[Scored]) -> None:
         rows += _rows([method for method in methods if method.kind != "run"], protocol)
         if protocol == literature.PROTOCOL:
             rows += _published_cells(methods)
-        console.show_table(_TITLES[protocol], ("method", "class", *columns), rows)
+        console.show_table(_TITLES[protocol], ("method", "class", *columns), rows, num_names=2)
     _show_landmarks(methods, averaged)
     console.say(
         "Scores are x 100. Where true masks overlap, the part listed first (first) or the smallest one (small) is on "
@@ -168,7 +168,7 @@ def _show_landmarks(methods: list[Scored], averaged: list[Mean]) -> None:
             rows.append((mean.mean.name, name, f"{_percent(error)} ± {_percent(mean.deviation.landmarks[name])}"))
     if rows:
         title = "landmarks: error of regressed part centres, less is better (weak: read it beside position)"
-        console.show_table(title, ("method", "class", "% of the box's longer side"), rows)
+        console.show_table(title, ("method", "class", "% of the box's longer side"), rows, num_names=2)
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The samples of a split are numbered in the order of its shards. Of N samples, nu
 right.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -39,6 +40,13 @@ class Split(Dataset[Batch]):
 
     def __len__(self) -> int:
         return self.dataset.num_samples(self.name)
+
+    def batch_bytes(self, batch_size: int) -> dict[str, int]:
+        """The bytes of each tensor of a batch, by a name of its own."""
+        pixels = batch_size * self.dataset.size**2
+        features = {} if self.cache is None else {"features": 2 * batch_size * math.prod(self.cache.shape)}
+        maps = dict.fromkeys(self._map_members, pixels)
+        return {"images": 3 * pixels, "class_ids": 8 * batch_size, **features, **maps}
 
     def key(self, sample: int) -> str:
         """The record key of a sample."""

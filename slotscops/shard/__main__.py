@@ -165,11 +165,11 @@ def _show(outcome: Outcome, out: Path) -> None:
             megabytes = counts["bytes", name] / 1e6
             cells = [f"{counts[what, name]:,}" for what in ("images", "objects", "parts")]
             rows.append((name, split, *cells, f"{megabytes:.2f}"))
-    console.show_table(str(out), ("class", "split", "images", "objects", "parts", "MB"), rows)
+    console.show_table(str(out), ("class", "split", "images", "objects", "parts", "MB"), rows, 2)
     reasons = Counter((item.kind, item.class_name or "-", item.split or "-") for item in outcome.left_out)
     if reasons:
         left = [(kind, name, split, f"{count:,}") for (kind, name, split), count in sorted(reasons.items())]
-        console.show_table("left out", ("reason", "class", "split", "objects or files"), left)
+        console.show_table("left out", ("reason", "class", "split", "objects or files"), left, 3)
         console.say(f"each with its reason: {out / 'index' / 'left_out.json'}")
     damaged = [item for item in outcome.left_out if item.damaged]
     for item in damaged[:_LISTED]:

@@ -55,10 +55,10 @@ def inspect_shards(shards: str | Path | Address, picture: Path | None = None) ->
         sides = np.percentile(count.box_sides, [0, 50, 100]).round().astype(int)
         rows.append((name, split, f"{count.objects:,}", *(f"{side}" for side in sides)))
     header = ("class", "split", "objects", "smallest box", "median", "largest, px")
-    console.show_table(f"{shards}, crops of {dataset.size} px", header, rows)
+    console.show_table(f"{shards}, crops of {dataset.size} px", header, rows, 2)
     parts = [row for (split, name), count in sorted(counts.items()) for row in _part_rows(dataset, split, name, count)]
     if parts:
-        console.show_table("parts", ("class", "split", "part", "objects with it", "share of object pixels"), parts)
+        console.show_table("parts", ("class", "split", "part", "objects with it", "share of object pixels"), parts, 3)
     if dataset.remote is None:  # a web server cannot list its files
         caches = sorted(path.parent.name for path in dataset.folder.glob("features/*/manifest.json"))
         console.say(f"features: {', '.join(caches) or 'none'}")

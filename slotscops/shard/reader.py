@@ -6,6 +6,7 @@ error and does not kill the process. Copying a few KB costs little compared to d
 
 import json
 import os
+import resource
 import weakref
 import zlib
 from collections import OrderedDict
@@ -22,7 +23,8 @@ from slotscops.core.errors import DamageError, RunError, first_line
 from slotscops.core.records import MEMBERS, decode_image
 from slotscops.shard.index import ShardDataset, ShardEntry, ShardIndex
 
-_MAX_OPEN_SHARDS = 64  # an open shard costs a file descriptor, of which a process may have 1,024
+_MAX_OPEN_SHARDS = 64  # an open shard costs a file descriptor, of which a process usually may have 1,024
+_SHARE_OF_FILES = 8  # where a process may open fewer files, shards take at most this part of them
 
 
 class ShardReader:
@@ -112,7 +114,10 @@ class ShardReader:
 
 
 class ShardReaders:
-    """The readers of a data set's shards, opened when first needed; the least recently used is closed beyond 64."""
+    """The readers of a data set's shards, opened when first needed; the least recently used are closed beyond 64.
+
+    Where a process may open few files (`ulimit -n`), fewer shards stay open.
+    """
 
     def __init__(
         self, dataset: ShardDataset, entries: Sequence[ShardEntry], read_index: Callable[[int], ShardIndex]
@@ -121,6 +126,8 @@ class ShardReaders:
         self._entries = entries
         self._read_index = read_index
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._max_open = _MAX_OPEN_SHARDS if limit < 0 else max(1, min(_MAX_OPEN_SHARDS, limit // _SHARE_OF_FILES))
 
     def __getitem__(self, shard: int) -> ShardReader:
         if shard not in self._open:
@@ -128,7 +135,7 @@ class ShardReaders:
                 for other in [other for other, reader in self._open.items() if reader.is_evicted]:
                     del self._open[other]
             self._open[shard] = ShardReader(self._dataset, self._entries[shard], self._read_index(shard))
-            if len(self._open) > _MAX_OPEN_SHARDS:
+            if len(self._open) > self._max_open:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
         return self._open[shard]

@@ -1,16 +1,19 @@
 """Shards behind a URL: each file is fetched once per node into a bounded cache, checked by sha256 and read there.
 
-All URLs that fsspec opens will do: `https://`, `s3://`, `gs://`, ... `SLOTSCOPS_CACHE` names the cache's folder, which
-should lie on a local disk of the node (default: ~/.cache/slotscops). `SLOTSCOPS_CACHE_GB` bounds its size (default:
-100). All processes of the node and all data sets share it. Above the bound, the least recently opened file is removed.
+URLs that fsspec opens will do: `https://`, `s3://`, `gs://`, ..., but not `ftp://` and archives such as `zip://`.
+`SLOTSCOPS_CACHE` names the cache's folder, which should lie on a local disk of the node (default: ~/.cache/slotscops).
+`SLOTSCOPS_CACHE_GB` bounds its size (default: 100). All processes of the node and all data sets share it. Above the
+bound, the least recently opened file is removed.
 
 A server is not trusted: no more is read of a file than the index says it has, or than an index can honestly have, and
 nothing is written outside the folder of the copies.
 """
 
+import functools
 import hashlib
 import os
 import re
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,11 +30,14 @@ from filelock import FileLock, Timeout
 from slotscops.core import console
 from slotscops.core.address import Address
 from slotscops.core.errors import RunError, UserError, first_line
-from slotscops.core.files import fsync, is_plain_name, sha256_of_file, write_bytes
+from slotscops.core.files import fsync, is_plain_name, lock_refusal, sha256_of_file, write_bytes
 
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each new try; starts again after data has arrived
 _MOST_AT_ONCE, _LEAST_AT_ONCE = 8 << 20, 64 << 10  # bytes of one request; halved when a transfer breaks
 _CONNECT_SECONDS, _SILENCE_SECONDS = 15, 30  # after so many silent seconds the request is tried again
+_SAY_AFTER_S, _SAY_EVERY_S = 5.0, 30.0  # of waiting for one request
+_NOT_SUPPORTED = {"ftp", "zip", "tar", "libarchive"}  # no ranges, or files inside of files
+_PAGE_STARTS = (b"<!doctype html", b"<html")
 _WAIT_FOR_ROOM = 0.2  # seconds
 _AT_A_TIME = 8  # parallel transfers of one process
 # Of dataset.json, a manifest or a shard's index. A row of dataset.json has 300 bytes, a sample in an index about 150.
@@ -130,6 +136,7 @@ class RemoteFolder:
         target = self.copy_of(name)
         with self._writing():
             target.parent.mkdir(parents=True, exist_ok=True)
+            _check_locks(self.cache)
             lock = FileLock(_lock_of(target))
             lock.acquire()  # other processes that want this file wait for it here
         try:
@@ -193,7 +200,8 @@ class RemoteFolder:
         while True:
             pieces: list[bytes] = []
             try:
-                source.read(0, _MAX_INDEX_BYTES + 1, partial(_append, pieces))
+                with _saying_that_it_waits(self.url_of(name)):
+                    source.read(0, _MAX_INDEX_BYTES + 1, partial(_append, pieces))
                 break
             except Exception as error:  # each file system raises its own kinds of errors
                 patience.try_again_after(error)
@@ -201,6 +209,11 @@ class RemoteFolder:
         if len(content) > _MAX_INDEX_BYTES:
             raise RunError(
                 f"{self.url_of(name)}: has more than {_MAX_INDEX_BYTES:,} bytes, as no index has; check the URL"
+            )
+        if content[:200].lstrip().lower().startswith(_PAGE_STARTS):
+            raise UserError(
+                f"{self.url_of(name)}: a web page came, perhaps to log in, needed the file; give an address that opens "
+                "without a login, such as a signed one, or download the folder and give its path"
             )
         return content
 
@@ -217,7 +230,7 @@ class RemoteFolder:
         while (have := min(target.stat().st_size, num_bytes)) < num_bytes:
             end = min(have + at_once, num_bytes)
             try:
-                with target.open("r+b") as file:
+                with target.open("r+b") as file, _saying_that_it_waits(self.url_of(name)):
                     source.read(have, end, write, num_bytes)
                 if (came := target.stat().st_size) < end:
                     raise ConnectionError(f"{max(came - have, 0)} bytes came, asked for {end - have}")
@@ -246,6 +259,11 @@ class RemoteFolder:
     def _connect(self, name: str) -> "_Source":
         address = self.url_of(name)
         protocol = address.reveal().split("://", 1)[0]
+        if "::" in address.reveal().split("?")[0] or protocol in _NOT_SUPPORTED:
+            raise UserError(
+                f"{self.url}: {protocol}:// is not supported; unpack the shards to a folder and give its path, or its "
+                "https://, s3:// or gs:// address"
+            )
         try:
             files, path = fsspec.core.url_to_fs(address.reveal(), **_patient_options(address))
         except ImportError as error:
@@ -255,6 +273,9 @@ class RemoteFolder:
         except ValueError as error:
             reason = self.url.clean(first_line(error))
             raise UserError(f"{self.url}: {reason}; give a folder, https:// or s3://") from None
+        except Exception as error:  # some file systems connect here
+            reason = f"{type(error).__name__}: {self.url.clean(first_line(error))}"
+            raise RunError(f"{self.url}: cannot be reached ({reason}); check the address and the network") from None
         return _WebSource(files, path) if protocol in ("http", "https") else _Source(files, path)
 
     @contextmanager
@@ -329,6 +350,26 @@ def _decoder(encoding: str) -> Callable[[bytes, int], bytes]:
     raise ValueError(f"sent with Content-Encoding {encoding}, asked for none")
 
 
+@contextmanager
+def _saying_that_it_waits(url: Address) -> Iterator[None]:
+    """Says so while the body takes long, so that a slow server is not taken for a hang."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        since, pause = time.monotonic(), _SAY_AFTER_S
+        while not ended.wait(pause):
+            console.warn(f"{url}: waiting for the server, {time.monotonic() - since:.0f} s so far")
+            pause = _SAY_EVERY_S
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 class _Patience:
     """Retries temporary errors, each time after a longer pause, and gives up with a one-line error."""
 
@@ -373,6 +414,16 @@ def _patient_options(address: Address) -> dict[str, Any]:
     if protocol == "s3":
         return {"config_kwargs": {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _SILENCE_SECONDS}}
     return {}
+
+
+@functools.cache
+def _check_locks(cache: Path) -> None:
+    """Raises UserError where the file system has no locks: FileLock would wait for them for ever."""
+    if (refusal := lock_refusal(cache)) is not None:
+        raise UserError(
+            f"{cache}: the cache of remote shards needs a file system with locks ({refusal}); set SLOTSCOPS_CACHE to a "
+            "folder on a local disk"
+        )
 
 
 def _lock_of(path: Path) -> Path:

@@ -39,7 +39,7 @@ def named(step: Callable[[], int]) -> Iterator[None]:
         raise
     except RunError as error:
         _tell(f"after step {step()}: {first_line(error)}")
-        raise RunError(f"after step {step()}: {error}") from error
+        raise type(error)(f"after step {step()}: {error}") from error
     except Exception as error:
         cause = _explain(error)
         _tell(f"after step {step()}: {cause or type(error).__name__}")

@@ -1,7 +1,7 @@
 """The training loop, and only the loop."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from slotscops.config import Config, to_mapping
 from slotscops.core import console
+from slotscops.core.errors import SilentLoaderError
 from slotscops.core.files import write_bytes, write_json
 from slotscops.core.machine import machine
 from slotscops.core.pictures import picture_bytes
 from slotscops.core.records import Batch
 from slotscops.loader.batches import move_ahead, training_batches
 from slotscops.loader.plan import TrainingPlan, batch_digest
+from slotscops.loader.shared_memory import check_shared_memory
 from slotscops.loader.split import Split
 from slotscops.losses.objective import check_objective, compute_terms, weighted_sum
 from slotscops.metrics.scoring import evaluate_split, picture_of_split
@@ -67,6 +69,8 @@ class Trainer:
         self._split = Split(
             self.dataset, "train", self.cache, False, replace_damaged=True, with_object_masks=needs_masks
         )
+        microbatch = config.train.batch_size // accelerator.num_processes // self._num_microbatches
+        check_shared_memory(self._split, microbatch, config.data.num_workers)
         self.files = SideFiles()
         self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder, self.files)
         if start_from is None:
@@ -123,7 +127,8 @@ class Trainer:
         with StopRequest() as request, CheckpointWriter(self.folder.checkpoints, train.keep_checkpoints) as writer:
             self.stopwatch.restart()
             for _ in console.track_silently(range(start, last), last - start, "training steps"):
-                loss, grad_norm = self.take_step(batches)
+                with self._saved_if_no_batch_comes(writer):
+                    loss, grad_norm = self.take_step(batches)
                 signal_number = agreement.exchange(request.signal_number)
                 ends = self.step == last or signal_number > 0
                 with self.stopwatch.paused():
@@ -144,6 +149,16 @@ class Trainer:
             self.folder.close(self.config, self.step, signal_number, self.files)
             self._write_page()
         return signal_number
+
+    @contextmanager
+    def _saved_if_no_batch_comes(self, writer: CheckpointWriter) -> Iterator[None]:
+        """Saves the last step if the loader falls silent after it. Of several processes the others cannot answer."""
+        try:
+            yield
+        except SilentLoaderError:
+            if self.step and self.accelerator.num_processes == 1 and not self._terms:
+                self.save(writer)
+            raise
 
     def _is_due(self, every_steps: int) -> bool:
         return self.step % every_steps == 0
@@ -191,7 +206,8 @@ class Trainer:
         """This process's microbatches of the next `num_steps` steps."""
         device = self.accelerator.device
         workers = self.config.data.num_workers
-        batches = training_batches(self._split, self._plan(num_steps), workers, pin_memory=device.type == "cuda")
+        timeout_s = 60 * self.config.train.timeout_minutes
+        batches = training_batches(self._split, self._plan(num_steps), workers, device.type == "cuda", timeout_s)
         return move_ahead(batches, device)
 
     def _plan(self, num_steps: int) -> TrainingPlan:

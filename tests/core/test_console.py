@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import python
+from commands import run as run_process
 
 from slotscops.core import console
 from slotscops.core.errors import RunError, UserError
@@ -46,6 +47,48 @@ def test_a_cell_of_a_table_is_shown_as_it_is(capsys: pytest.CaptureFixture[str])
     assert "\x1b" not in shown
 
 
+@pytest.mark.parametrize("width", [160, 80, 60, 40])
+def test_a_table_loses_no_name_and_no_number_on_a_narrow_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_table_width", lambda: width)
+    headings = [f"score {number}" for number in range(8)]
+    name = "runs/" + "x" * 60
+    rows = [(name, kind, *(f"{place}{number}.5" for number in range(8))) for place, kind in enumerate(("cow", "horse"))]
+    console.show_table("title", ("method", "class", *headings), rows, num_names=2)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    numbers = [cell for line in cells for cell in line[2:] if cell]
+    assert sorted(numbers) == sorted(number for row in rows for number in row[2:])
+    assert name in "".join(line[0] for line in cells)
+    assert all(heading.split()[1] in shown for heading in headings)
+
+
+def test_a_file_that_cannot_be_opened_because_too_many_are_open_is_not_blamed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command() -> int:
+        try:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "index")
+        except OSError:
+            raise UserError("index: cannot be read; make the shards again") from None
+
+    code, line = run(command, capsys)
+    assert code == 2
+    assert "index: too many open files; raise the limit of open files, as with ulimit -n 1024" in line
+    assert "make the shards" not in line
+
+
+def test_a_command_may_open_as_many_files_as_the_system_allows() -> None:
+    script = (
+        "import resource; from slotscops.core import console\n"
+        "console.run_command(lambda: print(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) or 0)"
+    )
+    limited = ["bash", "-c", 'ulimit -S -n 64; ulimit -H -n 200; exec "$@"', "limited", sys.executable, "-c", script]
+    assert run_process(limited).stdout == "200\n"
+
+
 @pytest.mark.parametrize(("error", "code"), [(UserError("a\nb"), 2), (RunError("a\nb"), 1)])
 def test_an_error_is_one_line_whatever_newlines_a_path_in_it_has(
     error: Exception, code: int, capsys: pytest.CaptureFixture[str]
@@ -58,6 +101,14 @@ def test_an_error_from_a_loader_worker_is_its_last_line(capsys: pytest.CaptureFi
         "Caught RunError in DataLoader worker process 0.\nTraceback ...\nslotscops.core.errors.RunError: bad shard"
     )
     assert run(raises(RunError(message)), capsys) == (1, "slotscops: bad shard\n")
+
+
+def test_an_error_from_a_loader_worker_keeps_all_lines_of_its_message(capsys: pytest.CaptureFixture[str]) -> None:
+    message = (
+        "Caught RunError in DataLoader worker process 0.\nTraceback ...\n"
+        "slotscops.core.errors.RunError: shards/a\nb.tar: cannot be opened (no\nsuch)"
+    )
+    assert run(raises(RunError(message)), capsys) == (1, "slotscops: shards/a\\nb.tar: cannot be opened (no\\nsuch)\n")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from slotscops.features.cache import open_cache
 from slotscops.loader.batches import evaluation_batches, training_batches
 from slotscops.loader.plan import TrainingPlan, batch_digest, samples_at
 from slotscops.loader.split import Split
+from slotscops.shard import reader
 from slotscops.shard.index import open_dataset
 from slotscops.shard.reader import ShardReader
 
@@ -184,3 +185,11 @@ def test_a_loader_worker_imports_no_network_and_sharding_no_model() -> None:
     assert not worker & {"torchvision", "accelerate", "slotscops.model", "slotscops.features.teacher"}
     assert "slotscops.shard.writer" in sharding
     assert "slotscops.model" not in sharding
+
+
+def test_where_few_files_may_be_open_few_shards_are(toy_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader.resource, "getrlimit", lambda _: (16, 16))
+    split = open_split(toy_shards)
+    assert len(split.dataset.splits["train"]) > 2
+    split.read(np.arange(len(split)))
+    assert len(split._readers._open) == 2

@@ -1,6 +1,6 @@
 """Damages real files at random and reads them: each must end in a result or a one-line error.
 
-    python tests/long/fuzz.py --inputs 100000 --seed 0 [--workers 2] [--real DIR]
+    PYTHONPATH=tests/helpers python tests/long/fuzz.py --inputs 100000 --seed 0 [--readers photo,labels] [--workers 2]
 
 Input i goes to reader i modulo their number and depends on (seed, i) only: `--first I --inputs 1` repeats one. Readers
 run in processes of their own, so that a crash is seen and counted; one that takes longer than 20 s on an input hangs.
@@ -22,9 +22,11 @@ from pathlib import Path
 
 import numpy as np
 from fuzz_readers import READERS, Corpus, SilentChange
+from fuzz_runs import READERS as MORE_READERS
 
 from slotscops.core.errors import RunError, UserError
 
+READERS |= MORE_READERS
 HANGS_AFTER_S = 20
 INPUTS_OF_A_PROCESS = 5_000
 MEMORY_BYTES = 3_000_000_000  # an input may take so much beyond what the process has at its start
@@ -34,7 +36,7 @@ def main() -> int:
     options = parse()
     if options.child is not None:
         work(options)
-        return 0
+        os._exit(0)  # a server that one of the readers started runs in a thread, for which a normal exit would wait
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -59,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--corpus", type=Path, help="toy shards with features and photos/ (default: drawn now)")
+    parser.add_argument("--readers", default=",".join(READERS), help="which to ask, by name (default: all)")
     parser.add_argument("--real", type=Path, help="folder of real .mat files to damage beside the toy's")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # file to write the present input's number to
     return parser.parse_args()
@@ -82,6 +85,7 @@ def run_chunk(
         progress.write_text(str(first))
         command = [sys.executable, __file__, "--child", str(progress), "--corpus", str(corpus)]
         command += ["--seed", str(options.seed), "--first", str(first), "--inputs", str(last - first)]
+        command += ["--readers", options.readers]
         command += ["--real", str(options.real)] if options.real else []
         with (folder / f"{first}.out").open("w+") as out, subprocess.Popen(command, stdout=out) as process:
             hangs = not wait(process, progress)
@@ -95,7 +99,8 @@ def run_chunk(
         if not hangs and process.returncode > 0:
             raise SystemExit(f"the harness itself failed, exit code {process.returncode}")
         number = int(progress.read_text())
-        reader = list(READERS)[number % len(READERS)]
+        readers = options.readers.split(",")
+        reader = readers[number % len(readers)]
         what = "hang" if hangs else "crash"
         outcomes[f"{reader}: {what}"] += 1
         failures.append(f"input {number}, {reader}: {what}, exit code {process.returncode}")
@@ -120,8 +125,8 @@ def wait(process: subprocess.Popen[bytes], progress: Path) -> bool:
 
 
 def work(options: argparse.Namespace) -> None:
-    """In the child: reads the inputs one after the other, and reports the results of each hundred."""
-    readers = list(READERS)
+    """In the child: reads the inputs one after the other, and tells of each hundred what came out."""
+    readers = options.readers.split(",")
     with tempfile.TemporaryDirectory() as scratch, os.fdopen(os.open(options.child, os.O_WRONLY), "w") as progress:
         corpus = Corpus(options.corpus, Path(scratch), options.real)
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -157,6 +158,29 @@ def test_no_data_set_no_server_and_no_such_cache_are_the_users_to_mend(server: W
         open_dataset("gopher://host/shards")
     with pytest.raises(UserError, match=r"needs features vgg19-relu5_2-64, has no finished .* --shards http://127"):
         open_cache(open_dataset(server.url), "relu5_2", 64)
+
+
+@pytest.mark.parametrize("url", ["ftp://host/shards", "zip://shards.zip", "zip://shards::https://host/all.zip"])
+def test_kinds_of_addresses_that_are_not_supported_are_refused_with_those_that_are(url: str) -> None:
+    with pytest.raises(UserError, match=r"is not supported; .* https://, s3:// or gs://"):
+        open_dataset(url)
+
+
+def test_a_login_page_in_place_of_an_index_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "dataset.json").write_text("\n<!DOCTYPE html><html><form action=login>")
+    with web_server(tmp_path) as server, pytest.raises(UserError, match=r"a web page came, perhaps to log in"):
+        open_dataset(server.url)
+
+
+def test_a_slow_server_is_said_to_be_waited_for(
+    server: WebServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = WebServer.answer
+    monkeypatch.setattr(remote, "_SAY_AFTER_S", 0.05)
+    monkeypatch.setattr(WebServer, "answer", lambda self, handler: (time.sleep(0.3), plain(self, handler)))
+    open_dataset(server.url)
+    assert "/index/dataset.json: waiting for the server, 0 s so far\n" in capsys.readouterr().err
 
 
 def test_a_url_is_not_written_to(server: WebServer, toy_shards: Path, tmp_path: Path) -> None:

@@ -111,3 +111,25 @@ def test_processes_that_were_given_different_settings_are_refused(toy_shards: Pa
     assert time.monotonic() - began < 60
     assert said.count("slotscops: rank 1 came with settings other than rank 0's") == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_loader_that_falls_silent_ends_the_run_with_its_last_step_saved(toy_shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    # Loader workers import the script again: its split falls silent at the sixth batch.
+    script = sabotaged(tmp_path, "")
+    script.write_text(
+        "import time\n"
+        "from slotscops.loader.split import Split\n"
+        "count, read = 0, Split.__getitems__\n"
+        "def silent(self, samples):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    time.sleep(3600 if count == 6 else 0)\n"
+        "    return read(self, samples)\n"
+        "Split.__getitems__ = silent\n" + script.read_text()
+    )
+    settings = (*RUN, "train.save_every_steps=1000", "data.num_workers=1")
+    with started(training(PYTHON, toy_shards, run_dir, *settings, script=script)) as running:
+        said = end_of(running, run_dir, within_s=60)
+    assert "slotscops: after step 5: no loader worker has answered for 0.15 minutes" in said.splitlines()[-1]
+    assert [path.name for path in (run_dir / "checkpoints").glob("step-*")] == ["step-5"]

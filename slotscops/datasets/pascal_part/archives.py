@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from slotscops.core.errors import RunError, UserError, first_line
-from slotscops.core.files import replace_when_complete
+from slotscops.core.files import lock_refusal, replace_when_complete
 
 _MAX_UNPACKED_BYTES = 32 << 30  # PASCAL-Part's archive has less than 1 GB; more is a decompression bomb
 _MAX_MEMBER_BYTES = 500_000_000  # a photo of 100 million pixels that is not compressed has 300 MB
@@ -215,6 +215,7 @@ def _share(scratch: Path, archive: Path, plain: Path) -> int:
     while True:
         scratch.mkdir(parents=True, exist_ok=True)
         try:
+            _check_locks(scratch, archive)
             lock = os.open(scratch / "lock", os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             continue  # removed by a process that ended just now
@@ -235,6 +236,14 @@ def _share(scratch: Path, archive: Path, plain: Path) -> int:
             os.close(lock)
             raise
         os.close(lock)
+
+
+def _check_locks(scratch: Path, archive: Path) -> None:
+    if (refusal := lock_refusal(scratch)) is not None:
+        raise UserError(
+            f"{scratch}: {archive.name} is unpacked there, which needs a file system with locks ({refusal}); "
+            "choose an --out on another one, or unpack the archive yourself and give its folder as --root"
+        )
 
 
 def _is_current(lock: int, scratch: Path) -> bool:

@@ -12,11 +12,12 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -41,12 +42,15 @@ _BEST_NAME = "best.txt"
 _EMA = "ema.safetensors"  # only where weights are averaged
 
 
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
 @dataclass(frozen=True)
 class State:
     """All of a run's state that is not a tensor."""
 
-    step: int
-    samples_seen: int
+    step: Count
+    samples_seen: Count
     config: dict[str, Any]
     shard_digest: str = ""  # this and the next three: empty where unknown
     feature_digest: str = ""
@@ -59,8 +63,15 @@ class State:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The state in `state.json`. Earlier versions wrote the step of the evaluation among its scores."""
+        """The state in `state.json`. Earlier versions wrote the step of the evaluation among its scores.
+
+        Raises:
+            ValueError, TypeError: a value is missing, unknown, or of another type.
+        """
+        TypeAdapter(cls).validate_json(text, strict=True)
         state = cls(**json.loads(text))
+        if type(state.best.get("step", 0)) is not int or not isinstance(state.best.get("value", 0.0), int | float):
+            raise ValueError("the best score is none")
         return replace(state, scores={name: score for name, score in state.scores.items() if name != "step"})
 
 
