@@ -39,7 +39,7 @@ class Warp(NamedTuple):
 
     def to(self, device: torch.device) -> "Warp":
         """The same warp on another device. The copy to a GPU starts from pinned memory, so that the host goes on."""
-        if device.type != "cuda":
+        if device.type == "cpu":
             return Warp(*(tensor.to(device) for tensor in self))
         return Warp(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
 
