@@ -27,7 +27,7 @@ from slotscops.train.averaging import WeightAverage
 from slotscops.train.build import build_model, build_optimizer
 from slotscops.train.damage import DamageLedger
 from slotscops.train.processes import check_same_on_all_ranks, microbatches_of_process, open_training_data
-from slotscops.train.reduction import FixedOrderReducer
+from slotscops.train.reduction import FixedOrderReducer, take_first_process_tensors
 from slotscops.train.run import checkpoint
 from slotscops.train.run.folder import RunFolder, check_same_run
 from slotscops.train.run.page import write_page
@@ -98,6 +98,7 @@ class Trainer:
         self._reducer: FixedOrderReducer | None = None
         if train.reduction == "deterministic":
             self._model = self.accelerator.prepare_model(model, evaluation_mode=True)  # without DDP
+            take_first_process_tensors(self.network)
             self._reducer = FixedOrderReducer(list(self.network.parameters()))
         else:
             self._model = self.accelerator.prepare_model(model)

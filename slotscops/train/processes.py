@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -19,6 +20,7 @@ from slotscops.features.cache import FeatureCache, open_cache, warn_if_random
 from slotscops.features.teacher import Teacher
 from slotscops.loader import plan
 from slotscops.shard.index import ShardDataset, open_dataset
+from slotscops.train.reduction import choose_kernels
 from slotscops.train.trackers import choose_trackers
 
 CPU_LAUNCH = (
@@ -46,6 +48,8 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
         )
     _check_precision(config)
     microbatches_of_process(config, console.world_size())
+    if torch.cuda.is_available():
+        choose_kernels(config.train.reduction)
     accelerator = join_processes(
         mixed_precision=config.train.mixed_precision,
         log_with=choose_trackers(trackers, config),

@@ -89,6 +89,23 @@ def test_a_step_of_resnet50_launches_at_most_500_kernels_forward_and_backward(to
         assert watch.launches == {"aten.addcmul": 1, "aten.ones": 1}
 
 
+@pytest.fixture
+def _fixed_order() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_fixed_order")
+@pytest.mark.parametrize("choice", CHOICES[:10] + CHOICES[-1:], ids=str)
+def test_a_deterministic_step_adds_in_a_fixed_order(toy_shards: Path, tmp_path: Path, choice: dict[str, Any]) -> None:
+    fixed = {"reduction": "deterministic", "microbatches": 1, "ema_decay": 0.9}
+    config = small_config(toy_shards, tmp_path, choice | {"train": fixed})
+    with trained_once(config) as (trainer, batch), watched(in_fixed_order=True) as watch:
+        trainer.take_step(on_gpu(batch, config))
+    assert watch.launches
+
+
 def read_back(tensor: torch.Tensor) -> object:
     return tensor.sum().item()
 
