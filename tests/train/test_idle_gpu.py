@@ -106,6 +106,18 @@ def test_a_deterministic_step_adds_in_a_fixed_order(toy_shards: Path, tmp_path: 
     assert watch.launches
 
 
+def test_sparse_features_become_dense_on_the_gpu_without_waiting() -> None:
+    shape, images = (2, 3, 3), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    values, places = torch.ones(5, dtype=torch.float16), torch.arange(5, dtype=torch.int32)
+    batch = Batch(images, None, None, None, torch.zeros(2, dtype=torch.int64), ["a", "b"], None, values, places, shape)
+    with watched() as watch:
+        moved = next(move_ahead(iter([batch.pin_memory()]), GPU))
+    assert moved.features is not None
+    assert moved.features.shape == (2, *shape)
+    assert moved.features.device == GPU
+    assert watch.launches["aten.scatter_"] == 1
+
+
 def read_back(tensor: torch.Tensor) -> object:
     return tensor.sum().item()
 
