@@ -37,6 +37,7 @@ def compare(dataset: ShardDataset, cache: FeatureCache, rounds: int, folder: Pat
         **make_contestants(split, folder),
         "JPEG decoding alone": lambda: [simplejpeg.decode_jpeg(jpeg) for jpeg in jpegs],
         "features alone": lambda: _read_features_shuffled(shards),
+        "features alone, sparse as for a GPU": lambda: _read_sparse_features_shuffled(shards),
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -53,6 +54,7 @@ def compare(dataset: ShardDataset, cache: FeatureCache, rounds: int, folder: Pat
         "setting": setting,
         "loader_images_per_second": rate["slotscops"],
         "features_per_second": rate["features alone"],
+        "sparse_features_per_second": rate["features alone, sparse as for a GPU"],
         **ratios,
         **_time_starts(split, folder),
     }
@@ -69,6 +71,12 @@ def _read_features_shuffled(shards: list[FeatureShard]) -> None:
         order = permutation(len(shard), seed=0, epoch=0).tolist()
         for start in range(0, len(order), BATCH_SIZE):
             shard.read_rows(order[start : start + BATCH_SIZE])
+
+
+def _read_sparse_features_shuffled(shards: list[FeatureShard]) -> None:
+    for shard in shards:
+        for row in permutation(len(shard), seed=0, epoch=0).tolist():
+            shard.read_sparse_row(row)
 
 
 def _time_starts(split: Split, folder: Path) -> dict[str, float]:

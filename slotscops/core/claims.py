@@ -1,4 +1,4 @@
-"""Work that several processes share without any of them waiting for another.
+"""Work that several processes share.
 
 Each unit of work produces one file. The file appears whole or not at all, and its content does not depend on which
 process writes it. A process does its own units first and then all that are still missing, so if one process dies, the
@@ -9,16 +9,21 @@ others are refused; starts with the same settings share the work.
 """
 
 import json
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from slotscops.core import console
 from slotscops.core.errors import ClaimError
-from slotscops.core.files import write_once
+from slotscops.core.files import has_ended, write_once, writer_name
 
 _SHORT = 100  # characters; longer pairs of values are not printed in the message
+_BEAT_S = 20.0  # seconds between two signs of life of a process that holds a lease
+_SILENT_S = 600.0  # a lease of another machine without a sign of life for so long has no owner any more
+_POLL_S = 0.2  # seconds between two looks at the units that others are doing
 _WRITING_S = 1.0  # an empty claim may be one that is just being written, where the file system has no hard links
 
 
@@ -27,6 +32,66 @@ def units_in_turn(num_units: int) -> Iterator[int]:
     first = console.rank() * num_units // console.world_size()
     for step in range(num_units):
         yield (first + step) % num_units
+
+
+def leased_units(names: list[str], folder: Path, is_done: Callable[[int], bool]) -> Iterator[int]:
+    """Yields the units that this process is to do, until all are done, by this process or another one.
+
+    While a process does a unit it holds a lease, the file `.NAME.lease` in the folder, and no other process begins the
+    unit. In the end a process waits for the units of others. If an owner was killed, another process does its unit: at
+    once if the owner ran on this machine, else after ten minutes.
+
+    Args:
+        names: the name of each unit.
+        is_done: whether the file of a unit is there.
+    """
+    left = list(units_in_turn(len(names)))
+    while left:
+        of_others = []
+        for unit in left:
+            if is_done(unit):
+                continue
+            with _lease(folder / f".{names[unit]}.lease") as is_mine:
+                if not is_mine:
+                    of_others.append(unit)
+                elif not is_done(unit):  # looked at again: it may have been finished before the lease was taken
+                    yield unit
+        left = of_others
+        if left:
+            time.sleep(_POLL_S)
+
+
+@contextmanager
+def _lease(path: Path) -> Iterator[bool]:
+    """Holds a lease while the body runs. Yields whether this process got it."""
+    if not write_once(path, writer_name().encode()) and not _take_over(path):
+        yield False
+        return
+    stop = threading.Event()
+
+    def show_life() -> None:
+        while not stop.wait(_BEAT_S):
+            with suppress(FileNotFoundError):
+                path.touch()
+
+    beating = threading.Thread(target=show_life, daemon=True)
+    beating.start()
+    try:
+        yield True
+    finally:
+        stop.set()
+        beating.join()
+        path.unlink(missing_ok=True)
+
+
+def _take_over(path: Path) -> bool:
+    """Takes a lease whose owner was killed. Two processes that try it at once may both get it and do the work twice."""
+    with suppress(FileNotFoundError):  # its owner has just given it back; it is looked at again later
+        if not has_ended(path.read_text(), time.time() - path.stat().st_mtime > _SILENT_S):
+            return False
+        path.unlink()
+        return write_once(path, writer_name().encode())
+    return False
 
 
 def claim(path: Path, content: dict[str, Any], remedy: str) -> None:

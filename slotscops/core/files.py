@@ -124,6 +124,14 @@ def is_abandoned(partial: Path) -> bool:
     return time.time() - partial.stat().st_mtime > _ABANDONED_S
 
 
+def has_ended(writer: str, is_silent: bool) -> bool:
+    """Whether the process of this `writer_name` has ended. Of another machine it has if it is silent."""
+    machine, _, process = writer.partition("-")
+    if machine == _machine_name() and process.isdigit():
+        return not _is_running(int(process))
+    return is_silent
+
+
 def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from slotscops.core.constants import made_once
+
 # RGB mean and standard deviation of ImageNet, pixels in [0, 1]: what torchvision's networks were trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -112,9 +114,13 @@ def normalise_images(
         (B, 3, H, W) float32.
     """
     assert images.dtype == torch.uint8 or images.is_floating_point(), images.dtype
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    # Colour by colour with plain numbers: a mean tensor would have to be copied to the GPU, which waits for it.
-    colours = [
-        (pixels[:, channel] - centre) / spread for channel, (centre, spread) in enumerate(zip(mean, std, strict=True))
-    ]
-    return torch.stack(colours, dim=1)
+    images = images.contiguous()  # the layout of the result decides the last bits of a convolution
+    pixels = images / 255 if images.dtype == torch.uint8 else images.float()
+    centre, spread = (_of_colours(tuple(numbers), images.device) for numbers in (mean, std))
+    return (pixels - centre).div_(spread)
+
+
+@made_once
+def _of_colours(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1) float32. Filled on the device: a tensor of the host would be copied there, which waits for a GPU."""
+    return torch.cat([torch.full((1, 1, 1), number, device=device) for number in numbers])

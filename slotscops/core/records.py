@@ -5,6 +5,7 @@ Shapes: S the crop's side in pixels.
 
 import io
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -98,14 +99,27 @@ class Batch:
     class_ids: Tensor  # (B,) int64 row of the index's class table
     keys: list[str]  # B record keys
     part_labels_small: Tensor | None = None  # (B, S, S) as part_labels, with the smallest part on top
+    # On the way to a GPU, sparse features are Z values that are not 0 and their places; `features` is then None.
+    feature_values: Tensor | None = None  # (Z,) float16
+    feature_places: Tensor | None = None  # (Z,) int32 places in the flattened (B, C, h, w) features
+    feature_shape: tuple[int, int, int] | None = None  # C, h, w
     damaged: dict[str, str] = field(default_factory=dict)  # Damaged samples replaced in this batch: key -> reason.
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on another device, copied without waiting where the memory is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on another device, copied without waiting where the memory is pinned.
+
+        Sparse features become dense there.
+        """
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        values, places = moved.feature_values, moved.feature_places
+        if values is None or places is None or self.feature_shape is None:
+            return moved
+        features = values.new_zeros(len(self) * math.prod(self.feature_shape)).scatter_(0, places.long(), values)
+        dense = features.view(len(self), *self.feature_shape)
+        return replace(moved, features=dense, feature_values=None, feature_places=None, feature_shape=None)
 
     def pin_memory(self) -> Self:
         """Called by the DataLoader, so that the copy to a GPU need not wait."""

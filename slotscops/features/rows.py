@@ -128,6 +128,24 @@ class FeatureShard:
         else:
             self._scatter_row(row, values)
 
+    def read_sparse_row(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.float16]] | None:
+        """(Z,) places and values of one row, or None if this shard is dense.
+
+        Raises:
+            DamageError: its crc32 differs.
+        """
+        if self._dense is not None:
+            return None
+        positions, values, ends = self._checked_row(row)
+        places = positions.astype(np.int32)
+        begin = 0
+        for segment, end in enumerate(ends):
+            places[begin:end] += segment * _SEGMENT
+            begin = end
+        if len(places) and places.max() >= self.num_values:
+            raise self._damage(row, "a position beyond the map")
+        return places, values
+
     @property
     def num_values(self) -> int:
         """V, values of one dense map."""
@@ -150,13 +168,18 @@ class FeatureShard:
         segments = np.searchsorted(self._ends, places, side="right")
         return sorted({int(segment) // self._num_segments for segment in segments})
 
-    def _scatter_row(self, row: int, values: NDArray[np.float16]) -> None:
+    def _checked_row(self, row: int) -> tuple[NDArray[np.uint16], NDArray[np.float16], list[int]]:
+        """(Z,) positions in their segments and values of one row, and where each segment ends."""
         first = row * self._num_segments
         start = int(self._ends[first - 1]) if first else 0
         ends = (self._ends[first : first + self._num_segments] - start).tolist()
         positions, row_values = self._positions[start : start + ends[-1]], self._values[start : start + ends[-1]]
         self._check_row(row, _row_crc32(positions, row_values, ends))
         self._check_finite(row, row_values)
+        return positions, row_values, ends
+
+    def _scatter_row(self, row: int, values: NDArray[np.float16]) -> None:
+        positions, row_values, ends = self._checked_row(row)
         begin = 0
         for segment, end in enumerate(ends):
             window = values[segment * _SEGMENT :]

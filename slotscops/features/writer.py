@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slotscops.core import console
-from slotscops.core.claims import claim, units_in_turn
+from slotscops.core.claims import claim, leased_units
 from slotscops.core.errors import RunError
-from slotscops.core.files import remove_abandoned, sha256_of_file, write_bytes
+from slotscops.core.files import remove_abandoned, sha256_of_file, write_once
 from slotscops.core.machine import keep_freed_memory, own_device
 from slotscops.features.cache import FeatureCache, open_cache
 from slotscops.features.manifest import file_label, name_of, write_manifest
@@ -53,18 +53,21 @@ def write_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bo
     if (folder / "manifest.json").is_file():
         return
     entries = [entry for split in dataset.splits.values() for entry in split]
+    paths = [folder / f"{entry.name}.safetensors" for entry in entries]
     teacher = teacher.to(own_device())
     if own_device().type == "cpu":
         keep_freed_memory()
-    for number in units_in_turn(len(entries)):
-        path = folder / f"{entries[number].name}.safetensors"
-        if not path.is_file():
-            label = file_label(identity, entries[number].name)
-            content = encode(_compute_shard(dataset, entries[number], teacher, size, mirrored), label)
-            # Another device may compute other last bits, and the manifest may already name the hash of the first file.
-            if not path.is_file():
-                write_bytes(path, content)
-    _list_files(folder, identity, entries, teacher.output_shape(size))
+    for number in leased_units([path.name for path in paths], folder, lambda number: paths[number].is_file()):
+        label = file_label(identity, entries[number].name)
+        content = encode(_compute_shard(dataset, entries[number], teacher, size, mirrored), label)
+        # Another device may compute other last bits, and the manifest may already name the hash of the first file.
+        write_once(paths[number], content)
+    # One process reads and hashes all files.
+    for _ in leased_units(["manifest.json"], folder, lambda _: (folder / "manifest.json").is_file()):
+        _list_files(folder, identity, entries, teacher.output_shape(size))
+        for left in folder.glob(".*.lease"):  # of processes that were killed just before they gave it back
+            if left.name != ".manifest.json.lease":
+                left.unlink(missing_ok=True)
 
 
 def _identity(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bool) -> dict[str, Any]:
@@ -105,10 +108,11 @@ def _list_files(folder: Path, identity: dict[str, Any], entries: list[ShardEntry
     files = {}
     for entry in entries:
         path = folder / f"{entry.name}.safetensors"
+        shard = FeatureShard(path)
         files[entry.name] = {
             "sha256": sha256_of_file(path),
             "bytes": path.stat().st_size,
-            "encoding": FeatureShard(path).encoding,
-            "negative": FeatureShard(path).has_negative,
+            "encoding": shard.encoding,
+            "negative": shard.has_negative,
         }
     write_manifest(folder / "manifest.json", identity, shape, files)

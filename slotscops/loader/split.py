@@ -37,6 +37,7 @@ class Split(Dataset[Batch]):
     with_labels: bool  # read part labels and object masks, for evaluation; training never reads part labels
     replace_damaged: bool = False  # for training; evaluation must fail, as its scores would change
     with_object_masks: bool = False  # read object masks without part labels, for target_mask=object
+    sparse_features: bool = False  # give values and places where the cache is sparse; `Batch.to` makes them dense
 
     def __len__(self) -> int:
         return self.dataset.num_samples(self.name)
@@ -136,12 +137,12 @@ class Split(Dataset[Batch]):
         tensors = {member: torch.from_numpy(array) for member, array in maps.items()}
         return Batch(
             images=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # channels last in memory
-            features=self._read_features(shards, rows, mirrored),
             part_labels=tensors.get("parts.png"),
             object_masks=tensors.get("object.png"),
             class_ids=torch.tensor([self._index(s).class_ids[r] for s, r in places]),
             keys=[self._index(s).key(r) for s, r in places],
             part_labels_small=tensors.get("parts_small.png"),
+            **self._read_features(shards, rows, mirrored),
         )
 
     @property
@@ -172,14 +173,21 @@ class Split(Dataset[Batch]):
 
     def _read_features(
         self, shards: NDArray[np.int64], rows: NDArray[np.int64], mirrored: NDArray[np.bool_]
-    ) -> torch.Tensor | None:
+    ) -> dict[str, Any]:
+        """The fields of a batch that hold its features."""
         if self.cache is None:
-            return None
+            return {"features": None}
+        places = list(zip(shards.tolist(), rows.tolist(), mirrored.tolist(), strict=True))
+        if self.sparse_features and len(places) * math.prod(self.cache.shape) <= np.iinfo(np.int32).max:
+            found = [self._feature_shard(shard, flip).read_sparse_row(row) for shard, row, flip in places]
+            sparse = [pair for pair in found if pair is not None]
+            if len(sparse) == len(places):
+                return _join_sparse(sparse, self.cache.shape)
         features = torch.zeros(len(shards), *self.cache.shape, dtype=torch.float16)
         maps = features.view(len(shards), -1).numpy()
-        for place, (shard, row, flip) in enumerate(zip(shards.tolist(), rows.tolist(), mirrored.tolist(), strict=True)):
+        for place, (shard, row, flip) in enumerate(places):
             self._feature_shard(shard, flip).read_row_into(row, maps[place])
-        return features
+        return {"features": features}
 
     def _locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shard number and row in the shard of each sample. Mirroring does not matter."""
@@ -232,6 +240,20 @@ class Split(Dataset[Batch]):
     def __getstate__(self) -> dict[str, Any]:
         # Send only the fields: a worker opens its own files, and memory maps cannot be sent.
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _join_sparse(
+    rows: list[tuple[NDArray[np.int32], NDArray[np.float16]]], shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """The fields of a batch for the places and values of each of its rows."""
+    for number, (places, _) in enumerate(rows):
+        places += number * math.prod(shape)
+    return {
+        "features": None,
+        "feature_places": torch.from_numpy(np.concatenate([places for places, _ in rows])),
+        "feature_values": torch.from_numpy(np.concatenate([values for _, values in rows])),
+        "feature_shape": shape,
+    }
 
 
 def _read_map(reader: ShardReader, member: str, row: int) -> NDArray[Any]:

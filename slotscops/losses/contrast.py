@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slotscops.model.maps import averaging_matrix
+
 _EPSILON = 1e-8  # keeps the mean of a part without mass finite
 
 
@@ -35,23 +37,21 @@ def part_contrast(part_maps: Tensor, features: Tensor, class_ids: Tensor, temper
     Source: after Choudhury et al. (NeurIPS 2021), contrastive loss over parts of different images. The fixed pairs
     and the two directions are our choice. We have not yet compared this with the paper's equation.
     """
-    num_images, num_parts = part_maps.shape[:2]
+    num_images = len(part_maps)
     if num_images % 2:
         raise ValueError(f"{num_images} images: part contrast needs pairs, an even number")
     with torch.autocast(part_maps.device.type, enabled=False):
         dtype = torch.promote_types(part_maps.dtype, torch.float32)
-        shares = functional.adaptive_avg_pool2d(part_maps.to(dtype), (features.shape[2], features.shape[3])).flatten(
-            2
-        )  # (B, K, h*w)
+        sizes = zip(part_maps.shape[2:], features.shape[2:], strict=True)
+        down, across = (averaging_matrix(pixels, cells, dtype, part_maps.device) for pixels, cells in sizes)
+        shares = (down @ (part_maps.to(dtype) @ across.T)).flatten(2)  # (B, K, h*w)
         target = features.detach().to(dtype).flatten(2)  # (B, C, h*w)
         means = shares @ target.mT / (shares.sum(2, keepdim=True) + _EPSILON)  # (B, K, C)
         means = functional.normalize(means, dim=2, eps=_EPSILON)
         products = means[0::2] @ means[1::2].mT / temperature  # (B/2, K, K)
-        same = torch.arange(num_parts, device=part_maps.device).expand(num_images // 2, -1)  # (B/2, K)
-        # cross_entropy takes the softmax over dim 1, the parts of the first photo. It gives one number for each part of
-        # the second.
-        there = functional.cross_entropy(products, same, reduction="none")
-        back = functional.cross_entropy(products.mT, same, reduction="none")
+        # The softmax is over the parts of the first photo, then over those of the second. The diagonal pairs each part
+        # with itself.
+        there, back = (-products.log_softmax(dim).diagonal(dim1=1, dim2=2) for dim in (1, 2))  # (B/2, K)
         counts = (class_ids[0::2] == class_ids[1::2]).to(dtype)[:, None]  # (B/2, 1)
         mean: Tensor = ((there + back) / 2 * counts).mean()
     return mean

@@ -156,7 +156,8 @@ def weighted_sum(terms: Mapping[str, Tensor], losses: Losses, step: int) -> Tens
     factors = {name: getattr(losses, name, 1.0) for name in terms}
     if "entropy" in factors and step < losses.entropy_ramp_steps:
         factors["entropy"] *= step / losses.entropy_ramp_steps
-    return torch.stack([factors[name] * term for name, term in terms.items()]).sum()
+    weighted = [term if factors[name] == 1 else factors[name] * term for name, term in terms.items()]
+    return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
 
 
 def _needs_warp(wanted: Mapping[str, float]) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slotscops.model.maps import both_matrices, part_maps
+from slotscops.core.constants import made_once
+from slotscops.model.maps import both_matrices, interpolation_matrix, part_maps
 
 
 def semantic_consistency(
@@ -80,26 +81,39 @@ def _gather_onto_grid(maps: Tensor, grid: tuple[int, ...], align_corners: bool) 
 
 @torch.no_grad()
 def _target_energy(features: Tensor, size: tuple[int, int], weights: Tensor | None, align_corners: bool) -> Tensor:
-    """Sum of m^2 |U f|^2 over images, pixels and channels, from inner products of neighbouring grid cells.
+    """Sum of m^2 |U f|^2 over images, pixels and channels.
 
-    Along one axis a pixel mixes cells i and i + 1 with shares a_i and a_i+1. Its squared norm is therefore
-    sum_i a_i^2 <f_i, f_i> + 2 a_i a_i+1 <f_i, f_i+1>. This is linear in the products, and the two axes separate.
+    Without weights it is <U^T U f, f>, and U^T U separates into one matrix for each axis.
+
+    With weights it is summed from inner products of neighbouring grid cells. Along one axis a pixel mixes cells i and
+    i + 1 with shares a_i and a_i+1. Its squared norm is therefore sum_i a_i^2 <f_i, f_i> + 2 a_i a_i+1 <f_i, f_i+1>.
+    This is linear in the products, and the two axes separate.
 
     Args:
         features: (B, C, h, w).
         weights: (B, 1, H, W) mask m, or None for all ones.
     """
-    down, across = both_matrices(features.shape[2:], size, align_corners, features.dtype, features.device)
-    pairs_down, pairs_across = _pair_shares(down), _pair_shares(across)  # (H, 2h), (W, 2w)
+    (height, width), (h, w) = size, features.shape[2:]
+    like = (align_corners, features.dtype, features.device)
     if weights is None:
-        pair_weights = torch.outer(pairs_down.sum(0), pairs_across.sum(0))  # (2h, 2w)
-    else:
-        pair_weights = pairs_down.T @ weights[:, 0].square() @ pairs_across  # (B, 2h, 2w)
+        squared: Tensor = _overlaps(h, height, *like) @ (features @ _overlaps(w, width, *like))  # U^T U f
+        return (squared * features).sum()
+    pairs_down, pairs_across = _pair_shares(h, height, *like), _pair_shares(w, width, *like)  # (H, 2h), (W, 2w)
+    pair_weights = pairs_down.T @ weights[:, 0].square() @ pairs_across  # (B, 2h, 2w)
     return (pair_weights * _neighbour_products(features)).sum()
 
 
-def _pair_shares(matrix: Tensor) -> Tensor:
-    """(out, in) shares of cells -> (out, 2 in) shares of pairs: a_i^2 for (i, i), then 2 a_i a_i+1 for (i, i + 1)."""
+@made_once
+def _overlaps(in_size: int, out_size: int, align_corners: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(in, in) matrix M^T M of the interpolation matrix M along one axis."""
+    matrix = interpolation_matrix(in_size, out_size, align_corners, torch.float64, device)
+    return (matrix.T @ matrix).to(dtype)
+
+
+@made_once
+def _pair_shares(in_size: int, out_size: int, align_corners: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(out, 2 in) shares of pairs of cells in each pixel: a_i^2 for (i, i), then 2 a_i a_i+1 for (i, i + 1)."""
+    matrix = interpolation_matrix(in_size, out_size, align_corners, dtype, device)  # (out, in)
     with_next = functional.pad(2 * matrix[:, :-1] * matrix[:, 1:], (0, 1))
     return torch.cat([matrix.square(), with_next], dim=1)
 

@@ -39,7 +39,7 @@ class Warp(NamedTuple):
 
     def to(self, device: torch.device) -> "Warp":
         """The same warp on another device. The copy to a GPU starts from pinned memory, so that the host goes on."""
-        if device.type != "cuda":
+        if device.type == "cpu":
             return Warp(*(tensor.to(device) for tensor in self))
         return Warp(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
 
@@ -110,8 +110,34 @@ def warp_maps(maps: Tensor, warp: Warp) -> tuple[Tensor, Tensor]:
     x = torch.linspace(-1, 1, width, device=maps.device)[None].expand(height, width)
     pixels = torch.stack([x, y], dim=-1).reshape(1, -1, 2).expand(len(maps), -1, -1)  # (B, H*W, 2)
     grid = warp.move(pixels).view(len(maps), height, width, 2).to(maps.dtype)
-    warped = functional.grid_sample(maps, grid, align_corners=True)
+    # On a GPU, the gradient of grid_sample differs from run to run. PyTorch refuses it where that is not wanted.
+    is_fixed = torch.are_deterministic_algorithms_enabled() and maps.requires_grad
+    warped = _sample_in_fixed_order(maps, grid) if is_fixed else functional.grid_sample(maps, grid, align_corners=True)
     return warped, (grid.abs() <= 1).all(dim=3)
+
+
+def _sample_in_fixed_order(maps: Tensor, grid: Tensor) -> Tensor:
+    """What `grid_sample` gives with align_corners=True, by `gather`, whose gradient can be the same in every run.
+
+    Args:
+        maps: (B, C, H, W).
+        grid: (B, H', W', 2) points (x, y) in [-1, 1] across the image.
+
+    Returns:
+        (B, C, H', W'), sampled bilinearly. What lies outside the maps counts as zero.
+    """
+    height, width = maps.shape[2:]
+    x, y = (grid[..., 0] + 1) / 2 * (width - 1), (grid[..., 1] + 1) / 2 * (height - 1)  # (B, H', W') in pixels
+    cells = maps.flatten(2)  # (B, C, H * W)
+    sampled = maps.new_zeros(1)
+    for row in (y.floor(), y.floor() + 1):
+        for column in (x.floor(), x.floor() + 1):
+            share = (1 - (x - column).abs()) * (1 - (y - row).abs())
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            place = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()  # (B, H', W')
+            values = cells.gather(2, place.flatten(1)[:, None].expand(-1, cells.shape[1], -1))
+            sampled = sampled + values.unflatten(2, place.shape[1:]) * (share * inside)[:, None]
+    return sampled
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ class DilatedHead(nn.Module):
     """The sum of four parallel 3x3 convolutions with different dilations.
 
     On an 8 x 8 grid, only the centre taps of dilations 12, 18 and 24 ever see anything but padding. The other taps are
-    not computed.
+    not computed, and the centre taps are added up to one 1x1 convolution.
 
     Source: DeepLab (arXiv:1606.00915), ASPP-L. SCOPS (arXiv:1905.01298) uses it as its head.
     """
@@ -34,16 +34,15 @@ class DilatedHead(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, D, G, G) -> (B, out_channels, G, G) float32."""
-        return torch.stack([_convolve(branch, maps).float() for branch in self.branches]).sum(dim=0)
-
-
-def _convolve(branch: nn.Module, maps: Tensor) -> Tensor:
-    """Applies a 3x3 convolution. If all taps but the centre always fall into the padding, only the centre is used."""
-    assert isinstance(branch, nn.Conv2d)
-    if branch.dilation[0] < max(maps.shape[2:]):
-        convolved: Tensor = branch(maps)
-        return convolved
-    return functional.conv2d(maps, branch.weight[:, :, 1:2, 1:2], branch.bias)
+        branches = [branch for branch in self.branches if isinstance(branch, nn.Conv2d)]
+        near = [branch for branch in branches if branch.dilation[0] < max(maps.shape[2:])]
+        summed: Tensor = sum(branch(maps).float() for branch in near)
+        far = [branch for branch in branches if branch not in near]
+        if far:
+            weight = torch.stack([branch.weight for branch in far]).sum(dim=0)[:, :, 1:2, 1:2]
+            bias = torch.stack([branch.get_parameter("bias") for branch in far]).sum(dim=0)
+            summed = summed + functional.conv2d(maps, weight, bias).float()
+        return summed
 
 
 class DecoderOutput(NamedTuple):

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from slotscops.core.constants import made_once
+
 # Enough for all pairs of sizes in one run: rows and columns of logits and features, in training and evaluation.
 _CACHED_MATRICES = 64
 
@@ -81,6 +83,18 @@ def _interpolation_matrix(
         matrix[output, left] += 1 - share
         matrix[output, right] += share  # at the far edge left and right are the same cell, which gets both shares
         return matrix.to(device, dtype)
+
+
+@made_once
+def averaging_matrix(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(out, in) means over windows along one axis: output o averages the inputs from o in / out to (o + 1) in / out.
+
+    Both ends are rounded outwards, as in `torch.nn.functional.adaptive_avg_pool2d`, whose gradient on a GPU is not the
+    same in every run.
+    """
+    output, inputs = torch.arange(out_size, device=device)[:, None], torch.arange(in_size, device=device)
+    window = (inputs >= output * in_size // out_size) & (inputs < -(-(output + 1) * in_size // out_size))
+    return (window.double() / window.sum(dim=1, keepdim=True)).to(dtype)
 
 
 def both_matrices(

@@ -5,8 +5,10 @@ Shapes: B images, S slots, N = h * w positions, C channels, D slot dimension, G 
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from slotscops.config import SlotGradient, SlotInit
+from slotscops.core.constants import made_once
 from slotscops.model.saved_names import save_as_own
 from slotscops.model.starts import build_starts
 
@@ -24,15 +26,21 @@ class SoftPositionEncoding(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         batch, _, height, width = maps.shape  # len() would fix the batch size of an exported model
-        y = torch.linspace(0, 1, height, device=maps.device)[:, None].expand(height, width)  # (h, w)
-        x = torch.linspace(0, 1, width, device=maps.device)[None].expand(height, width)  # (h, w)
-        grid = torch.stack([y, x, 1 - y, 1 - x, torch.ones_like(y)], dim=-1).flatten(0, 1)  # (N, 5)
+        grid = _position_grid(height, width, maps.device)  # (N, 5)
         rows = torch.cat([self.project.weight.T, self.project.bias[None]])  # (5, C)
         # This is a matrix product, because the gradient of a broadcast sum is a sum over the batch. That sum took a
         # third of the time of everything between a ResNet-50 and its slots (CPU, batch 16).
         tokens = maps.flatten(2).transpose(1, 2)  # (B, N, C)
         placed = torch.baddbmm(tokens, grid.expand(batch, -1, -1), rows.expand(batch, -1, -1))  # (B, N, C)
         return placed.transpose(1, 2).reshape(maps.shape)
+
+
+@made_once
+def _position_grid(height: int, width: int, device: torch.device) -> Tensor:
+    """(N, 5): y, x, 1 - y, 1 - x and 1 at every position."""
+    y = torch.linspace(0, 1, height, device=device)[:, None].expand(height, width)  # (h, w)
+    x = torch.linspace(0, 1, width, device=device)[None].expand(height, width)  # (h, w)
+    return torch.stack([y, x, 1 - y, 1 - x, torch.ones_like(y)], dim=-1).flatten(0, 1)
 
 
 class SlotAttention(nn.Module):
@@ -107,7 +115,7 @@ class SlotAttention(nn.Module):
         # and the cost is negligible beside the encoder's.
         with torch.autocast(inputs.device.type, enabled=False):
             inputs = self.norm_inputs(inputs.float())
-            keys, values = self.key(inputs), self.value(inputs)  # (B, N, D) both
+            keys, values = self._read(inputs)
             slots = self.starts(inputs, noise, class_ids)  # (B, S, D)
             start = slots
             for iteration in range(self.num_iterations):
@@ -119,10 +127,20 @@ class SlotAttention(nn.Module):
                 slots = self._update(slots, attention, values)
         return slots, attention
 
+    def _read(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, D) keys and values of the normalised inputs. The keys include the query's projection and 1 / sqrt(D).
+
+        Since q(s) . k(x) = s . (Wq^T Wk x), the slots themselves are the queries, and no iteration projects them. Keys
+        and values are one matrix product. On a GPU this saves 15 kernel launches, forward and backward.
+        """
+        key = self.query.weight.T @ self.key.weight * self.dim**-0.5  # (D, D)
+        both = functional.linear(inputs, torch.cat([key, self.value.weight]))  # (B, N, 2 D)
+        keys, values = both.split(self.dim, dim=2)
+        return keys, values
+
     def _attend(self, slots: Tensor, keys: Tensor) -> Tensor:
         """(B, S, N) share of each slot in each position, summing to 1 over slots."""
-        queries = self.query(self.norm_slots(slots)) * self.dim**-0.5  # (B, S, D)
-        return torch.softmax(queries @ keys.transpose(1, 2), dim=1)
+        return torch.softmax(self.norm_slots(slots) @ keys.transpose(1, 2), dim=1)
 
     def _update(self, slots: Tensor, attention: Tensor, values: Tensor) -> Tensor:
         """(B, S, D) slots after one update from the positions that they won."""

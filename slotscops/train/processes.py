@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -19,12 +20,14 @@ from slotscops.features.cache import FeatureCache, open_cache, warn_if_random
 from slotscops.features.teacher import Teacher
 from slotscops.loader import plan
 from slotscops.shard.index import ShardDataset, open_dataset
+from slotscops.train.reduction import choose_kernels
 from slotscops.train.trackers import choose_trackers
 
 CPU_LAUNCH = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     "--dynamo_backend no --num_cpu_threads_per_process 1 --main_process_port 0"
 )
+_ENOUGH_IMAGES = 64  # for each GPU at a time; not measured on a GPU
 
 
 def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerator:
@@ -45,6 +48,8 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
         )
     _check_precision(config)
     microbatches_of_process(config, console.world_size())
+    if torch.cuda.is_available():
+        choose_kernels(config.train.reduction)
     accelerator = join_processes(
         mixed_precision=config.train.mixed_precision,
         log_with=choose_trackers(trackers, config),
@@ -56,7 +61,23 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
     )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    warn_of_small_share(config, accelerator.device, accelerator.num_processes)
     return accelerator
+
+
+def warn_of_small_share(config: Config, device: torch.device, num_processes: int) -> None:
+    """Warns if a GPU gets so few images at a time that it waits for the host, which launches about 700 kernels a step.
+
+    Eight GPUs with 8 images each would then be no faster than one with 64.
+    """
+    share = config.train.batch_size // (num_processes * microbatches_of_process(config, num_processes))
+    is_small = device.type == "cuda" and share < _ENOUGH_IMAGES and config.encoder.name != "features"
+    if not is_small or config.train.compile or not console.is_main():
+        return
+    console.warn(
+        f"each GPU takes {share} images at a time, fewer than {_ENOUGH_IMAGES}, and will wait for its host; faster are "
+        f"train.compile=true, train.batch_size={_ENOUGH_IMAGES * config.train.batch_size // share}, or fewer processes"
+    )
 
 
 def _check_precision(config: Config) -> None:

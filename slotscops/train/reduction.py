@@ -7,13 +7,46 @@ divides M. Every process receives all M gradients and adds them from the first t
 Shapes: P processes, M microbatches, V values in all gradients together.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from slotscops.config import Reduction
+
 _CHUNK = 1 << 22  # numbers gathered at once: 16 MB from each process
+
+
+def choose_kernels(reduction: Reduction) -> None:
+    """Chooses the kernels of a GPU: those that give the same bits in every run for `deterministic`, else the fastest.
+
+    It must be called before CUDA starts, because cuBLAS reads its environment variable only then. cuDNN tries its
+    kernels for each new shape and keeps the fastest, which another run may find to be another one.
+    """
+    is_fixed = reduction == "deterministic"
+    if is_fixed:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(is_fixed)
+    # No tensor is read before it is written, so that none needs to be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = is_fixed
+    torch.backends.cudnn.benchmark = not is_fixed
+
+
+@torch.no_grad()
+def take_first_process_tensors(network: nn.Module) -> None:
+    """Gives every process the parameters and buffers of the first one, as DDP does.
+
+    They come from the same seed, but another GPU or processor may compute other last bits.
+    """
+    if _num_processes() == 1:
+        return
+    for tensor in [*network.parameters(), *network.buffers()]:
+        sent = tensor.detach().contiguous()
+        dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
 
 
 class FixedOrderReducer:

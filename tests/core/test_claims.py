@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from slotscops.core import console
-from slotscops.core.claims import claim
+from slotscops.core import claims, console
+from slotscops.core.claims import claim, leased_units
 from slotscops.core.errors import ClaimError
 from slotscops.core.files import remove_abandoned, replace_when_complete, write_once, writer_name
 
@@ -45,6 +45,59 @@ RACE = textwrap.dedent(
         print(*sorted(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in children))
     """
 )
+
+
+# Four processes share twelve units of 20 ms. Each prints what it did; one is killed while it does its second unit.
+SHARED_UNITS = textwrap.dedent(
+    """
+    import os, sys, time
+    from pathlib import Path
+    from slotscops.core import claims, console
+    from slotscops.core.claims import leased_units
+
+    folder = Path(sys.argv[1])
+    names = [f"unit-{number}" for number in range(12)]
+    claims._POLL_S = 0.02
+    for child in range(4):
+        process = os.fork()
+        if process == 0:
+            console.rank, console.world_size = lambda: child, lambda: 4
+            done = []
+            for unit in leased_units(names, folder, lambda unit: (folder / names[unit]).exists()):
+                done.append(unit)
+                time.sleep(0.02)
+                if child == 3 and len(done) == 2:
+                    os._exit(9)
+                with (folder / names[unit]).open("x") as file:
+                    file.write(str(child))
+            os._exit(0)
+    print(*sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(4)))
+    """
+)
+
+
+def test_leased_units_are_done_once_and_those_of_a_killed_process_by_another(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHARED_UNITS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["0", "0", "0", "9"], done.stderr  # a unit done twice would fail to open its file
+    assert len(list(tmp_path.glob("unit-*"))) == 12
+    assert {path.read_text() for path in tmp_path.glob("unit-*")} == set("0123")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_lease_of_another_machine_is_taken_over_once_it_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = tmp_path / ".unit.lease"
+    lease.write_text("0123abcd-17")
+    monkeypatch.setattr(claims, "_SILENT_S", 0.3)
+    monkeypatch.setattr(claims, "_POLL_S", 0.05)
+    begin = time.monotonic()
+    for _ in leased_units(["unit"], tmp_path, lambda _: False):
+        assert time.monotonic() - begin > 0.2
+        assert lease.read_text() == writer_name()
+        break
+    assert not lease.exists()
 
 
 @pytest.mark.parametrize(("settings", "codes"), [("differ", "0 2 2 2"), ("equal", "0 0 0 0")])

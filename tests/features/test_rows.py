@@ -62,6 +62,25 @@ def test_maps_of_more_than_65536_values_keep_their_places(tmp_path: Path) -> Non
         assert stored(tmp_path, features).rows_not_finite() == [1]
 
 
+def test_places_and_values_of_a_row_are_those_of_its_dense_map(tmp_path: Path) -> None:
+    features = sparse_maps((3, 1024, 16, 16), 0.05)
+    shard = stored(tmp_path, features)
+    for row, expected in enumerate(features):
+        sparse = shard.read_sparse_row(row)
+        assert sparse is not None
+        dense = np.zeros(expected.size, np.float16)
+        dense[sparse[0]] = sparse[1]
+        assert (dense == expected.reshape(-1)).all()
+    assert stored(tmp_path, sparse_maps((2, 4, 3, 3), 1.0)).read_sparse_row(0) is None
+
+
+def test_a_place_beyond_the_map_never_reaches_a_gpu(tmp_path: Path) -> None:
+    shard = stored(tmp_path, sparse_maps((2, 64, 3, 3), 0.1))
+    shard.shape = (4, 3, 1)  # as if the file said so
+    with pytest.raises(DamageError, match="a position beyond the map"):
+        shard.read_sparse_row(0)
+
+
 @pytest.mark.parametrize("share", [0.05, 1.0])
 def test_rows_land_in_the_places_asked_for(tmp_path: Path, share: float) -> None:
     features = sparse_maps((5, 4, 3, 3), share)

@@ -1,6 +1,7 @@
 import pickle
+import shutil
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from commands import python
 from slotscops.core.errors import RunError
 from slotscops.core.records import Batch, decode_image
 from slotscops.features.cache import open_cache
+from slotscops.features.rows import FeatureShard, encode
 from slotscops.loader.batches import evaluation_batches, training_batches
 from slotscops.loader.plan import TrainingPlan, batch_digest, samples_at
 from slotscops.loader.split import Split
@@ -57,6 +59,28 @@ def test_a_batch_holds_exactly_what_the_tar_and_the_cache_hold(toy_shards: Path)
         assert (batch.object_masks[place].numpy() == reader.read_object_mask(row)).all()
         assert split.cache is not None
         assert torch.equal(batch.features[place], split.cache.open_shard(entry)[row])
+
+
+def test_a_sparse_batch_becomes_the_dense_one_where_it_arrives(toy_shards: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(toy_shards, shards)
+    order = np.arange(len(open_split(shards)))[::-1]
+    as_they_are = replace(open_split(shards), sparse_features=True).read(order)
+    assert as_they_are.features is not None  # the features of a random teacher are stored dense
+
+    split = open_split(shards)
+    assert split.cache is not None
+    for path in split.cache.folder.glob("*.safetensors"):
+        whole = FeatureShard(path)
+        features = whole.read_rows(range(len(whole))).numpy()
+        path.write_bytes(encode(np.where(features > 1.5, features, np.float16(0)), whole.label))
+    batch, dense = replace(split, sparse_features=True).read(order), split.read(order)
+    assert dense.features is not None
+    assert dense.features.any()
+    assert batch.features is None
+    assert batch.feature_values is not None
+    assert batch.feature_values.nbytes < dense.features.nbytes / 2
+    assert_same(batch.to(torch.device("cpu")), dense)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from slotscops.losses.semantic import semantic_consistency
 from slotscops.model import maps
-from slotscops.model.maps import interpolation_matrix, part_maps
+from slotscops.model.maps import averaging_matrix, interpolation_matrix, part_maps
 
 GRIDS = [1, 2, 3, 7, 8, 14, 16]
 sizes = st.tuples(st.integers(1, 33), st.integers(1, 33))
@@ -246,6 +246,14 @@ def test_interpolation_matrix_does_what_interpolate_does(in_size: int, out_size:
     unit_vectors = torch.eye(in_size, dtype=torch.float64)[None]  # (1, in, in)
     wanted = interpolate(unit_vectors, out_size, mode="linear", align_corners=align_corners)[0].T
     torch.testing.assert_close(matrix, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("in_size", "out_size"), [(64, 8), (10, 3), (5, 7), (3, 1)])
+def test_averaging_matrix_does_what_adaptive_pooling_does(in_size: int, out_size: int) -> None:
+    matrix = averaging_matrix(in_size, out_size, torch.float64, torch.device("cpu"))
+    images = torch.rand(2, 3, in_size, in_size, dtype=torch.float64)
+    pooled = torch.nn.functional.adaptive_avg_pool2d(images, (out_size, out_size))
+    torch.testing.assert_close(matrix @ images @ matrix.T, pooled)
 
 
 def test_interpolation_matrix_by_hand() -> None:

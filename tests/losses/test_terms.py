@@ -101,6 +101,24 @@ def test_a_black_and_a_white_pixel_differ_by_a_quarter_a_channel_around_their_me
     assert visual_consistency(torch.eye(2)[None, :, None], images).item() == pytest.approx(0)
 
 
+def test_sampling_in_a_fixed_order_gives_the_same_maps_and_gradients() -> None:
+    maps = torch.rand(2, 3, 9, 9, dtype=torch.float64, requires_grad=True)
+    warp = draw_warps(["a", "b"], seed=0, step=0, min_scale=0.5)  # it shows what lies outside too
+    weights = torch.rand(2, 3, 9, 9, dtype=torch.float64)
+    fast, inside = warp_maps(maps, warp)
+    (gradient,) = torch.autograd.grad((fast * weights).sum(), maps)
+    torch.use_deterministic_algorithms(True)
+    try:
+        fixed, _ = warp_maps(maps, warp)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "Grid" in str(fast.grad_fn)
+    assert "Grid" not in str(fixed.grad_fn)
+    assert not inside.all()
+    torch.testing.assert_close(fixed, fast)
+    torch.testing.assert_close(torch.autograd.grad((fixed * weights).sum(), maps)[0], gradient)
+
+
 def test_maps_that_follow_the_warp_cost_nothing_and_others_do() -> None:
     warp = draw_warps(KEYS, seed=0, step=0)
     plain = torch.randn(4, 3, 9, 9).softmax(1)

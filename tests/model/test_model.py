@@ -267,11 +267,13 @@ def test_the_whole_network_is_one_graph_for_the_compiler(resnet18: ResNetEncoder
     model = network_of(resnet18, f"decoder.maps={maps}")
     images = photos(1, 64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        eager, traced = model(images), compiled(images)
+    eager, traced = model(images), compiled(images)
     assert type(traced) is type(eager)
     assert type(traced.slot_output) is type(eager.slot_output)
     torch.testing.assert_close(traced, eager)
+    parameter = model.encoder.get_parameter("trunk.conv1.weight")
+    gradients = [torch.autograd.grad(output.logits.square().sum(), parameter)[0] for output in (eager, traced)]
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("maps", ["head", "attention", "head_only"])

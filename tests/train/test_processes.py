@@ -1,11 +1,12 @@
 import platform
 
 import pytest
+import torch
 from commands import python
 
 from slotscops.config import load_config
 from slotscops.core.errors import UserError
-from slotscops.train.processes import start_accelerator
+from slotscops.train.processes import start_accelerator, warn_of_small_share
 
 SCRIPT = """
 import resource
@@ -32,6 +33,22 @@ def test_large_tensors_take_the_memory_of_those_before_them() -> None:
     given_back, kept = map(int, done.stdout.split())
     assert given_back > 200
     assert kept < given_back / 20
+
+
+def test_a_gpu_with_few_images_at_a_time_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    few = load_config(None, ["train.batch_size=64"])
+    for settings, device, processes in (
+        ([], "cuda", 1),
+        ([], "cpu", 8),
+        (["train.compile=true"], "cuda", 8),
+        (["encoder.name=features"], "cuda", 8),
+    ):
+        warn_of_small_share(load_config(None, ["train.batch_size=64", *settings]), torch.device(device), processes)
+    assert capsys.readouterr().err == ""
+    warn_of_small_share(few, torch.device("cuda"), 8)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "each GPU takes 8 images at a time" in said
+    assert "train.compile=true, train.batch_size=512, or fewer processes" in said
 
 
 @pytest.mark.parametrize("asked", ["fp16", "fp8"])

@@ -1,19 +1,67 @@
 import copy
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from commands import PYTHON, assert_same_tensors, metrics, train
+from commands import PYTHON, assert_same_tensors, metrics, run, train
 from forks import ranks
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import AdamW
 
-from slotscops.train.reduction import FixedOrderReducer
+from slotscops.train.reduction import FixedOrderReducer, choose_kernels
 
 TWO_PROCESSES, FOUR_PROCESSES = ranks(2), ranks(4)
 DETERMINISTIC = ("train.reduction=deterministic", "train.microbatches=4")
 RESNET = ("encoder.name=resnet18", "encoder.weights=random:0", "train.total_steps=3")
+
+
+FIRST_TENSORS = """
+import os
+import torch
+import torch.distributed as dist
+from slotscops.model.encoder import FrozenBatchNorm
+from slotscops.train.reduction import take_first_process_tensors
+
+rank = int(os.fork() == 0)
+dist.init_process_group("gloo", init_method=f"file://{os.environ['MEETING']}", rank=rank, world_size=2)
+torch.manual_seed(rank)
+network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), FrozenBatchNorm(4)).to(memory_format=torch.channels_last)
+network[1].running_mean.fill_(rank)
+before = network[0].weight.clone()
+take_first_process_tensors(network)
+everyone = [None, None]
+dist.all_gather_object(everyone, [before, network[0].weight.detach(), network[1].running_mean])
+first, second = everyone
+assert torch.equal(first[0], first[1]) and not torch.equal(second[0], second[1])
+assert torch.equal(first[1], second[1]) and torch.equal(first[2], second[2])
+assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+dist.destroy_process_group()
+if rank == 0:
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+"""
+
+
+def test_every_process_starts_with_the_tensors_of_the_first(tmp_path: Path) -> None:
+    done = run([*PYTHON, "-c", FIRST_TENSORS], MEETING=str(tmp_path / "meeting"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_are_the_same_in_every_run_or_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        choose_kernels("deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert torch.backends.cudnn.deterministic
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        choose_kernels("ddp")
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
 
 
 def test_the_mean_is_that_of_the_gradients_added_one_after_the_other() -> None:
