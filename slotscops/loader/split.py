@@ -38,7 +38,7 @@ class Split(Dataset[Batch]):
     with_object_masks: bool = False  # read object masks without part labels, for target_mask=object
 
     def __len__(self) -> int:
-        return self.dataset.num_samples(self.name)
+        return int(self._shard_starts[-1])
 
     def key(self, sample: int) -> str:
         """The record key of a sample."""
@@ -48,6 +48,12 @@ class Split(Dataset[Batch]):
     def class_ids(self) -> NDArray[np.int64]:
         """(N,) class id of every sample: its row in the class table of the data set."""
         return np.concatenate([self._index(shard).class_ids for shard in range(len(self._entries))])
+
+    def class_ids_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(B,) class id of each of these samples."""
+        shards, rows = self._locate(samples)
+        places = zip(shards.tolist(), rows.tolist(), strict=True)
+        return np.array([self._index(shard).class_ids[row] for shard, row in places], np.int64)
 
     def read_member(self, sample: int, member: str) -> bytes:
         """The bytes of one member of a sample, for example `parts.png`. Its crc32 is checked."""
@@ -176,9 +182,8 @@ class Split(Dataset[Batch]):
     def _locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shard number and row in the shard of each sample. Mirroring does not matter."""
         samples = samples % len(self)
-        shards = np.searchsorted(self._shard_ends, samples, side="right")
-        starts = np.concatenate([[0], self._shard_ends])
-        return shards, samples - starts[shards]
+        shards = np.searchsorted(self._shard_starts, samples, side="right") - 1
+        return shards, samples - self._shard_starts[shards]
 
     def _feature_shard(self, shard: int, mirrored: bool) -> FeatureShard:
         if (shard, mirrored) not in self._feature_shards:
@@ -195,8 +200,9 @@ class Split(Dataset[Batch]):
         return self.dataset.split(self.name)
 
     @cached_property
-    def _shard_ends(self) -> NDArray[np.int64]:
-        return np.cumsum([entry.num_samples for entry in self._entries], dtype=np.int64)
+    def _shard_starts(self) -> NDArray[np.int64]:
+        """(shards + 1,) number of each shard's first sample, and the number of samples."""
+        return np.cumsum([0, *(entry.num_samples for entry in self._entries)], dtype=np.int64)
 
     def _index(self, shard: int) -> ShardIndex:
         # An index is read when it is first needed, so that a large data set can start before all are read.

@@ -17,7 +17,7 @@ from slotscops.core.machine import machine
 from slotscops.core.pictures import picture_bytes
 from slotscops.core.records import Batch
 from slotscops.loader.batches import move_ahead, training_batches
-from slotscops.loader.plan import TrainingPlan, batch_digest
+from slotscops.loader.plan import ORDER, TrainingPlan, batch_digest
 from slotscops.loader.split import Split
 from slotscops.losses.objective import check_objective, compute_terms, weighted_sum
 from slotscops.metrics.scoring import evaluate_split, picture_of_split
@@ -266,7 +266,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             **self._watch(),
             "damaged_samples": self.damage.agree(self.accelerator, self.step),
-            "batch_digest": self._batch_digest(),
+            "batch_digest": self._batch_digest() if self.accelerator.is_main_process else "",
         }
 
     def _watch(self) -> dict[str, float]:
@@ -282,9 +282,8 @@ class Trainer:
         return row
 
     def _batch_digest(self) -> str:
-        """Hash of the planned keys of the last global batch, in order. Replacing damaged samples does not change it."""
-        samples = self._plan(0).global_batch(self.samples_seen - self.config.train.batch_size)
-        return batch_digest(self._split.key(sample) for sample in samples)
+        """Hash of the planned samples of the last global batch. Replacing damaged ones does not change it."""
+        return batch_digest(self._plan(0).global_batch(self.samples_seen - self.config.train.batch_size))
 
     def _evaluate(self, request: StopRequest) -> None:
         if not self.dataset.num_samples("val"):
@@ -344,5 +343,6 @@ class Trainer:
             scores=self._scores,
             best=self._best,
             class_names=self.dataset.class_names,
+            order=ORDER,
         )
         writer.save(tensors, state, self._best.get("step"))

@@ -1,3 +1,7 @@
+import math
+from collections import Counter
+from itertools import permutations
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -61,9 +65,50 @@ def test_epochs_and_seeds_give_different_orders() -> None:
     assert len({tuple(order) for order in orders}) == 4
 
 
+@given(st.integers(1, 3000), seeds, st.integers(0, 1000))
+def test_the_order_of_an_epoch_is_a_permutation_and_any_place_of_it_can_be_asked_for_alone(
+    num_samples: int, seed: int, epoch: int
+) -> None:
+    order = plan.permutation(num_samples, seed, epoch)
+    assert sorted(order.tolist()) == list(range(num_samples))
+    place = seed % num_samples
+    assert plan.permute(np.array([[place]]), num_samples, seed, epoch).tolist() == [[order[place]]]
+
+
+@given(st.integers(1, 10**12), seeds, st.integers(0, 50))
+def test_places_of_a_huge_epoch_lead_to_different_samples_within_it(num_samples: int, seed: int, epoch: int) -> None:
+    count = min(num_samples, 500)
+    places = np.concatenate([np.arange(count), np.arange(num_samples - count, num_samples)])
+    samples = plan.permute(places, num_samples, seed, epoch)
+    assert samples.min() >= 0
+    assert samples.max() < num_samples
+    assert len(set(samples.tolist())) == len(set(places.tolist()))
+
+
+def test_all_orders_of_few_samples_are_equally_likely() -> None:
+    orders = Counter(tuple(plan.permutation(5, 0, epoch).tolist()) for epoch in range(12_000))
+    expected = 12_000 / math.factorial(5)
+    # The sum of 119 degrees of freedom exceeds 200 once in 200,000 draws of true permutations.
+    assert sum((orders[order] - expected) ** 2 / expected for order in permutations(range(5))) < 200
+
+
+def test_neighbours_in_the_data_set_are_none_in_the_order() -> None:
+    order = plan.permutation(100_000, 1, 0)
+    assert (np.abs(np.diff(order)) == 1).sum() < 12  # 2 are expected
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(order, plan.permutation(100_000, 1, 1))[0, 1]) < 0.02
+
+
 def test_the_order_is_the_one_that_older_checkpoints_were_trained_with() -> None:
-    # Written down once: another order would make every resumed run see other samples than it would have.
-    assert plan.permutation(8, seed=3, epoch=1).tolist() == [7, 1, 0, 6, 2, 3, 5, 4]
+    # Written down once: another order would make every resumed run see other samples than it would have. A change
+    # needs another number of the rule, so that earlier runs refuse to go on.
+    assert plan.ORDER == 2
+    assert plan.permutation(8, seed=3, epoch=1).tolist() == PINNED
+    assert plan.permute(np.array([0, 1, 10**8 - 1]), 10**8, seed=3, epoch=1).tolist() == PINNED_OF_MANY
+
+
+PINNED = [4, 7, 5, 6, 3, 0, 1, 2]
+PINNED_OF_MANY = [77754079, 12697129, 72782748]
 
 
 @pytest.mark.parametrize(("ranks", "accumulation"), [(3, 1), (2, 4), (1, 16)])
@@ -72,6 +117,6 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_the_multiple(ranks: int,
         plan.check_divisible(10, ranks, accumulation)
 
 
-def test_the_digest_depends_on_keys_and_order() -> None:
-    assert plan.batch_digest(["a", "b"]) == plan.batch_digest(["a", "b"])
-    assert len({plan.batch_digest(keys) for keys in (["a", "b"], ["b", "a"], ["ab"], ["a"])}) == 4
+def test_the_digest_depends_on_samples_and_order() -> None:
+    assert plan.batch_digest(np.array([1, 2])) == plan.batch_digest(np.array([1, 2], np.int32))
+    assert len({plan.batch_digest(np.array(samples)) for samples in ([1, 2], [2, 1], [12], [1])}) == 4

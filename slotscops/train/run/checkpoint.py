@@ -48,6 +48,9 @@ class State:
     best: dict[str, Any] = field(default_factory=dict)  # score, value, step of the best evaluation so far
     class_names: list[str] = field(default_factory=list)  # of the data, in the order of class ids
     format: int = FORMAT
+    order: int = (
+        1  # number of the rule for the order of samples, see `loader.plan.ORDER`; older runs do not name theirs
+    )
 
     @classmethod
     def from_json(cls, text: str) -> Self:

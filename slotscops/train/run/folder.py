@@ -15,6 +15,7 @@ from slotscops.core.claims import differences
 from slotscops.core.errors import UserError, shorten
 from slotscops.core.files import json_numbers, remove_abandoned, write_bytes, write_json
 from slotscops.features.cache import FeatureCache
+from slotscops.loader.plan import ORDER
 from slotscops.shard.index import ShardDataset
 from slotscops.train.run.checkpoint import (
     Checkpoint,
@@ -265,7 +266,12 @@ def read_config(checkpoint: Path) -> Config:
 
 
 def check_same_run(saved: State, config: Config, dataset: ShardDataset, cache: FeatureCache, path: Path) -> None:
-    """Refuses to go on with settings or data that make another model or another order of samples."""
+    """Refuses to go on with settings, data or a version that make another model or another order of samples."""
+    if saved.order != ORDER:
+        raise UserError(
+            f"{path}: its samples come in the order of rule {saved.order}, this version knows rule {ORDER}; go on with "
+            "the version that began the run or start a new run with run_dir=DIR"
+        )
     earlier = to_mapping(config_from_mapping(saved.config, str(path)))
     for name in differences(earlier, to_mapping(config)):
         if name in _FREE_TO_CHANGE or (name.startswith("train.") and name != "train.optimizer"):

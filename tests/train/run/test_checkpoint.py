@@ -7,17 +7,19 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
+from slotscops.config import load_config, to_mapping
 from slotscops.core.errors import UserError
 from slotscops.core.files import writer_name
 from slotscops.train.run import checkpoint
 from slotscops.train.run.checkpoint import State, list_checkpoints, load_checkpoint, save_checkpoint
-from slotscops.train.run.folder import RunFolder, load_newest, resolve_checkpoint
+from slotscops.train.run.folder import RunFolder, check_same_run, load_newest, resolve_checkpoint
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json")
 
@@ -166,6 +168,18 @@ def test_tensors_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
         checkpoint.restore_model(nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2)), content.model, tmp_path)
     with pytest.raises(UserError, match=r"1\.bias"):
         checkpoint.restore_model(nn.Sequential(nn.Linear(3, 4)), content.model, tmp_path)
+
+
+def test_a_run_of_an_earlier_version_with_another_order_of_samples_is_refused_in_one_line() -> None:
+    config = load_config(None)
+    row = asdict(State(4, 16, to_mapping(config)))
+    del row["order"]  # as earlier versions wrote it
+    nothing: Any = None
+    with pytest.raises(
+        UserError, match=r"order of rule 1, this version knows rule 2; .* new run with run_dir=DIR"
+    ) as e:
+        check_same_run(State.from_json(json.dumps(row)), config, nothing, nothing, Path("runs/old/checkpoints/step-4"))
+    assert len(str(e.value).splitlines()) == 1
 
 
 def test_state_of_a_later_format_is_refused(tmp_path: Path) -> None:
