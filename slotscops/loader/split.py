@@ -4,6 +4,7 @@ The samples of a split are numbered in the order of its shards. Of N samples, nu
 right.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -21,6 +22,11 @@ from slotscops.features.rows import FeatureShard
 from slotscops.loader.plan import NUM_SUBSTITUTES, substitutes
 from slotscops.shard.index import ShardDataset, ShardEntry, ShardIndex
 from slotscops.shard.reader import ShardReader, ShardReaders
+
+# What a process keeps of the shards that it read last. Opening one again takes 0.13 ms for its index of 1,000 samples
+# and 0.06 ms for its features; decoding a crop of 128 px takes 0.14 ms.
+_MAX_INDEX_BYTES = 64 << 20  # of half a million samples
+_MAX_FEATURE_SHARDS = 256  # each is a memory map
 
 
 @dataclass
@@ -193,6 +199,9 @@ class Split(Dataset[Batch]):
                 for opened in [place for place, features in self._feature_shards.items() if features.is_evicted]:
                     del self._feature_shards[opened]
             self._feature_shards[shard, mirrored] = cache.open_shard(self._entries[shard])
+            if len(self._feature_shards) > _MAX_FEATURE_SHARDS:
+                self._feature_shards.popitem(last=False)
+        self._feature_shards.move_to_end((shard, mirrored))
         return self._feature_shards[shard, mirrored]
 
     @property
@@ -207,12 +216,18 @@ class Split(Dataset[Batch]):
     def _index(self, shard: int) -> ShardIndex:
         # An index is read when it is first needed, so that a large data set can start before all are read.
         if shard not in self._indices:
-            self._indices[shard] = self.dataset.read_index(self._entries[shard])
+            index = self.dataset.read_index(self._entries[shard])
+            num_kept = max(1, _MAX_INDEX_BYTES // max(1, index.num_bytes))
+            while len(self._indices) >= num_kept:
+                self._indices.popitem(last=False)
+            self._indices[shard] = index
+        self._indices.move_to_end(shard)
         return self._indices[shard]
 
     @cached_property
-    def _indices(self) -> dict[int, ShardIndex]:
-        return {}
+    def _indices(self) -> OrderedDict[int, ShardIndex]:
+        """The indices used last, by number of the shard, the most recent last."""
+        return OrderedDict()
 
     @cached_property
     def _faults(self) -> dict[int, str]:
@@ -224,8 +239,9 @@ class Split(Dataset[Batch]):
         return ShardReaders(self.dataset, self._entries, self._index)
 
     @cached_property
-    def _feature_shards(self) -> dict[tuple[int, bool], FeatureShard]:
-        return {}
+    def _feature_shards(self) -> OrderedDict[tuple[int, bool], FeatureShard]:
+        """The feature files used last, by number of the shard and whether mirrored, the most recent last."""
+        return OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # Send only the fields: a worker opens its own files, and memory maps cannot be sent.

@@ -43,6 +43,11 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.key_ends)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        return sum(array.nbytes for array in vars(self).values())
+
     def key(self, row: int) -> str:
         start = self.key_ends[row - 1] if row else 0
         return self.key_bytes[start : self.key_ends[row]].tobytes().decode()

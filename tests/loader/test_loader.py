@@ -140,6 +140,20 @@ def test_a_split_reads_the_members_it_is_told_to_and_no_other(
         assert getattr(batch, name) is None or torch.equal(getattr(batch, name), getattr(whole, name))
 
 
+def test_what_a_process_keeps_open_is_bounded_and_the_batches_are_the_same(
+    toy_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = np.random.default_rng(0).permutation(len(open_split(toy_shards)))
+    expected = open_split(toy_shards).read(order)
+    monkeypatch.setattr("slotscops.loader.split._MAX_INDEX_BYTES", 1)
+    monkeypatch.setattr("slotscops.loader.split._MAX_FEATURE_SHARDS", 2)
+    monkeypatch.setattr("slotscops.shard.reader._MAX_OPEN_SHARDS", 2)
+    split = open_split(toy_shards)
+    assert len(split.dataset.splits["train"]) > 2
+    assert_same(split.read(order), expected)
+    assert (len(split._indices), len(split._feature_shards), len(split._readers._open)) == (1, 2, 2)
+
+
 def test_a_split_reaches_a_worker_with_every_field_and_without_open_files(toy_shards: Path) -> None:
     split = Split(open_dataset(toy_shards), "train", None, False, replace_damaged=True, with_object_masks=True)
     split.read(np.array([0]))
