@@ -205,13 +205,13 @@ class Split(Dataset[Batch]):
         return self._feature_shards[shard, mirrored]
 
     @property
-    def _entries(self) -> list[ShardEntry]:
+    def _entries(self) -> Sequence[ShardEntry]:
         return self.dataset.split(self.name)
 
     @cached_property
     def _shard_starts(self) -> NDArray[np.int64]:
         """(shards + 1,) number of each shard's first sample, and the number of samples."""
-        return np.cumsum([0, *(entry.num_samples for entry in self._entries)], dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(self.dataset.samples_of_shards(self.name))])
 
     def _index(self, shard: int) -> ShardIndex:
         # An index is read when it is first needed, so that a large data set can start before all are read.
