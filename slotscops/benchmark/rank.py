@@ -24,7 +24,7 @@ from slotscops.benchmark.start import resident_bytes
 from slotscops.config import Config, load_config
 from slotscops.core.records import Batch
 from slotscops.loader.plan import TrainingPlan
-from slotscops.train.fit import _find_start
+from slotscops.train.fit import find_start
 from slotscops.train.loop import Trainer
 from slotscops.train.processes import start_accelerator
 from slotscops.train.run.writer import CheckpointWriter
@@ -104,18 +104,21 @@ def measure(shards: Path, small: Path, run_dir: Path, rank: int, num_ranks: int,
         small: a data set of one shard. It is started with first, so that the program's own start can be told from what
             the size of the data set adds.
     """
-    program_s, _, _ = _start(settings(small, run_dir / "small", num_ranks), 0, num_ranks)
+    (program_s, _), _, _ = _start(settings(small, run_dir / "small", num_ranks), 0, num_ranks)
     before = resident_bytes()
     _forget_peak()
-    seconds, trainer, batches = _start(settings(shards, run_dir, batch_size), rank, num_ranks)
+    (seconds, processor_s), trainer, batches = _start(settings(shards, run_dir, batch_size), rank, num_ranks)
     figures: dict[str, Any] = {"first_batch_s": program_s + seconds, "program_s": program_s}
+    figures["first_batch_processor_s"] = processor_s
     figures["held_megabytes"] = (resident_bytes() - before) / 1e6
     figures["sent_to_a_worker_megabytes"] = len(pickle.dumps(trainer._split)) / 1e6
     batch = next(batches)
     figures["read_ms_a_sample"] = 1e3 * _median_s(lambda: next(batches), READ_BATCHES - 2) / len(batch)
     figures["step_ms"] = 1e3 * _bookkeeping_s(trainer, batch)
     last_step = trainer.take_step(iter([batch]))
+    before_s = time.process_time()
     figures["log_ms"] = 1e3 * _median_s(lambda: trainer.log(*last_step), _LOGGED)
+    figures["log_processor_ms"] = 1e3 * (time.process_time() - before_s) / _LOGGED
     # The third of these steps takes its samples from two epochs.
     config, ends = trainer.config, len(trainer._split) - 5 * batch_size // 2
     figures["epoch_end_ms"] = 1e3 * max(_time_plan(plan_of(config, len(trainer._split), rank, num_ranks, ends, 5)))
@@ -124,23 +127,23 @@ def measure(shards: Path, small: Path, run_dir: Path, rank: int, num_ranks: int,
     with CheckpointWriter(trainer.folder.checkpoints, keep=3) as writer:
         trainer.save(writer)
     with _counted_opens(trainer.folder.checkpoints) as opened:
-        start_from = _find_start(trainer.folder, "auto", is_main=rank == 0)
+        start_from = find_start(trainer.folder, "auto", is_main=rank == 0)
         Trainer(config, trainer.accelerator, start_from)
     figures["opened_on_resume"] = max(opened.values())
     trainer.folder.release()
     return figures
 
 
-def _start(config: Config, rank: int, num_ranks: int) -> tuple[float, "SimulatedRank", Iterator[Batch]]:
-    """Seconds until the first batch is there, the trainer, and the batches after the first."""
+def _start(config: Config, rank: int, num_ranks: int) -> tuple[tuple[float, float], "SimulatedRank", Iterator[Batch]]:
+    """Seconds, and seconds of a processor, until the first batch is there; the trainer; the batches after the first."""
     accelerator = start_accelerator(config)
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), time.process_time()
     trainer = SimulatedRank(config, accelerator)
     trainer.rank, trainer.num_ranks = rank, num_ranks
     trainer.open_run()
     batches = trainer.open_batches(READ_BATCHES)
     next(batches)
-    return time.perf_counter() - start, trainer, batches
+    return (time.perf_counter() - start, time.process_time() - processor_start), trainer, batches
 
 
 def _bookkeeping_s(trainer: SimulatedRank, batch: Batch) -> float:

@@ -34,8 +34,10 @@ _FIGURES = {
     "sent_to_a_worker_megabytes": ("sent to each loader worker, MB", None),
     "first_batch_s": ("from the start to the first batch, s", 10),
     "program_s": ("of that the program's own start, with one shard, s", None),
+    "first_batch_processor_s": ("what the data set adds to the start, in processor time, s", None),
     "step_ms": ("bookkeeping of a step, ms", 1),
     "log_ms": ("a logged step's own work, ms", 50),
+    "log_processor_ms": ("the same in processor time, of all threads, ms", None),
     "epoch_end_ms": ("longest planning of a step at an epoch's end, ms", 100),
     "read_ms_a_sample": ("reading a sample, each from another shard, ms", None),
     "descriptors": ("open files", 1024),
@@ -60,10 +62,14 @@ def compare(num_shards: int, samples_per_shard: int, num_ranks: int, batch_size:
     ]
     title = f"scale: {num_shards:,} shards, {num_shards * samples_per_shard:,} samples, {num_ranks} ranks"
     console.show_table(title, ("", *(f"rank {rank}" for rank in ranks), "target"), rows)
-    joined = {count: _descriptors_of_joined(dataset, count, folder) for count in _JOINED}
-    console.show_table("descriptors of processes that joined", ("processes", "descriptors each"), list(joined.items()))
+    joined = {count: list(_descriptors_of_joined(count, folder).values()) for count in _JOINED}
+    console.show_table(
+        "descriptors of processes that joined",
+        ("processes", "rank 0", "last rank"),
+        [(count, *numbers) for count, numbers in joined.items()],
+    )
     return {f"scale_{name}": value for name, value in worst.items()} | {
-        "scale_descriptors_of_joined": {str(count): number for count, number in joined.items()},
+        "scale_descriptors_of_joined": {str(count): numbers for count, numbers in joined.items()},
         "setting": f"{num_shards} shards, {num_shards * samples_per_shard} samples, {num_ranks} ranks, "
         f"batch {batch_size}",
     }
@@ -94,10 +100,12 @@ def _measure(shards: list[Path], folder: Path, rank: int, num_ranks: int, batch_
     return figures
 
 
-def _descriptors_of_joined(dataset: ShardDataset, count: int, folder: Path) -> int:
-    """Descriptors of rank 0 of `count` processes after the checks of the start and a few exchanges of a stop.
+def _descriptors_of_joined(count: int, folder: Path) -> dict[int, int]:
+    """Descriptors of the first and the last of `count` processes, after the start and a few exchanges of a stop.
 
-    They are forked, which is quick. They run no thread and no kernel of PyTorch before the fork.
+    Rank 0 serves the store by which processes find each other, with a socket for each of them. Under torchrun the
+    launcher does. The processes are forked, which is quick. They run neither
+    threads nor kernels of PyTorch before it.
     """
     small = folder / f"joined-{count}"
     write_cluster(small, num_shards=1, samples_per_shard=2 * count)
@@ -112,7 +120,7 @@ def _descriptors_of_joined(dataset: ShardDataset, count: int, folder: Path) -> i
         process.join()
     if any(process.exitcode for process in processes):
         raise RunError(f"{count} processes could not join; see above for the reason")
-    return int(counts.get())
+    return dict(sorted(counts.get() for _ in range(2)))
 
 
 def _join(rank: int, count: int, port: int, shards: Path, counts: Any) -> None:
@@ -128,8 +136,8 @@ def _join(rank: int, count: int, port: int, shards: Path, counts: Any) -> None:
         agreement.exchange(0)
     agreement.finish()
     accelerator.wait_for_everyone()
-    if rank == 0:
-        counts.put(num_descriptors() - before)
+    if rank in (0, count - 1):
+        counts.put((rank, num_descriptors() - before))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -36,7 +36,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def _is_first_on_node() -> bool:
+def is_first_on_node() -> bool:
+    """Whether this process is the one of its machine that does what is done once a machine."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
@@ -144,7 +145,7 @@ def run_command(command: Callable[[], int]) -> None:
     except UserError as error:
         # Every process of a node sees the same files and settings, so one line is enough. A claim is refused at another
         # time in each process, and the launcher ends the others when the first of them ends.
-        if _is_first_on_node() or isinstance(error, ClaimError):
+        if is_first_on_node() or isinstance(error, ClaimError):
             warn(_one_line(error))
         code = 2
     except RunError as error:

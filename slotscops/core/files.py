@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,6 +168,15 @@ def write_json(path: Path, content: Any) -> None:
     # Bytes of a file name that are not UTF-8 are lone surrogates in Python, which JSON holds only as escapes.
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def size_of_file(path: Path) -> int | None:
+    """Bytes of a file, or None if there is no file. Raises OSError if it cannot be asked."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def sha256_of_file(path: Path) -> str:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from slotscops.core.errors import UserError, first_line
-from slotscops.core.files import sha256_of_bytes, sha256_of_json, write_bytes, write_json
+from slotscops.core.files import sha256_of_bytes, sha256_of_json, size_of_file, write_bytes, write_json
 from slotscops.core.records import MEMBERS
 from slotscops.shard.remote import RemoteFolder, is_remote
 
@@ -222,8 +222,11 @@ def dataset_path(shards: Path) -> Path:
     return shards / "index" / "dataset.json"
 
 
-def open_dataset(shards: str | Path) -> ShardDataset:
+def open_dataset(shards: str | Path, check_files: bool = True) -> ShardDataset:
     """Reads `dataset.json` of a folder or a URL, and checks that every tar of a folder has the size it says.
+
+    Args:
+        check_files: False if `check_tars` is called later, or by another process of this machine.
 
     Raises:
         UserError: no shards there (the message gives the command that makes them), or they are unfinished or damaged.
@@ -232,10 +235,25 @@ def open_dataset(shards: str | Path) -> ShardDataset:
     if is_remote(shards):
         return _open_remote(RemoteFolder.of(str(shards)))
     dataset = read_dataset(Path(shards))
-    for entries in dataset.splits.values():
-        for entry in entries:
-            _check_tar(dataset, entry)
+    if check_files:
+        check_tars(dataset)
     return dataset
+
+
+def check_tars(dataset: ShardDataset) -> None:
+    """Raises UserError if a tar is missing or has not the size that `dataset.json` says. Remote ones are not looked at.
+
+    One look at each file: on a network's file system that is what an open of a large data set costs.
+    """
+    if dataset.remote is not None:
+        return
+    for entry in (entry for entries in dataset.splits.values() for entry in entries):
+        path = dataset.tar_path(entry)
+        num_bytes = size_of_file(path)
+        if num_bytes is None:
+            raise UserError(f"{path}: is missing; bring it back or {_REBUILD}")
+        if num_bytes != entry.num_bytes:
+            raise UserError(f"{path}: has {num_bytes} bytes, needed {entry.num_bytes}; {_REBUILD}")
 
 
 def _open_remote(remote: RemoteFolder) -> ShardDataset:
@@ -271,14 +289,6 @@ def write_dataset(dataset: ShardDataset) -> None:
     content = _to_json(dataset) | {"digest": dataset.digest}
     content["splits"] = {split: list(rows) for split, rows in content["splits"].items()}
     write_json(dataset_path(dataset.folder), content)
-
-
-def _check_tar(dataset: ShardDataset, entry: ShardEntry) -> None:
-    path = dataset.tar_path(entry)
-    if not path.is_file():
-        raise UserError(f"{path}: is missing; bring it back or {_REBUILD}")
-    if path.stat().st_size != entry.num_bytes:
-        raise UserError(f"{path}: has {path.stat().st_size} bytes, needed {entry.num_bytes}; {_REBUILD}")
 
 
 def _to_json(dataset: ShardDataset) -> dict[str, Any]:

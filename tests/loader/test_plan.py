@@ -4,7 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slotscops.core.errors import UserError
@@ -35,6 +35,7 @@ def trained_on(
     return order
 
 
+@settings(deadline=None)
 @given(sizes, seeds, st.integers(1, 4))
 def test_every_epoch_holds_every_sample_once(num_samples: int, seed: int, epochs: int) -> None:
     order = stream(num_samples, seed, epochs * num_samples)
@@ -42,6 +43,7 @@ def test_every_epoch_holds_every_sample_once(num_samples: int, seed: int, epochs
         assert sorted(order[epoch * num_samples : (epoch + 1) * num_samples]) == list(range(num_samples))
 
 
+@settings(deadline=None)
 @given(sizes, seeds, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), st.integers(0, 200), st.integers(1, 6))
 def test_the_order_is_the_same_for_any_number_of_processes(
     num_samples: int, seed: int, ranks: int, accumulation: int, start: int, steps: int
@@ -51,6 +53,7 @@ def test_the_order_is_the_same_for_any_number_of_processes(
     assert trained_on(num_samples, batch_size, ranks, accumulation, start, steps, seed) == expected
 
 
+@settings(deadline=None)
 @given(sizes, seeds, st.integers(1, 5), st.integers(1, 5))
 def test_stopping_and_going_on_changes_nothing(num_samples: int, seed: int, before: int, after: int) -> None:
     whole = trained_on(num_samples, 4, 1, 1, 0, before + after, seed)
@@ -65,6 +68,7 @@ def test_epochs_and_seeds_give_different_orders() -> None:
     assert len({tuple(order) for order in orders}) == 4
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), seeds, st.integers(0, 1000))
 def test_the_order_of_an_epoch_is_a_permutation_and_any_place_of_it_can_be_asked_for_alone(
     num_samples: int, seed: int, epoch: int
@@ -75,6 +79,7 @@ def test_the_order_of_an_epoch_is_a_permutation_and_any_place_of_it_can_be_asked
     assert plan.permute(np.array([[place]]), num_samples, seed, epoch).tolist() == [[order[place]]]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**12), seeds, st.integers(0, 50))
 def test_places_of_a_huge_epoch_lead_to_different_samples_within_it(num_samples: int, seed: int, epoch: int) -> None:
     count = min(num_samples, 500)

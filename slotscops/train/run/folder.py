@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from slotscops.config import Config, config_from_mapping, load_config, to_mapping, write_config
 from slotscops.core import console
@@ -28,6 +28,7 @@ from slotscops.train.run.checkpoint import (
 from slotscops.train.run.owner import release_ownership, take_ownership
 from slotscops.train.run.side_files import SideFiles
 
+Found = TypeVar("Found")
 _MAX_LOOKS = 20  # at a run that goes on training while one of its checkpoints is read
 # Settings that may change between two starts of one run without making it another run.
 _FREE_TO_CHANGE = (
@@ -183,8 +184,8 @@ class RunFolder:
                 file.truncate(end)
                 raise
 
-    def find_checkpoint(self, resume: str) -> Path | None:
-        """The checkpoint to go on from, or None to start afresh.
+    def find_checkpoint(self, resume: str) -> Checkpoint | None:
+        """The checkpoint to go on from, read, or None to start afresh.
 
         Args:
             resume: `auto` takes the newest that verifies, `none` starts afresh, anything else is a checkpoint's path.
@@ -194,14 +195,14 @@ class RunFolder:
         """
         present = list_checkpoints(self.checkpoints)
         if resume not in ("auto", "none"):
-            return resolve_checkpoint(Path(resume))
+            return _resolve(Path(resume), load_checkpoint)
         if not present:
             return None
         if resume == "none":
             raise UserError(
                 f"{self.path}: holds the checkpoints of a run; go on with --resume auto or choose another run_dir"
             )
-        return _newest_whole(present)
+        return _newest_whole(present, load_checkpoint)
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -210,17 +211,21 @@ def resolve_checkpoint(path: Path) -> Path:
     Raises:
         UserError: nothing there, or nothing whole.
     """
+    return _resolve(path, verify_checkpoint)
+
+
+def _resolve(path: Path, read: Callable[[Path], Found]) -> Found:
+    """What `read` makes of the checkpoint that `path` leads to, or of the newest one that it does not refuse."""
     if path.name == "best" and not path.exists():
         path = best_checkpoint(path.parent) or path
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint; give runs/NAME or runs/NAME/checkpoints/step-N")
     if (path / "manifest.json").is_file():
-        verify_checkpoint(path)
-        return path
+        return read(path)
     present = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not present:
         raise UserError(f"{path}: holds no checkpoint; give runs/NAME or runs/NAME/checkpoints/step-N")
-    return _newest_whole(present)
+    return _newest_whole(present, read)
 
 
 def load_newest(path: Path) -> Checkpoint:
@@ -235,11 +240,11 @@ def load_newest(path: Path) -> Checkpoint:
     for _ in range(_MAX_LOOKS):
         before = _look(path)
         try:
-            return load_checkpoint(resolve_checkpoint(path))
+            return _resolve(path, load_checkpoint)
         except UserError:
             if _look(path) == before:
                 raise
-    return load_checkpoint(resolve_checkpoint(path))
+    return _resolve(path, load_checkpoint)
 
 
 def _look(path: Path) -> list[tuple[str, int]]:
@@ -307,16 +312,16 @@ def _split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     return rows, damaged
 
 
-def _newest_whole(checkpoints: list[Path]) -> Path:
+def _newest_whole(checkpoints: list[Path], read: Callable[[Path], Found]) -> Found:
     reasons: dict[Path, str] = {}
     for path in reversed(checkpoints):
         try:
-            verify_checkpoint(path)
+            found = read(path)
         except UserError as error:
             reasons[path] = str(error)
             continue
         for other, reason in reasons.items():
             if other.exists():  # otherwise a run that trains has removed it meanwhile
                 console.warn(f"passed over a checkpoint: {reason}")
-        return path
+        return found
     raise UserError(f"{reasons[checkpoints[-1]]} (no other checkpoint of the run is whole)")
