@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from slotscops.benchmark import loader, loss, scaling, sharding, step, table
+from slotscops.benchmark import loader, loss, scale, scaling, sharding, step, table
 from slotscops.config import load_config
 from slotscops.core import console
 from slotscops.core.command_line import command_parser
@@ -27,6 +27,7 @@ loss                    the exact loss, compared with the same loss with all ten
 loader [--shards S]     our loader, compared with other loaders and with JPEG decoding alone
 step [--shards S]       a training step, compared with the encoder alone and the baseline with VGG in the loop
 scaling [--shards S]    images per second with 1, 2, ... processes
+scale                   what grows with processes, shards and samples, on a simulated cluster
 sharding --root DIR     from photos and annotations to shards, as many objects as PASCAL-Part has
 report FILE...          writes figures kept with --json into the table of the file --readme
 
@@ -51,10 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("benchmark", "Measure speed and memory on this machine.", "loss --quick", _MORE)
-    parser.add_argument("what", choices=("loss", "loader", "step", "scaling", "sharding", "report"))
+    parser.add_argument("what", choices=("loss", "loader", "step", "scaling", "scale", "sharding", "report"))
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--rounds", type=int, default=7, help="measured turns of each contestant (default: 7)")
     parser.add_argument("--processes", default="1,2", help="scaling: how many processes (default: 1,2)")
+    parser.add_argument("--ranks", type=int, default=512, help="scale: processes (default: %(default)s)")
+    parser.add_argument("--num-shards", type=int, default=100_000, help="scale: shards (default: %(default)s)")
+    parser.add_argument(
+        "--samples-per-shard", type=int, default=1_000, help="scale: samples of each shard (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=65_536, help="scale: global batch (default: %(default)s)")
     parser.add_argument("--root", type=Path, help="sharding: a PASCAL-Part tree, repeated to reach --images")
     parser.add_argument(
         "--images", type=int, default=sharding.PASCAL_PART, help="sharding: number of photos (default: %(default)s)"
@@ -82,6 +89,8 @@ def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         if options.root is None:
             raise UserError("sharding needs --root, a folder of VOCdevkit and Annotations_Part")
         return sharding.compare(options.root, options.images, usable_cores(), scratch)
+    if options.what == "scale":
+        return scale.compare(options.num_shards, options.samples_per_shard, options.ranks, options.batch, scratch)
     shards = options.shards or _make_toy_shards(scratch / "shards")
     if options.what == "loader":
         dataset = open_dataset(shards)

@@ -31,6 +31,14 @@ _LINES = {
     "shard_archives_s": ("the same from archives unopened", "{:.0f} s"),
     "start_of_a_million_cold_s": ("a million records ready to serve", "{:.2f} s"),
     "start_of_a_million_megabytes": ("a million records, memory", "{:.0f} MB"),
+    "scale_megabytes": ("memory for the data set in each process, at its peak", "{:.0f} MB"),
+    "scale_first_batch_s": ("from the start of a process to its first batch", "{:.0f} s"),
+    "scale_first_batch_processor_s": ("of that, what the data set adds in processor time", "{:.1f} s"),
+    "scale_step_ms": ("bookkeeping of a step outside the network", "{:.2f} ms"),
+    "scale_log_ms": ("work of a logged step outside the network", "{:.0f} ms"),
+    "scale_log_processor_ms": ("the same in processor time", "{:.0f} ms"),
+    "scale_epoch_end_ms": ("longest planning of a step at an epoch's end", "{:.2f} ms"),
+    "scale_opened_on_resume": ("opens of each file of a checkpoint by a process that resumes", "{:.0f}"),
 }
 
 

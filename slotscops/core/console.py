@@ -42,7 +42,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def _is_first_on_node() -> bool:
+def is_first_on_node() -> bool:
+    """Whether this process is the one of its machine that does what is done once a machine."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
@@ -204,7 +205,7 @@ def run_command(command: Callable[[], int]) -> None:
     except UserError as error:
         # Every process of a node sees the same files and settings, so one line is enough. But processes find a refused
         # claim at different times, and the launcher ends all others when the first one ends. So each of them prints it.
-        if _is_first_on_node() or isinstance(error, ClaimError):
+        if is_first_on_node() or isinstance(error, ClaimError):
             warn(_one_line(error))
         code = 2
     except RunError as error:

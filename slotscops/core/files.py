@@ -9,9 +9,10 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -201,6 +202,15 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
+def size_of_file(path: Path) -> int | None:
+    """Bytes of a file, or None if there is no file. Raises OSError if it cannot be asked."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
 def sha256_of_file(path: Path) -> str:
     """Hex digest of the file's content."""
     with path.open("rb") as file:
@@ -213,7 +223,42 @@ def sha256_of_bytes(content: bytes) -> str:
 
 def sha256_of_json(content: Any) -> str:
     """Hex digest of the content as JSON with sorted keys, so that equal content gives an equal digest."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for piece in _json_pieces(content):
+        digest.update(piece.encode())
+    return digest.hexdigest()
+
+
+_FEW = 16
+
+
+def _holds_others(content: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> bool:
+    values = content.values() if isinstance(content, dict) else content
+    return not all(isinstance(value, str | int | float | None) for value in values)
+
+
+def _json_pieces(content: Any) -> Iterator[str]:
+    """The text of `json.dumps(content, sort_keys=True)` in pieces, so that no large table is copied as a whole.
+
+    Any mapping or sequence is taken apart, also one that makes its rows when they are asked for.
+    """
+    if isinstance(content, dict | list | tuple) and len(content) <= _FEW and not _holds_others(content):
+        yield json.dumps(content, sort_keys=True)  # in C
+        return
+    if isinstance(content, Mapping) and all(isinstance(key, str) for key in content):
+        yield "{"
+        for number, key in enumerate(sorted(content)):
+            yield f"{', ' if number else ''}{json.dumps(key)}: "
+            yield from _json_pieces(content[key])
+        yield "}"
+    elif isinstance(content, Sequence) and not isinstance(content, str):
+        yield "["
+        for number, value in enumerate(content):
+            yield ", " if number else ""
+            yield from _json_pieces(value)
+        yield "]"
+    else:
+        yield json.dumps(content, sort_keys=True)
 
 
 def _current_umask() -> int:

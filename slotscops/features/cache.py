@@ -8,12 +8,13 @@ new start keeps finished files.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from slotscops.core import console
 from slotscops.core.errors import DamageError, UserError
-from slotscops.core.files import sha256_of_file, sha256_of_json
+from slotscops.core.files import sha256_of_file, sha256_of_json, size_of_file
 from slotscops.features.manifest import REMOVE_AND_REBUILD, file_label, name_of, read_manifest, rebuild_command
 from slotscops.features.rows import FeatureShard
 from slotscops.shard.index import ShardDataset, ShardEntry, open_dataset
@@ -36,7 +37,7 @@ class FeatureCache:
         channels, height, width = self.manifest["shape"]
         return channels, height, width
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """One hash over the manifest, which holds each file's hash; with mirrored features, over both manifests."""
         own = sha256_of_json(self.manifest)
@@ -80,11 +81,13 @@ def open_cache(
     weights_sha256: str | None = None,
     network: str = "vgg19",
     mirrored: bool = False,
+    check_files: bool = True,
 ) -> FeatureCache:
     """Opens the cache of `layer` at `size` pixels, and checks that it belongs to these shards and is complete.
 
     Args:
         mirrored: open the features of the mirrored crops too, made with the same weights.
+        check_files: False if `check_feature_files` is called later, or by another process of this machine.
 
     Raises:
         UserError: the cache is missing or unfinished, or a field differs; the message gives the command to rebuild it.
@@ -92,10 +95,12 @@ def open_cache(
     wanted = {"network": network, "layer": layer, "input_size": size, "mirrored": False}
     wanted |= {} if weights_sha256 is None else {"weights_sha256": weights_sha256}
     cache = _open_one(dataset, wanted)
-    if not mirrored:
-        return cache
-    wanted |= {"mirrored": True, "weights_sha256": cache.manifest["weights_sha256"]}
-    return replace(cache, mirrored=_open_one(dataset, wanted, cache.manifest["weights"]))
+    if mirrored:
+        wanted |= {"mirrored": True, "weights_sha256": cache.manifest["weights_sha256"]}
+        cache = replace(cache, mirrored=_open_one(dataset, wanted, cache.manifest["weights"]))
+    if check_files:
+        check_feature_files(cache)
+    return cache
 
 
 def _open_one(dataset: ShardDataset, wanted: dict[str, Any], weights: str = "imagenet") -> FeatureCache:
@@ -115,7 +120,6 @@ def _open_one(dataset: ShardDataset, wanted: dict[str, Any], weights: str = "ima
                 f"{folder}: {field} is {cache.manifest[field]}, needed {value}; "
                 f"remove the folder and rebuild with: {command}"
             )
-    _check_files(cache, dataset)
     return cache
 
 
@@ -161,14 +165,16 @@ def open_features(shards: str | Path, shard: str, name: str | None = None) -> Fe
     raise UserError(f"{shards}: has no shard '{shard}'")
 
 
-def _check_files(cache: FeatureCache, dataset: ShardDataset) -> None:
-    for entries in dataset.splits.values():
-        for entry in entries:
-            path, row = cache.path(entry.name), cache.manifest["files"].get(entry.name)
-            came = path.stat().st_size if path.is_file() else "no file"
-            if row is not None and dataset.remote is not None:
+def check_feature_files(cache: FeatureCache) -> None:
+    """Raises UserError if the manifest does not list the features of a shard, or a file has not the size it says."""
+    for one in [cache] if cache.mirrored is None else [cache, cache.mirrored]:
+        for entry in (entry for entries in one.dataset.splits.values() for entry in entries):
+            path, row = one.path(entry.name), one.manifest["files"].get(entry.name)
+            if row is not None and one.dataset.remote is not None:
                 continue  # checked when it is fetched
-            if row is None or came != row["bytes"]:
+            num_bytes = size_of_file(path)
+            if row is None or num_bytes != row["bytes"]:
+                came = "no file" if num_bytes is None else num_bytes
                 needed = "a row in the manifest" if row is None else f"{row['bytes']} bytes"
                 raise UserError(f"{path}: came {came}, needed {needed}; {REMOVE_AND_REBUILD}")
 

@@ -1,8 +1,12 @@
 """The description of a feature cache: `SHARDS/features/{name}/manifest.json`."""
 
 import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import is_plain_name, sha256_of_json, write_json
@@ -23,6 +27,8 @@ IDENTITY = (
     "shard_digest",
 )
 _OF_EACH_FILE = {"bytes": int, "sha256": str, "encoding": str}
+_OF_ITS_OWN = ("bytes", "sha256")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 REMOVE_AND_REBUILD = "remove the folder and rebuild it with python -m slotscops.features"
 
 
@@ -73,12 +79,49 @@ def read_manifest(path: Path) -> dict[str, Any]:
     shape = manifest["shape"]
     if not _is_table(manifest["files"]) or not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
         raise UserError(f"{path}: its shape or table of files is damaged; {REMOVE_AND_REBUILD}")
+    manifest["files"] = FileTable(manifest["files"])
     return manifest
+
+
+class FileTable(Mapping[str, dict[str, Any]]):
+    """The files of a cache by shard, as the manifest lists them, in arrays: 60 bytes a row instead of 500 as a dict."""
+
+    def __init__(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        names = sorted(files)
+        self._names = np.array([name.encode() for name in names], np.bytes_)
+        self._bytes = np.array([files[name]["bytes"] for name in names], np.int64)
+        self._hashes = np.frombuffer(
+            b"".join(bytes.fromhex(files[name]["sha256"]) for name in names), np.dtype((np.void, 32))
+        )
+        others = [
+            {field: row[field] for field in row if field not in _OF_ITS_OWN} for row in (files[name] for name in names)
+        ]
+        kinds = {json.dumps(other, sort_keys=True): other for other in others}
+        self._kinds = list(kinds.values())  # the fields that many rows share, such as the encoding
+        numbers = {text: number for number, text in enumerate(kinds)}
+        self._kind = np.array([numbers[json.dumps(other, sort_keys=True)] for other in others], np.int32)
+
+    def __getitem__(self, shard: str) -> dict[str, Any]:
+        number = int(np.searchsorted(self._names, shard.encode()))
+        if number == len(self._names) or self._names[number] != shard.encode():
+            raise KeyError(shard)
+        own: dict[str, Any] = {"bytes": int(self._bytes[number]), "sha256": self._hashes[number].tobytes().hex()}
+        own |= self._kinds[self._kind[number]]
+        return own
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.decode() for name in self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _is_table(files: Any) -> bool:
     return isinstance(files, dict) and all(
-        isinstance(row, dict) and all(type(row.get(name)) is kind for name, kind in _OF_EACH_FILE.items())
+        isinstance(row, dict)
+        and all(type(row.get(name)) is kind for name, kind in _OF_EACH_FILE.items())
+        and _SHA256.fullmatch(row["sha256"])
+        and 0 <= row["bytes"] < 1 << 63
         for row in files.values()
     )
 

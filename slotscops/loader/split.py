@@ -5,6 +5,7 @@ right.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -23,6 +24,11 @@ from slotscops.loader.plan import NUM_SUBSTITUTES, substitutes
 from slotscops.shard.index import ShardDataset, ShardEntry, ShardIndex
 from slotscops.shard.reader import ShardReader, ShardReaders
 
+# What a process keeps of the shards that it read last. Opening one again takes 0.13 ms for its index of 1,000 samples
+# and 0.06 ms for its features; decoding a crop of 128 px takes 0.14 ms.
+_MAX_INDEX_BYTES = 32 << 20  # of a quarter of a million samples
+_MAX_FEATURE_SHARDS = 256  # each is a memory map
+
 
 @dataclass
 class Split(Dataset[Batch]):
@@ -40,7 +46,7 @@ class Split(Dataset[Batch]):
     sparse_features: bool = False  # give values and places where the cache is sparse; `Batch.to` makes them dense
 
     def __len__(self) -> int:
-        return self.dataset.num_samples(self.name)
+        return int(self._shard_starts[-1])
 
     def batch_bytes(self, batch_size: int) -> dict[str, int]:
         """The bytes of each tensor of a batch, by a name of its own."""
@@ -57,6 +63,12 @@ class Split(Dataset[Batch]):
     def class_ids(self) -> NDArray[np.int64]:
         """(N,) class id of every sample: its row in the class table of the data set."""
         return np.concatenate([self._index(shard).class_ids for shard in range(len(self._entries))])
+
+    def class_ids_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(B,) class id of each of these samples."""
+        shards, rows = self._locate(samples)
+        places = zip(shards.tolist(), rows.tolist(), strict=True)
+        return np.array([self._index(shard).class_ids[row] for shard, row in places], np.int64)
 
     def read_member(self, sample: int, member: str) -> bytes:
         """The bytes of one member of a sample, for example `parts.png`. Its crc32 is checked."""
@@ -192,9 +204,8 @@ class Split(Dataset[Batch]):
     def _locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shard number and row in the shard of each sample. Mirroring does not matter."""
         samples = samples % len(self)
-        shards = np.searchsorted(self._shard_ends, samples, side="right")
-        starts = np.concatenate([[0], self._shard_ends])
-        return shards, samples - starts[shards]
+        shards = np.searchsorted(self._shard_starts, samples, side="right") - 1
+        return shards, samples - self._shard_starts[shards]
 
     def _feature_shard(self, shard: int, mirrored: bool) -> FeatureShard:
         if (shard, mirrored) not in self._feature_shards:
@@ -204,25 +215,35 @@ class Split(Dataset[Batch]):
                 for opened in [place for place, features in self._feature_shards.items() if features.is_evicted]:
                     del self._feature_shards[opened]
             self._feature_shards[shard, mirrored] = cache.open_shard(self._entries[shard])
+            if len(self._feature_shards) > _MAX_FEATURE_SHARDS:
+                self._feature_shards.popitem(last=False)
+        self._feature_shards.move_to_end((shard, mirrored))
         return self._feature_shards[shard, mirrored]
 
     @property
-    def _entries(self) -> list[ShardEntry]:
+    def _entries(self) -> Sequence[ShardEntry]:
         return self.dataset.split(self.name)
 
     @cached_property
-    def _shard_ends(self) -> NDArray[np.int64]:
-        return np.cumsum([entry.num_samples for entry in self._entries], dtype=np.int64)
+    def _shard_starts(self) -> NDArray[np.int64]:
+        """(shards + 1,) number of each shard's first sample, and the number of samples."""
+        return np.concatenate([[0], np.cumsum(self.dataset.samples_of_shards(self.name))])
 
     def _index(self, shard: int) -> ShardIndex:
         # An index is read when it is first needed, so that a large data set can start before all are read.
         if shard not in self._indices:
-            self._indices[shard] = self.dataset.read_index(self._entries[shard])
+            index = self.dataset.read_index(self._entries[shard])
+            num_kept = max(1, _MAX_INDEX_BYTES // max(1, index.num_bytes))
+            while len(self._indices) >= num_kept:
+                self._indices.popitem(last=False)
+            self._indices[shard] = index
+        self._indices.move_to_end(shard)
         return self._indices[shard]
 
     @cached_property
-    def _indices(self) -> dict[int, ShardIndex]:
-        return {}
+    def _indices(self) -> OrderedDict[int, ShardIndex]:
+        """The indices used last, by number of the shard, the most recent last."""
+        return OrderedDict()
 
     @cached_property
     def _faults(self) -> dict[int, str]:
@@ -234,8 +255,9 @@ class Split(Dataset[Batch]):
         return ShardReaders(self.dataset, self._entries, self._index)
 
     @cached_property
-    def _feature_shards(self) -> dict[tuple[int, bool], FeatureShard]:
-        return {}
+    def _feature_shards(self) -> OrderedDict[tuple[int, bool], FeatureShard]:
+        """The feature files used last, by number of the shard and whether mirrored, the most recent last."""
+        return OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # Send only the fields: a worker opens its own files, and memory maps cannot be sent.

@@ -87,13 +87,18 @@ class PartBasis(nn.Module):
         return rows_of_classes(rows.unflatten(0, (self.num_classes, -1)), class_ids)
 
 
+def needs_features(config: Config) -> bool:
+    """Whether the target's scales or the basis start from a sample of the cached features."""
+    return config.basis.init != "random" or config.teacher.transform == "channel_standardised"
+
+
 def start_from_features(basis: PartBasis, target: TargetTransform, split: Split, config: Config) -> None:
     """Initialises the target's scales and the basis from a sample of the cached features.
 
     The basis holds vectors of the transformed target. The sample and the clusters depend only on the data, the
-    settings and `config.seed`, so every process computes the same basis.
+    settings and `config.seed`.
     """
-    if config.basis.init == "random" and config.teacher.transform != "channel_standardised":
+    if not needs_features(config):
         return
     # If object masks multiply the target, the parts rebuild only features inside the objects.
     inside_objects = config.losses.target_mask == "object"

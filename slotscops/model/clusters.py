@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from slotscops.core.records import Batch
-from slotscops.loader.plan import permutation
+from slotscops.loader.plan import permute
 from slotscops.loader.split import Split
 
 _BATCH_SIZE = 32
 _MAX_IMAGES = 2_000  # size of a fixed sample of the split, because reading a million images would take minutes
 _MAX_VECTORS = 50_000
+_MAX_SHUFFLED = 1_000_000
 _NMF_ITERATIONS = 200
 _NUM_STARTS = 20  # runs of k-means, of which the one with the least even clusters is taken
 _MAX_COMPARED = 20_000  # vectors that each run of k-means clusters
@@ -50,10 +51,7 @@ def sample_vectors(
     Returns:
         (M, C) float32 vectors, or (0, 0) if there are no images.
     """
-    images = permutation(len(split), seed, epoch=0)
-    if class_id is not None:
-        images = images[split.class_ids()[images] == class_id]
-    images = images[:_MAX_IMAGES]
+    images = _sample_images(split, seed, class_id)
     if not len(images):
         return torch.empty(0, 0)
     per_image = max(1, _MAX_VECTORS // len(images))
@@ -85,6 +83,25 @@ def cells_of_objects(masks: Tensor, grid: Sequence[int]) -> Tensor:
 def thin_out(vectors: Tensor) -> Tensor:
     """At most 20,000 of (M, C) vectors in the order of the photos: every n-th one, so each photo keeps its share."""
     return vectors[:: max(1, -(-len(vectors) // _MAX_COMPARED))]
+
+
+def _sample_images(split: Split, seed: int, class_id: int | None) -> NDArray[np.int64]:
+    """(n,) at most 2,000 images of the split, or of one class, in random order."""
+    # This order is the one that published scores were sampled with. It needs an array of all samples.
+    shuffled = None
+    if len(split) <= _MAX_SHUFFLED:
+        key = np.random.SeedSequence([seed, 0])
+        shuffled = np.random.Generator(np.random.Philox(key)).permutation(len(split))
+    found: list[int] = []
+    for start in range(0, len(split), _MAX_IMAGES):
+        places = np.arange(start, min(start + _MAX_IMAGES, len(split)))
+        images = permute(places, len(split), seed, epoch=0) if shuffled is None else shuffled[places]
+        if class_id is not None:
+            images = images[split.class_ids_of(images) == class_id]
+        found += images.tolist()
+        if len(found) >= _MAX_IMAGES:
+            break
+    return np.array(found[:_MAX_IMAGES], np.int64)
 
 
 def find_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from slotscops.config import Config
 from slotscops.core import console
 from slotscops.train import failures
 from slotscops.train.loop import Trainer
 from slotscops.train.processes import start_accelerator
+from slotscops.train.run.checkpoint import Checkpoint
 from slotscops.train.run.folder import RunFolder
 from slotscops.train.stopwatch import peak_memory_bytes
 from slotscops.train.trackers import close_trackers
@@ -38,8 +38,10 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
     trainer = None
     try:
         with failures.named(lambda: trainer.step if trainer else 0):
-            start_from = None if dry_run else _find_start(folder, resume, accelerator.is_main_process)
-            trainer = Trainer(config, accelerator, start_from)
+            # No name is given to the checkpoint, so that its tensors do not stay in memory during the training.
+            trainer = Trainer(
+                config, accelerator, None if dry_run else find_start(folder, resume, accelerator.is_main_process)
+            )
             signal_number = _rehearse(trainer) if dry_run else trainer.train()
     except BaseException as error:
         if trainer is not None and not dry_run and accelerator.is_main_process:
@@ -54,7 +56,7 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
     return 128 + signal_number if signal_number else 0
 
 
-def _find_start(folder: RunFolder, resume: str, is_main: bool) -> Path | None:
+def find_start(folder: RunFolder, resume: str, is_main: bool) -> Checkpoint | None:
     """The checkpoint to continue from, or None. A folder with checkpoints is owned before they are read."""
     if is_main and folder.checkpoints.is_dir():
         folder.own()

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +18,23 @@ from slotscops.core.machine import machine
 from slotscops.core.pictures import picture_bytes
 from slotscops.core.records import Batch
 from slotscops.loader.batches import move_ahead, training_batches
-from slotscops.loader.plan import TrainingPlan, batch_digest
+from slotscops.loader.plan import ORDER, TrainingPlan, batch_digest
 from slotscops.loader.shared_memory import check_shared_memory
 from slotscops.loader.split import Split
 from slotscops.losses.objective import check_objective, compute_terms, weighted_sum
 from slotscops.metrics.scoring import evaluate_split, picture_of_split
-from slotscops.model.basis import start_from_features
+from slotscops.model.basis import needs_features, start_from_features
 from slotscops.train import monitors
 from slotscops.train.averaging import WeightAverage
 from slotscops.train.build import build_model, build_optimizer
 from slotscops.train.damage import DamageLedger
-from slotscops.train.processes import check_same_on_all_ranks, microbatches_of_process, open_training_data
+from slotscops.train.garbage import SynchronisedGarbage
+from slotscops.train.processes import (
+    check_same_on_all_ranks,
+    microbatches_of_process,
+    on_first_process,
+    open_training_data,
+)
 from slotscops.train.reduction import FixedOrderReducer, take_first_process_tensors
 from slotscops.train.run import checkpoint
 from slotscops.train.run.folder import RunFolder, check_same_run
@@ -51,7 +56,9 @@ _NO_TRUTH = (
 class Trainer:
     """One process of a run: its network, optimizer and data, and the number of steps done."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, start_from: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, accelerator: Accelerator, start_from: checkpoint.Checkpoint | None = None
+    ) -> None:
         """
         Args:
             start_from: the checkpoint to continue from; None starts a new run.
@@ -75,7 +82,7 @@ class Trainer:
         self.files = SideFiles()
         self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder, self.files)
         if start_from is None:
-            start_from_features(self.network.basis, self.network.target, self._split, config)
+            self._start_from_features()
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(config, self.network)
@@ -94,6 +101,19 @@ class Trainer:
         torch.manual_seed(config.seed * 1000 + accelerator.process_index)
         if start_from is not None:
             self._resume(start_from)
+
+    def _start_from_features(self) -> None:
+        """Initialises basis and target: one process reads the sample and clusters it, the others take its result."""
+        if not needs_features(self.config):
+            return
+        parts = (self.network.basis, self.network.target)
+
+        def start() -> list[dict[str, Tensor]]:
+            start_from_features(*parts, self._split, self.config)
+            return [part.state_dict() for part in parts]
+
+        for part, state in zip(parts, on_first_process(start), strict=True):
+            part.load_state_dict(state)
 
     def _wrap(self) -> None:
         """Sets up DDP or fixed-order summing, mixed precision, compilation and weight averaging."""
@@ -126,7 +146,11 @@ class Trainer:
         batches = self.open_batches(last - start)
         agreement = Agreement(timedelta(minutes=train.timeout_minutes))
         signal_number = 0
-        with StopRequest() as request, CheckpointWriter(self.folder.checkpoints, train.keep_checkpoints) as writer:
+        with (
+            StopRequest() as request,
+            CheckpointWriter(self.folder.checkpoints, train.keep_checkpoints) as writer,
+            SynchronisedGarbage() as garbage,
+        ):
             self.stopwatch.restart()
             for _ in console.track_silently(range(start, last), last - start, "training steps"):
                 with self._saved_if_no_batch_comes(writer):
@@ -143,6 +167,7 @@ class Trainer:
                         self._write_page()
                     if self._is_due(train.save_every_steps) or ends or self._best.get("step") == self.step:
                         self.save(writer)
+                    garbage.collect_if_due(self.step)
                 if signal_number:
                     break
             agreement.finish()
@@ -229,14 +254,13 @@ class Trainer:
 
     # ---- start and resume ----------------------------------------------------------------------------------------
 
-    def _resume(self, path: Path) -> None:
+    def _resume(self, saved: checkpoint.Checkpoint) -> None:
         """Continues exactly from a checkpoint."""
-        saved = checkpoint.load_checkpoint(path)
-        check_same_run(saved.state, self.config, self.dataset, self.cache, path)
+        check_same_run(saved.state, self.config, self.dataset, self.cache, saved.path)
         checkpoint.restore(saved, self.network, self._average, self.optimizer, self.accelerator.process_index)
         self.step, self.samples_seen = saved.state.step, saved.state.samples_seen
         self._scores, self._best = saved.state.scores, saved.state.best
-        console.say(f"{path}: going on from step {self.step}")
+        console.say(f"{saved.path}: going on from step {self.step}")
 
     def open_run(self) -> None:
         """Creates the run's folder and opens the trackers."""
@@ -286,7 +310,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             **self._watch(),
             "damaged_samples": self.damage.agree(self.accelerator, self.step),
-            "batch_digest": self._batch_digest(),
+            "batch_digest": self._batch_digest() if self.accelerator.is_main_process else "",
         }
 
     def _watch(self) -> dict[str, float]:
@@ -302,9 +326,8 @@ class Trainer:
         return row
 
     def _batch_digest(self) -> str:
-        """Hash of the planned keys of the last global batch, in order. Replacing damaged samples does not change it."""
-        samples = self._plan(0).global_batch(self.samples_seen - self.config.train.batch_size)
-        return batch_digest(self._split.key(sample) for sample in samples)
+        """Hash of the planned samples of the last global batch. Replacing damaged ones does not change it."""
+        return batch_digest(self._plan(0).global_batch(self.samples_seen - self.config.train.batch_size))
 
     def _evaluate(self, request: StopRequest) -> None:
         if not self.dataset.num_samples("val"):
@@ -364,5 +387,6 @@ class Trainer:
             scores=self._scores,
             best=self._best,
             class_names=self.dataset.class_names,
+            order=ORDER,
         )
         writer.save(tensors, state, self._best.get("step"))

@@ -1,10 +1,10 @@
 """Before the first step: joins the processes, opens data and features, and checks them against the settings."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,20 +13,22 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from slotscops.config import Config, MixedPrecision, to_mapping
 from slotscops.core import console
-from slotscops.core.errors import UserError
+from slotscops.core.errors import RunError, UserError
 from slotscops.core.files import sha256_of_json
 from slotscops.core.machine import keep_freed_memory
-from slotscops.features.cache import FeatureCache, open_cache, warn_if_random
+from slotscops.features.cache import FeatureCache, check_feature_files, open_cache, warn_if_random
 from slotscops.features.teacher import Teacher
 from slotscops.loader import plan
-from slotscops.shard.index import ShardDataset, open_dataset
+from slotscops.shard.index import ShardDataset, check_tars, open_dataset
 from slotscops.train.reduction import choose_kernels
+from slotscops.train.run.checkpoint import Checkpoint
 from slotscops.train.trackers import choose_trackers
 
 CPU_LAUNCH = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     "--dynamo_backend no --num_cpu_threads_per_process 1 --main_process_port 0"
 )
+Result = TypeVar("Result")
 _ENOUGH_IMAGES = 64  # for each GPU at a time; not measured on a GPU
 
 
@@ -97,6 +99,9 @@ def join_processes(**arguments: Any) -> Accelerator:
         UserError: the launcher started another number of processes than it was asked for.
     """
     _check_environment()
+    # Between hosts, each process connects to those that it sends to, about log2 of their number, and not to all: at 512
+    # processes the sockets of one group would be more than a process may have open.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     accelerator = Accelerator(**arguments)
     if accelerator.num_processes != console.world_size():
         raise UserError(
@@ -130,31 +135,81 @@ def microbatches_of_process(config: Config, num_processes: int) -> int:
 
 
 def check_same_on_all_ranks(
-    config: Config, dataset: ShardDataset, cache: FeatureCache, start_from: Path | None
+    config: Config, dataset: ShardDataset, cache: FeatureCache, start_from: Checkpoint | None
 ) -> None:
     """Refuses to train if settings or data differ between processes, such as an old copy on one node.
 
+    One process of each node looks whether all files of the shards and features are there.
+
     Raises:
-        UserError: something differs; the message names it and the ranks.
+        UserError: on every process. Something differs, and the message names it and the ranks; or a file is missing.
     """
+    missing = _find_missing_file(dataset, cache) if console.is_first_on_node() else ""
+    if missing and console.world_size() == 1:
+        raise UserError(missing)
     if console.world_size() == 1:
         return
     mine = {
         "settings": sha256_of_json(to_mapping(config) | {"data": config.data.size, "run_dir": ""}),
         "shards": dataset.digest,
         "features": cache.digest,
-        "a checkpoint": "none" if start_from is None else start_from.name,
+        "a checkpoint": "none" if start_from is None else start_from.path.name,
     }
     everyone: list[Any] = [None] * console.world_size()
-    between_hosts: Any = dist.new_group(backend="gloo")  # no GPU memory is taken yet
-    dist.all_gather_object(everyone, mine, group=between_hosts)
-    for what, first in everyone[0].items():
-        others = [str(rank) for rank, theirs in enumerate(everyone) if theirs[what] != first]
+    with _between_hosts() as group:
+        dist.all_gather_object(everyone, (missing, mine), group=group)
+    for missing, _ in everyone:
+        if missing:
+            raise UserError(missing)
+    for what, first in everyone[0][1].items():
+        others = [str(rank) for rank, (_, theirs) in enumerate(everyone) if theirs[what] != first]
         if others:
             raise UserError(
                 f"rank {', '.join(others)} came with {what} other than rank 0's ({first[:12]}); give every process "
                 "the same command, shards and run folder"
             )
+
+
+def _find_missing_file(dataset: ShardDataset, cache: FeatureCache) -> str:
+    """What is wrong with the first file that is missing or has another size; empty if all are there."""
+    try:
+        check_tars(dataset)
+        check_feature_files(cache)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def on_first_process(work: Callable[[], Result]) -> Result:
+    """Runs `work` on rank 0 and gives its result to all processes; all must call it.
+
+    Raises:
+        UserError, RunError: on every process, if `work` raises it.
+    """
+    if console.world_size() == 1:
+        return work()
+    outcome: list[Any] = [None, None]  # result, error
+    if console.is_main():
+        try:
+            outcome[0] = work()
+        except (UserError, RunError) as error:
+            outcome[1] = error
+    with _between_hosts() as group:
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result
+
+
+@contextmanager
+def _between_hosts() -> Iterator[Any]:
+    """A group of all processes for messages before the training, which takes no GPU memory. Its sockets are closed."""
+    group: Any = dist.new_group(backend="gloo")
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
 
 
 def _check_environment() -> None:
@@ -169,14 +224,16 @@ def _check_environment() -> None:
 def open_training_data(config: Config) -> tuple[ShardDataset, FeatureCache]:
     """Opens the shards and their feature cache, and checks them against the settings.
 
+    Whether each of their files is there, `check_same_on_all_ranks` finds out.
+
     Raises:
-        UserError: missing or unfinished shards, another crop size, a cache that does not fit.
+        UserError: no or unfinished shards, another crop size, a cache that does not fit.
     """
     dataset = open_dataset_of_size(config)
     network, layer, weights = config.teacher.network, config.teacher.layer, config.teacher.weights
     sha256 = None if weights is None else Teacher(layer, weights, network).fingerprint
     # If the cache cannot follow an augmentation, this raises an error that names it.
-    cache = open_cache(dataset, layer, config.teacher_size, sha256, network, mirrored=config.data.mirror)
+    cache = open_cache(dataset, layer, config.teacher_size, sha256, network, config.data.mirror, check_files=False)
     warn_if_random(cache)
     _warn_if_fetched_again_and_again(dataset, cache)
     return dataset, cache
@@ -200,7 +257,7 @@ def _warn_if_fetched_again_and_again(dataset: ShardDataset, cache: FeatureCache)
 
 def open_dataset_of_size(config: Config) -> ShardDataset:
     """Opens the shards. Raises UserError if they hold crops of another size than `data.size`."""
-    dataset = open_dataset(config.data.shards)
+    dataset = open_dataset(config.data.shards, check_files=False)
     if dataset.size != config.data.size:
         raise UserError(
             f"{config.data.shards}: holds crops of {dataset.size} px, but data.size is {config.data.size}; set "

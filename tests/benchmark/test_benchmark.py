@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slotscops.benchmark import loader, step
+from slotscops.benchmark import loader, scale, step
 from slotscops.benchmark.__main__ import main
 from slotscops.benchmark.loss import materialised
 from slotscops.benchmark.measure import peak_extra_memory_bytes, take_turns
@@ -51,16 +51,19 @@ def test_the_commands_write_the_figures_they_promise(
     # The test's shards hold 5 samples each: a million records would be 200,000 of them.
     monkeypatch.setattr(loader, "_STARTS", (10, 100))
     monkeypatch.setattr(step, "_CHECKPOINTS", 1)
+    monkeypatch.setattr(scale, "_JOINED", (2,))
     promised = {
         "loss": {"loss_speedup", "loss_memory_ratio"},
         "loader": {"loader_over_webdataset", "loader_over_decode", "features_per_second"},
         "step": {"step_over_encoder", "recipe_over_step", "logging_share", "data_wait", "loss_memory_bytes"},
         "scaling": {"scaling", "deterministic_over_ddp"},
+        "scale": {"scale_megabytes", "scale_first_batch_s", "scale_opened_on_resume", "scale_descriptors_of_joined"},
         "sharding": {"shard_tree_s", "shard_archives_s"},
     }
     for what, keys in promised.items():
         more = {
             "loss": ["--quick"], "step": SMALL, "scaling": ["--processes", "1", *SMALL],
+            "scale": ["--num-shards", "20", "--samples-per-shard", "5", "--ranks", "2", "--batch", "4"],
             "sharding": ["--root", str(toy_shards / "photos"), "--images", "30"],
         }.get(what, [])  # fmt: skip
         shards = ["--shards", str(toy_shards)]

@@ -1,3 +1,5 @@
+import hashlib
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from slotscops.core.errors import DamageError, RunError, UserError
+from slotscops.core.files import sha256_of_json
+from slotscops.features.manifest import FileTable
 from slotscops.features.rows import FeatureShard, encode
 
 any_float16 = hnp.arrays(
@@ -119,3 +123,22 @@ def test_a_damaged_file_is_a_one_line_error_or_readable(
     else:
         message = ""
     assert "\n" not in message
+
+
+def test_a_table_of_files_is_the_mapping_that_it_was_made_of() -> None:
+    rows = {
+        f"train-{number:06d}": {
+            "sha256": hashlib.sha256(bytes([number])).hexdigest(),
+            "bytes": 10**12 + number,
+            "encoding": "sparse" if number % 3 else "dense",
+            "negative": number % 2 == 0,
+        }
+        for number in (5, 0, 7, 3)
+    }
+    table = FileTable(rows)
+    assert table == rows
+    assert sha256_of_json(table) == sha256_of_json(rows)
+    assert pickle.loads(pickle.dumps(table)) == rows
+    assert "train-000004" not in table
+    assert "val-000000" not in table
+    assert len(FileTable({})) == 0

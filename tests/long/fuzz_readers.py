@@ -16,7 +16,7 @@ from slotscops.core.errors import DamageError, RunError
 from slotscops.core.files import sha256_of_json
 from slotscops.core.records import MEMBERS
 from slotscops.datasets.pascal_part.annotation import read_annotation
-from slotscops.features.cache import FeatureCache, _check_files
+from slotscops.features.cache import FeatureCache, check_feature_files
 from slotscops.features.manifest import read_manifest
 from slotscops.shard.index import ShardIndex, index_path, open_dataset
 from slotscops.shard.reader import ShardReader
@@ -280,7 +280,7 @@ def read_feature_manifest(corpus: Corpus, generator: Generator) -> None:
     corpus.manifest_path.write_bytes(_damaged_text(corpus.manifest, generator))
     try:
         cache = replace(corpus.cache, manifest=read_manifest(corpus.manifest_path))
-        _check_files(cache, corpus.dataset)
+        check_feature_files(cache)
         cache.open_shard(corpus.entry).read_rows([0])
         assert len(cache.shape) == 3
     finally:

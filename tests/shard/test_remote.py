@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -57,7 +58,7 @@ def read_all(dataset: ShardDataset) -> list[bytes]:
 def cached(cache: Path) -> list[str]:
     """Names of the files in the cache, without its locks and partial files."""
     names = (path.name for path in cache.rglob("*") if path.is_file())
-    return sorted(name for name in names if not name.endswith(".lock"))
+    return sorted(name for name in names if name != ".bytes" and not name.endswith(".lock"))
 
 
 def num_bytes(cache: Path) -> int:
@@ -235,6 +236,21 @@ def test_the_cache_stays_within_its_bound_and_the_data_are_the_same(
         assert held <= bound  # of evicted files, what is still open
     assert read_all(dataset) == expected
     assert server.requests[TAR] > 1
+
+
+def test_a_cache_with_room_is_looked_through_only_for_the_first_file(
+    server: WebServer, toy_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    plain = remote._files_of
+
+    def count(cache: Path, except_for: Path) -> Any:
+        looks.append(except_for)
+        return plain(cache, except_for)
+
+    monkeypatch.setattr(remote, "_files_of", count)
+    assert read_all(open_dataset(server.url)) == read_all(open_dataset(toy_shards))
+    assert len(looks) == 1
 
 
 def test_what_was_opened_last_stays(

@@ -1,5 +1,6 @@
 import gc
 import json
+import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -13,10 +14,11 @@ from commands import python
 from PIL import Image
 
 from slotscops.core.errors import UserError
+from slotscops.core.files import sha256_of_bytes
 from slotscops.core.records import MEMBERS, from_members
 from slotscops.datasets.toy import tree as toy
 from slotscops.shard import __main__ as shard
-from slotscops.shard.index import open_dataset
+from slotscops.shard.index import ShardEntry, ShardTable, open_dataset
 from slotscops.shard.reader import ShardReader
 
 COMMON = ["--no-features", "--size", "48", "--samples-per-shard", "4", "--workers", "1"]
@@ -284,3 +286,18 @@ def test_the_real_faces_are_650_and_150_records(real_data: Path, tmp_path: Path)
     assert write(real_data / "faces", tmp_path / "out", "--workers", "2", "--samples-per-shard", "400") == 0
     dataset = open_dataset(tmp_path / "out")
     assert [dataset.num_samples(split) for split in ("train", "val")] == [650, 150]
+
+
+def test_a_table_of_shards_holds_the_entries_that_it_was_made_of() -> None:
+    entries = [
+        ShardEntry(f"train-{number:06d}", number, 10**12, sha256_of_bytes(bytes([number])), sha256_of_bytes(b""))
+        for number in range(5)
+    ]
+    table = ShardTable(entries)
+    assert list(table) == entries
+    assert table == entries
+    assert table != entries[:4]
+    assert table[1:3] == entries[1:3]
+    assert table[-1] == entries[-1]
+    assert pickle.loads(pickle.dumps(table)) == table
+    assert len(ShardTable([])) == 0

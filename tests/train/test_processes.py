@@ -1,12 +1,77 @@
+import gc
 import platform
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from commands import python
+from commands import PYTHON, TWO_PROCESSES, metrics, python, run, train, training
+from forks import ranks
 
 from slotscops.config import load_config
 from slotscops.core.errors import UserError
-from slotscops.train.processes import start_accelerator, warn_of_small_share
+from slotscops.train.garbage import SynchronisedGarbage
+from slotscops.train.processes import (
+    check_same_on_all_ranks,
+    open_training_data,
+    start_accelerator,
+    warn_of_small_share,
+)
+
+
+def test_a_missing_file_is_looked_for_by_one_process_of_a_node_and_refused_by_all(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = Path(shutil.copytree(toy_shards, tmp_path / "shards"))
+    config = load_config(None, [f"data.shards={shards}", "data.size=64"])
+    with monkeypatch.context() as patched:
+        for module in ("slotscops.shard.index", "slotscops.features.cache"):
+            patched.setattr(f"{module}.size_of_file", None)
+        data = open_training_data(config)  # looks at no file of them
+    check_same_on_all_ranks(config, *data, None)
+    next(shards.glob("train-*.tar")).unlink()
+    with pytest.raises(UserError, match=r"tar: is missing"):
+        check_same_on_all_ranks(config, *data, None)
+    done = train(ranks(2), shards, tmp_path / "run")
+    assert done.returncode == 1  # the launcher's own
+    assert done.stderr.count("tar: is missing") == 1
+
+
+def test_only_the_first_process_clusters_features_and_the_others_take_its_basis(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "first_only.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(Path('launch').resolve())!r})\n"
+        "import train\n"
+        "from slotscops.core import console\n"
+        "from slotscops.train import loop\n"
+        "plain = loop.start_from_features\n"
+        "def first_only(*arguments):\n"
+        "    assert os.environ.get('RANK', '0') == '0'\n"
+        "    plain(*arguments)\n"
+        "loop.start_from_features = first_only\n"
+        "console.run_command(train.main)\n"
+    )
+    few = ("basis.init=kmeans", "train.reduction=deterministic", "train.total_steps=1")
+    for name, launcher in (("one", PYTHON), ("two", TWO_PROCESSES)):
+        done = run(training(launcher, toy_shards, tmp_path / name, *few, script=script))
+        assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "one")[0]["loss"] == metrics(tmp_path / "two")[0]["loss"]
+
+
+def test_garbage_is_collected_at_every_hundredth_step_and_at_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected = []
+    with SynchronisedGarbage() as garbage:
+        assert not gc.isenabled()
+        monkeypatch.setattr(gc, "collect", lambda: collected.append(step))
+        for step in range(1, 301):
+            garbage.collect_if_due(step)
+    assert collected == [100, 200, 300]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
 
 SCRIPT = """
 import resource

@@ -9,7 +9,8 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -26,8 +27,8 @@ from torch.optim import AdamW, Optimizer
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import (
     fsync,
-    is_plain_name,
     remove_abandoned,
+    sha256_of_bytes,
     sha256_of_file,
     write_bytes,
     write_json,
@@ -60,6 +61,9 @@ class State:
     best: dict[str, Any] = field(default_factory=dict)  # score, value, step of the best evaluation so far
     class_names: list[str] = field(default_factory=list)  # of the data, in the order of class ids
     format: int = FORMAT
+    order: int = (
+        1  # number of the rule for the order of samples, see `loader.plan.ORDER`; older runs do not name theirs
+    )
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -225,46 +229,64 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Raises UserError naming the first file that is missing or differs from the manifest."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        names = {*_FILES, *manifest}
-        if not all(map(is_plain_name, names)):
-            raise ValueError("names files elsewhere")
-        expected = {name: (manifest[name]["sha256"], manifest[name]["bytes"]) for name in sorted(names)}
-    except FileNotFoundError:
-        raise UserError(f"{path}: is no checkpoint (no manifest.json); give a folder step-N of a run") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}/manifest.json: is damaged; {_USE_ANOTHER}") from None
-    for name, (sha256, num_bytes) in expected.items():
-        file = path / name
-        try:
-            if not file.is_file():
-                raise UserError(f"{file}: is missing; {_USE_ANOTHER}")
-            is_whole = file.stat().st_size == num_bytes and sha256_of_file(file) == sha256
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror}); {_USE_ANOTHER}") from None
-        if not is_whole:
-            raise UserError(f"{file}: is damaged (its sha256 differs from the manifest); {_USE_ANOTHER}")
+def verify_checkpoint(path: Path) -> Path:
+    """Returns the path. Raises UserError naming the first file that is missing or differs from the manifest."""
+    for name, (sha256, num_bytes) in _read_manifest(path).items():
+        with _reading(path / name) as file:
+            _check(file, file.stat().st_size == num_bytes and sha256_of_file(file) == sha256)
+    return path
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint after checking every hash.
+    """Reads a checkpoint and checks every hash. Each file is opened once, and what was hashed is what is used.
 
     Raises:
         UserError: missing, damaged, or of another format.
     """
-    verify_checkpoint(path)
+    contents = {}
+    for name, (sha256, num_bytes) in _read_manifest(path).items():
+        with _reading(path / name) as file:
+            contents[name] = file.read_bytes()
+            _check(file, len(contents[name]) == num_bytes and sha256_of_bytes(contents[name]) == sha256)
     try:
-        state = State.from_json((path / "state.json").read_text())
-        model, optimizer, rng = (load((path / name).read_bytes()) for name in _FILES[:3])
-        ema = load((path / _EMA).read_bytes()) if (path / _EMA).is_file() else None
+        state = State.from_json(contents["state.json"].decode())
+        model, optimizer, rng = (load(contents.pop(name)) for name in _FILES[:3])
+        ema = load(contents[_EMA]) if _EMA in contents else None
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); {_USE_ANOTHER}") from None
     if state.format != FORMAT:
         raise UserError(f"{path}: has format {state.format}, this version reads {FORMAT}")
     return Checkpoint(path, model, optimizer, rng, ema, state)
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[str, int]]:
+    """The sha256 and bytes of each file of a checkpoint."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        names = {*_FILES, *manifest}
+        if not all(map(is_plain_name, names)):
+            raise ValueError("names files elsewhere")
+        return {name: (manifest[name]["sha256"], manifest[name]["bytes"]) for name in sorted(names)}
+    except FileNotFoundError:
+        raise UserError(f"{path}: is no checkpoint (no manifest.json); give a folder step-N of a run") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path}/manifest.json: is damaged; {_USE_ANOTHER}") from None
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Path]:
+    """Names a file that is missing or cannot be read."""
+    try:
+        if not file.is_file():
+            raise UserError(f"{file}: is missing; {_USE_ANOTHER}")
+        yield file
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); {_USE_ANOTHER}") from None
+
+
+def _check(file: Path, is_whole: bool) -> None:
+    if not is_whole:
+        raise UserError(f"{file}: is damaged (its sha256 differs from the manifest); {_USE_ANOTHER}")
 
 
 def restore(

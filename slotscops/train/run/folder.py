@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from slotscops.config import Config, config_from_mapping, load_config, to_mapping, write_config
 from slotscops.core import console
@@ -16,6 +16,7 @@ from slotscops.core.claims import differences
 from slotscops.core.errors import UserError, shorten
 from slotscops.core.files import json_numbers, remove_abandoned, write_bytes, write_json
 from slotscops.features.cache import FeatureCache
+from slotscops.loader.plan import ORDER
 from slotscops.shard.index import ShardDataset
 from slotscops.train.run.checkpoint import (
     Checkpoint,
@@ -28,6 +29,7 @@ from slotscops.train.run.checkpoint import (
 from slotscops.train.run.owner import release_ownership, take_ownership
 from slotscops.train.run.side_files import SideFiles
 
+Found = TypeVar("Found")
 _MAX_LOOKS = 20  # tries to read a checkpoint of a run that trains and removes old checkpoints meanwhile
 # Settings that may change between two starts of one run without making it another run.
 _FREE_TO_CHANGE = (
@@ -190,8 +192,8 @@ class RunFolder:
                 file.truncate(end)
                 raise
 
-    def find_checkpoint(self, resume: str) -> Path | None:
-        """The checkpoint to go on from, or None to start afresh.
+    def find_checkpoint(self, resume: str) -> Checkpoint | None:
+        """The checkpoint to go on from, read, or None to start afresh.
 
         Args:
             resume: `auto` takes the newest that verifies, `none` starts afresh, anything else is a checkpoint's path.
@@ -201,14 +203,14 @@ class RunFolder:
         """
         present = list_checkpoints(self.checkpoints)
         if resume not in ("auto", "none"):
-            return resolve_checkpoint(Path(resume))
+            return _resolve(Path(resume), load_checkpoint)
         if not present:
             return None
         if resume == "none":
             raise UserError(
                 f"{self.path}: holds the checkpoints of a run; go on with --resume auto or choose another run_dir"
             )
-        return _newest_whole(present)
+        return _newest_whole(present, load_checkpoint)
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -217,17 +219,21 @@ def resolve_checkpoint(path: Path) -> Path:
     Raises:
         UserError: there is no such path, or no whole checkpoint in it.
     """
+    return _resolve(path, verify_checkpoint)
+
+
+def _resolve(path: Path, read: Callable[[Path], Found]) -> Found:
+    """What `read` makes of the checkpoint that `path` leads to, or of the newest one that it does not refuse."""
     if path.name == "best" and not path.exists():
         path = best_checkpoint(path.parent) or path
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint; give runs/NAME or runs/NAME/checkpoints/step-N")
     if (path / "manifest.json").is_file():
-        verify_checkpoint(path)
-        return path
+        return read(path)
     present = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not present:
         raise UserError(f"{path}: holds no checkpoint; give runs/NAME or runs/NAME/checkpoints/step-N")
-    return _newest_whole(present)
+    return _newest_whole(present, read)
 
 
 def load_newest(path: Path) -> Checkpoint:
@@ -242,11 +248,11 @@ def load_newest(path: Path) -> Checkpoint:
     for _ in range(_MAX_LOOKS):
         before = _look(path)
         try:
-            return load_checkpoint(resolve_checkpoint(path))
+            return _resolve(path, load_checkpoint)
         except UserError:
             if _look(path) == before:
                 raise
-    return load_checkpoint(resolve_checkpoint(path))
+    return _resolve(path, load_checkpoint)
 
 
 def _look(path: Path) -> list[tuple[str, int]]:
@@ -273,7 +279,12 @@ def read_config(checkpoint: Path) -> Config:
 
 
 def check_same_run(saved: State, config: Config, dataset: ShardDataset, cache: FeatureCache, path: Path) -> None:
-    """Refuses to go on with settings or data that make another model or another order of samples."""
+    """Refuses to go on with settings, data or a version that make another model or another order of samples."""
+    if saved.order != ORDER:
+        raise UserError(
+            f"{path}: its samples come in the order of rule {saved.order}, this version knows rule {ORDER}; go on with "
+            "the version that began the run or start a new run with run_dir=DIR"
+        )
     earlier = to_mapping(config_from_mapping(saved.config, str(path)))
     for name in differences(earlier, to_mapping(config)):
         if name in _FREE_TO_CHANGE or (name.startswith("train.") and name != "train.optimizer"):
@@ -309,16 +320,16 @@ def _split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     return rows, damaged
 
 
-def _newest_whole(checkpoints: list[Path]) -> Path:
+def _newest_whole(checkpoints: list[Path], read: Callable[[Path], Found]) -> Found:
     reasons: dict[Path, str] = {}
     for path in reversed(checkpoints):
         try:
-            verify_checkpoint(path)
+            found = read(path)
         except UserError as error:
             reasons[path] = str(error)
             continue
         for other, reason in reasons.items():
             if other.exists():  # otherwise a run that trains has removed it meanwhile
                 console.warn(f"passed over a checkpoint: {reason}")
-        return path
+        return found
     raise UserError(f"{reasons[checkpoints[-1]]} (no other checkpoint of the run is whole)")

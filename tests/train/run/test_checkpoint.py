@@ -5,19 +5,22 @@ import stat
 import subprocess
 import sys
 import threading
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
+from slotscops.config import load_config, to_mapping
 from slotscops.core.errors import UserError
 from slotscops.core.files import writer_name
 from slotscops.train.run import checkpoint
 from slotscops.train.run.checkpoint import State, list_checkpoints, load_checkpoint, save_checkpoint
-from slotscops.train.run.folder import RunFolder, load_newest, resolve_checkpoint
+from slotscops.train.run.folder import RunFolder, check_same_run, load_newest, resolve_checkpoint
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json")
 
@@ -126,7 +129,7 @@ def test_auto_passes_over_a_damaged_checkpoint_and_says_so(tmp_path: Path, capsy
     (saved(tmp_path, 2) / "model.safetensors").write_bytes(b"cut")
     found = RunFolder(tmp_path).find_checkpoint("auto")
     assert found is not None
-    assert found.name == "step-1"
+    assert found.path.name == "step-1"
     assert "step-2" in capsys.readouterr().err
 
 
@@ -134,6 +137,22 @@ def test_a_run_without_any_whole_checkpoint_is_never_started_over_silently(tmp_p
     (saved(tmp_path, 1) / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="damaged"):
         RunFolder(tmp_path).find_checkpoint("auto")
+
+
+def test_each_file_of_the_checkpoint_to_go_on_from_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 1)
+    read = Counter[str]()
+    plain = Path.open
+
+    def count(path: Path, *arguments: Any, **named: Any) -> Any:
+        read[path.name] += 1
+        return plain(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", count)
+    assert RunFolder(tmp_path).find_checkpoint("auto") is not None
+    assert read == dict.fromkeys(FILES, 1)
 
 
 def test_starting_afresh_over_a_run_is_refused(tmp_path: Path) -> None:
@@ -166,6 +185,18 @@ def test_tensors_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
         checkpoint.restore_model(nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2)), content.model, tmp_path)
     with pytest.raises(UserError, match=r"1\.bias"):
         checkpoint.restore_model(nn.Sequential(nn.Linear(3, 4)), content.model, tmp_path)
+
+
+def test_a_run_of_an_earlier_version_with_another_order_of_samples_is_refused_in_one_line() -> None:
+    config = load_config(None)
+    row = asdict(State(4, 16, to_mapping(config)))
+    del row["order"]  # as earlier versions wrote it
+    nothing: Any = None
+    with pytest.raises(
+        UserError, match=r"order of rule 1, this version knows rule 2; .* new run with run_dir=DIR"
+    ) as e:
+        check_same_run(State.from_json(json.dumps(row)), config, nothing, nothing, Path("runs/old/checkpoints/step-4"))
+    assert len(str(e.value).splitlines()) == 1
 
 
 def test_state_of_a_later_format_is_refused(tmp_path: Path) -> None:
@@ -277,7 +308,9 @@ def test_a_model_is_loaded_at_any_moment_of_a_run_that_removes_its_older_checkpo
     thread = threading.Thread(target=train)
     thread.start()
     try:
-        steps = [load_newest(tmp_path).state.step for _ in range(100)]
+        steps = [load_newest(tmp_path).state.step]
+        while len(steps) < 100 or (steps[-1] == steps[0] and thread.is_alive()):  # a busy disk writes slowly
+            steps.append(load_newest(tmp_path).state.step)
     finally:
         ends.set()
         thread.join()
@@ -290,13 +323,14 @@ def test_the_next_newest_is_read_if_the_newest_disappears_while_it_is_read(
 ) -> None:
     saved(tmp_path, 1)
     newest = saved(tmp_path, 2)
-    plain = checkpoint.verify_checkpoint
+    plain = checkpoint._read_manifest
 
-    def removed_meanwhile(path: Path) -> None:
+    def removed_meanwhile(path: Path) -> dict[str, tuple[str, int]]:
+        manifest = plain(path)
         shutil.rmtree(newest, ignore_errors=True)
-        plain(path)
+        return manifest
 
-    monkeypatch.setattr(checkpoint, "verify_checkpoint", removed_meanwhile)
+    monkeypatch.setattr(checkpoint, "_read_manifest", removed_meanwhile)
     assert load_newest(tmp_path).state.step == 1
     assert "passed over" not in capsys.readouterr().err
     with pytest.raises(UserError, match="step-2: no such run or checkpoint"):
