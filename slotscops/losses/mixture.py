@@ -65,28 +65,50 @@ def mixture_loss(
     dtype = torch.float32
     for tensor in (logits, features, parts, background):
         dtype = torch.promote_types(dtype, tensor.dtype)
-    (height, width), num_images = size, len(logits)
     with torch.autocast(logits.device.type, enabled=False):
-        target = functional.normalize(features.detach().to(dtype), dim=1, eps=_EPSILON).flatten(2)  # (B, C, h*w)
-        directions = torch.cat([background.to(dtype), parts.to(dtype).flatten(-3, -2)], dim=-2)  # (D, C) or (B, D, C)
-        directions = kappa * functional.normalize(directions, dim=-1, eps=_EPSILON)
-        likeness = (directions @ target).unflatten(2, features.shape[2:])  # (B, D, h, w)
-        down_logits, across_logits = both_matrices(logits.shape[2:], size, align_corners, dtype, logits.device)
-        down_features, across_likeness = both_matrices(features.shape[2:], size, align_corners, dtype, logits.device)
-        wide_logits = logits.to(dtype) @ across_logits.T  # (B, S, h, W)
-        wide_likeness = likeness @ across_likeness.T  # (B, D, h, W)
+        likeness = kappa * _cosines(features.detach().to(dtype), parts.to(dtype), background.to(dtype))
+        total = _sum_over_pixels(logits.to(dtype), likeness, parts.shape[-2], size, align_corners, max_numbers)
+    return -total / (len(logits) * size[0] * size[1])
 
-        num_rows = max(1, max_numbers // (num_images * max(likeness.shape[1], logits.shape[1]) * width))
-        pieces = zip(down_logits.split(num_rows), down_features.split(num_rows), strict=True)
-        num_background, num_each = background.shape[-2], parts.shape[-2]
-        if num_rows >= height:
-            down, down_features = next(pieces)
-            total = _log_likelihood(down, down_features, wide_logits, wide_likeness, num_background, num_each)
-        else:
-            wide = (wide_logits, wide_likeness, num_background, num_each)
-            sums = [checkpoint(_log_likelihood, *piece, *wide, use_reentrant=False) for piece in pieces]
-            total = torch.stack(sums).sum()
-    return -total / (num_images * height * width)
+
+def _sum_over_pixels(
+    logits: Tensor,
+    likeness: Tensor,
+    num_each: int,
+    size: tuple[int, int],
+    align_corners: bool,
+    max_numbers: int,
+) -> Tensor:
+    """`_log_likelihood` of all pixels, for some rows of pixels at a time if there are many numbers.
+
+    Args:
+        logits: (B, S, h, w).
+        likeness: (B, D, h, w) kappa <w, f>.
+        num_each: M.
+    """
+    (num_images, num_slots), num_directions = logits.shape[:2], likeness.shape[1]
+    down_logits, across_logits = both_matrices(logits.shape[2:], size, align_corners, logits.dtype, logits.device)
+    down_features, across_features = both_matrices(likeness.shape[2:], size, align_corners, logits.dtype, logits.device)
+    num_background = num_directions - (num_slots - 1) * num_each
+    wide = (logits @ across_logits.T, likeness @ across_features.T)  # (B, S, h, W), (B, D, h, W)
+    num_rows = max(1, max_numbers // (num_images * max(num_directions, num_slots) * size[1]))
+    if num_rows >= size[0]:
+        return _log_likelihood(down_logits, down_features, *wide, num_background, num_each)
+    pieces = zip(down_logits.split(num_rows), down_features.split(num_rows), strict=True)
+    sums = [
+        checkpoint(_log_likelihood, *piece, *wide, num_background, num_each, use_reentrant=False) for piece in pieces
+    ]
+    total: Tensor = torch.stack(sums).sum()
+    return total
+
+
+def _cosines(features: Tensor, parts: Tensor, background: Tensor) -> Tensor:
+    """(B, D, h, w) inner products of the scaled directions and features, of the background's directions first."""
+    directions = torch.cat([background, parts.flatten(-3, -2)], dim=-2)  # (D, C) or (B, D, C)
+    directions = functional.normalize(directions, dim=-1, eps=_EPSILON)
+    target = functional.normalize(features, dim=1, eps=_EPSILON).flatten(2)  # (B, C, h*w)
+    cosines: Tensor = (directions @ target).unflatten(2, features.shape[2:])
+    return cosines
 
 
 def _log_likelihood(

@@ -27,6 +27,7 @@ from torch.optim import AdamW, Optimizer
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import (
     fsync,
+    is_plain_name,
     remove_abandoned,
     sha256_of_bytes,
     sha256_of_file,
