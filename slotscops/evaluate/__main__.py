@@ -41,7 +41,11 @@ from slotscops.train.run.published import is_published
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     if options.read:
-        scoreboard.show("scores read from files", [method for path in options.read for method in scoreboard.read(path)])
+        scoreboard.show(
+            "scores read from files",
+            [method for path in options.read for method in scoreboard.read(path)],
+            options.full,
+        )
         return 0
     harness = _open_harness(options)
     methods = [
@@ -58,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "split": options.split,
         "num_crops": harness.dataset.num_samples(options.split),
     }
-    scoreboard.show(f"{about['split']} of {about['shards']}, {about['num_crops']} crops", methods)
+    scoreboard.show(f"{about['split']} of {about['shards']}, {about['num_crops']} crops", methods, options.full)
     if options.json and console.is_main():
         scoreboard.write(options.json, about, methods)
     return 0

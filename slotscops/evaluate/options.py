@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         help="shards to score on (default: those of the first run's training, if they lie below this folder)",
     )
     parser.add_argument("--split", default="val", help="split to score (default: %(default)s)")
+    parser.add_argument(
+        "--full", action="store_true", help="print every protocol, score and class, not the small table"
+    )
     parser.add_argument("--json", type=Path, help="file for the scores, not multiplied by 100")
     parser.add_argument(
         "--read", type=Path, nargs="+", default=[], metavar="FILE", help="show the scores that --json wrote earlier"

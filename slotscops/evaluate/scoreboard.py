@@ -14,7 +14,7 @@ from slotscops.core.claims import differences
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import json_numbers, write_json
 from slotscops.evaluate import published_numbers as literature
-from slotscops.metrics.protocols import ORDERS, PROTOCOLS
+from slotscops.metrics.protocols import ALL_CLASSES, ORDERS, PROTOCOLS
 
 _SCORES = ("nmi", "ari", "miou", "majority_miou")
 _HEADINGS = {"nmi": "NMI", "ari": "ARI", "miou": "mIoU", "majority_miou": "mIoU maj."}
@@ -23,6 +23,16 @@ _TITLES = {
     "mask": "full image, given object mask (not comparable with the method's own background)",
     "foreground": "foreground only: pixels of true parts",
 }
+# The small table: which numbers of which protocols.
+_BRIEF_SCORES = ("nmi", "ari")
+_BRIEF_PLACES = {"own background": "own", "given mask": "mask"}
+_BRIEF_ORDER = "small"
+_BRIEF_LEGEND = (
+    "Scores are x 100: 100 means that found and true parts are the same, 0 that they agree no more than by chance. "
+    "`own background` is the whole crop as the method sees it; `given mask` tells the method where the object is. A "
+    "method that finds parts is well above `position`, which only knows where in the crop a pixel lies. --full prints "
+    "every protocol, score and class."
+)
 _MAY_DIFFER = {"seed", "run_dir"}  # settings in which the runs of one mean may differ
 
 
@@ -108,10 +118,33 @@ def _mean(group: list[Scored]) -> Mean:
 # ---- tables ------------------------------------------------------------------------------------------------------
 
 
-def show(title: str, methods: list[Scored]) -> None:
-    """Prints one table for each protocol."""
-    averaged = means(methods)
+def show(title: str, methods: list[Scored], full: bool = False) -> None:
+    """Prints one small table, or with `full` a wide table for each protocol."""
     console.say(title)
+    if full:
+        _show_all(methods)
+        return
+    averaged = means(methods)
+    columns = [f"{place}\n{_HEADINGS[score]}" for place in _BRIEF_PLACES for score in _BRIEF_SCORES]
+    rows = [(method.name, *_brief_cells(method)) for method in methods if method.kind == "run"]
+    for mean in averaged:
+        pairs = zip(_brief_cells(mean.mean), _brief_cells(mean.deviation), strict=True)
+        rows.append((mean.mean.name, *(f"{value} ± {off}" for value, off in pairs)))
+    rows += [(method.name, *_brief_cells(method)) for method in methods if method.kind != "run"]
+    console.show_table("agreement of found and true parts", ("method", *columns), rows, 1)
+    _show_landmarks(methods, averaged)
+    console.say(_BRIEF_LEGEND)
+
+
+def _brief_cells(method: Scored) -> list[str]:
+    """NMI and ARI over all classes, with the method's own background and inside given object masks."""
+    of_all = ALL_CLASSES if ALL_CLASSES in method.class_names else method.class_names[0]
+    rows = [method.rows[Row(protocol, _BRIEF_ORDER, of_all)] for protocol in _BRIEF_PLACES.values()]
+    return [_percent(row[score]) for row in rows for score in _BRIEF_SCORES]
+
+
+def _show_all(methods: list[Scored]) -> None:
+    averaged = means(methods)
     for protocol in PROTOCOLS:
         prefix = "FG-" if protocol == "foreground" else ""
         columns = [f"{prefix}{_HEADINGS[score]}\n{order}" for order in ORDERS for score in _SCORES]

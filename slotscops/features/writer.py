@@ -3,6 +3,7 @@
 Shapes: N samples of a shard, C channels on an h x w grid.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def build_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bo
     Raises:
         UserError: the folder holds a cache made with other settings.
     """
+    num_samples = sum(entry.num_samples for split in dataset.splits.values() for entry in split)
+    shape = teacher.output_shape(size)
+    num_bytes = 2 * num_samples * math.prod(shape) * (2 if mirrored else 1)
+    console.say(
+        f"features of {num_samples:,} crops, {' x '.join(map(str, shape))} each: at most {num_bytes / 1e9:.2f} GB in "
+        f"{dataset.folder / 'features'}, less if most values are zero"
+    )
     for flip in (False, True) if mirrored else (False,):
         write_cache(dataset, teacher, size, flip)
     return open_cache(dataset, teacher.layer, size, teacher.fingerprint, teacher.network, mirrored)

@@ -262,7 +262,7 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean_and_a_sample_deviation
 def test_published_numbers_stand_only_beside_the_protocol_class_and_number_of_parts_they_are_of(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    scoreboard.show("title", [scored(0, 0.2)])
+    scoreboard.show("title", [scored(0, 0.2)], full=True)
     own, rest = capsys.readouterr().out.split("given object mask")
     mask, foreground = rest.split("foreground only")
     assert "SCOPS, published" in mask
@@ -275,11 +275,28 @@ def test_published_numbers_stand_only_beside_the_protocol_class_and_number_of_pa
     assert literature.published_scores("person", 4) == []
 
 
+def test_the_small_table_shows_four_numbers_of_each_method_and_says_which_are_good(
+    toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--baseline", "position,kmeans", "--shards", str(toy_shards), "--json", str(tmp_path / "scores.json")]
+    assert evaluate.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "100 means that found and true parts are the same" in out
+    scores = json.loads((tmp_path / "scores.json").read_text())["methods"][0]["scores"]
+    expected = [scores[place]["small"]["all classes"][score] for place in ("own", "mask") for score in ("nmi", "ari")]
+    (row,) = [line for line in out.splitlines() if "position" in line and "│" in line]
+    assert [cell.strip() for cell in row.split("│")[2:-1]] == [f"{100 * value:.1f}" for value in expected]
+    assert evaluate.main(["--read", str(tmp_path / "scores.json")]) == 0
+    assert row in capsys.readouterr().out
+    scoreboard.show("title", [scored(0, 0.2), scored(1, 0.4)])
+    assert "30.0 ± 14.1" in capsys.readouterr().out
+
+
 def test_the_command_prints_a_table_a_protocol_and_writes_json(
     toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--baseline", "position,dff", "--shards", str(toy_shards), "--json", str(tmp_path / "scores.json")]
-    assert evaluate.main([*arguments, "--landmarks", "--clusters", "4"]) == 0
+    assert evaluate.main([*arguments, "--landmarks", "--full", "--clusters", "4"]) == 0
     out = capsys.readouterr().out
     for needed in ("own background", "given object mask", "foreground only", "FG-NMI", "landmarks", "position"):
         assert needed in out
@@ -292,7 +309,7 @@ def test_the_command_prints_a_table_a_protocol_and_writes_json(
         assert set(method["scores"]["mask"]["small"]) == {"cow", "horse", "all classes"}
         assert set(method["scores"]["mask"]["small"]["cow"]) == {"nmi", "ari", "miou", "majority_miou"}
         assert 0 < method["landmark_error"]["cow"] < 0.7
-    assert evaluate.main(["--read", str(tmp_path / "scores.json")]) == 0
+    assert evaluate.main(["--read", str(tmp_path / "scores.json"), "--full"]) == 0
     again = capsys.readouterr().out
     assert set(again.splitlines()[1:]) == set(out.splitlines()[1:])  # but for what was scored; classes by name
 
@@ -329,9 +346,8 @@ def test_one_and_two_processes_give_the_same_numbers(toy_shards: Path, tmp_path:
         out = tmp_path / f"{len(contents)}.json"
         # The shards and the baselines' features are those of the run; given twice, it deviates from itself by nothing.
         runs = ["--checkpoint", str(tmp_path / "run"), str(tmp_path / "run"), "--baseline", "kmeans"]
-        done = run(
-            [*launcher, "-m", "slotscops.evaluate", *runs, "--split", "train", "--landmarks", "--json", str(out)]
-        )
+        options = ["--split", "train", "--landmarks", "--full", "--json", str(out)]
+        done = run([*launcher, "-m", "slotscops.evaluate", *runs, *options])
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("foreground only") == 1
         contents.append(json.loads(out.read_text()))
