@@ -94,7 +94,7 @@ def test_a_failed_download_says_what_to_give_instead(failure: Exception) -> None
 
 @pytest.mark.parametrize("source", ["imagnet", "vgg19", "", "random", "weights.onnx", "some/folder"])
 def test_an_unknown_choice_of_weights_is_refused(source: str) -> None:
-    with pytest.raises(UserError, match="no such choice; give imagenet, a "):
+    with pytest.raises(UserError, match="no such choice; give imagenet or pretrained, a "):
         read_state_dict(source, NONE)
 
 
