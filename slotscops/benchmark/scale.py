@@ -62,7 +62,7 @@ def compare(num_shards: int, samples_per_shard: int, num_ranks: int, batch_size:
     ]
     title = f"scale: {num_shards:,} shards, {num_shards * samples_per_shard:,} samples, {num_ranks} ranks"
     console.show_table(title, ("", *(f"rank {rank}" for rank in ranks), "target"), rows)
-    joined = {count: list(_descriptors_of_joined(count, folder).values()) for count in _JOINED}
+    joined = {count: _run(["slotscops.benchmark.scale", folder, count]) for count in _JOINED}
     console.show_table(
         "descriptors of processes that joined",
         ("processes", "rank 0", "last rank"),
@@ -86,26 +86,32 @@ def _shards_read(dataset: ShardDataset, ranks: list[int], num_ranks: int, batch_
 
 
 def _measure(shards: list[Path], folder: Path, rank: int, num_ranks: int, batch_size: int) -> dict[str, Any]:
-    arguments = [*shards, folder / f"run-{rank}", rank, num_ranks, batch_size]
+    figures: dict[str, Any] = _run(
+        ["slotscops.benchmark.rank", *shards, folder / f"run-{rank}", rank, num_ranks, batch_size]
+    )
+    return figures
+
+
+def _run(module: list[Any]) -> Any:
+    """What a module of the benchmark prints as JSON in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "slotscops.benchmark.rank", *map(str, arguments)],
+        [sys.executable, "-m", *map(str, module)],
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise RunError(f"the simulated rank {rank} ended with code {done.returncode}: {done.stderr.strip()}")
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+        raise RunError(f"{module[0]} ended with code {done.returncode}: {done.stderr.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _descriptors_of_joined(count: int, folder: Path) -> dict[int, int]:
     """Descriptors of the first and the last of `count` processes, after the start and a few exchanges of a stop.
 
     Rank 0 serves the store by which processes find each other, with a socket for each of them. Under torchrun the
-    launcher does. The processes are forked, which is quick. They run neither
-    threads nor kernels of PyTorch before it.
+    launcher does. The processes are forked, which is quick. This process must run neither threads nor
+    kernels of PyTorch before.
     """
     small = folder / f"joined-{count}"
     write_cluster(small, num_shards=1, samples_per_shard=2 * count)
@@ -146,3 +152,7 @@ def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(list(_descriptors_of_joined(int(sys.argv[2]), Path(sys.argv[1])).values())))

@@ -127,7 +127,7 @@ def _is_table(files: Any) -> bool:
 
 
 def write_manifest(
-    path: Path, identity: dict[str, Any], shape: tuple[int, ...], files: dict[str, dict[str, Any]]
+    path: Path, identity: dict[str, Any], shape: tuple[int, ...], files: Mapping[str, dict[str, Any]]
 ) -> None:
-    manifest = identity | {"format": FORMAT, "shape": list(shape), "files": files}
+    manifest = identity | {"format": FORMAT, "shape": list(shape), "files": dict(files)}
     write_json(path, manifest | {"digest": sha256_of_json(manifest)})

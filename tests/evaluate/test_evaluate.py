@@ -346,6 +346,7 @@ def test_one_and_two_processes_give_the_same_numbers(toy_shards: Path, tmp_path:
         out = tmp_path / f"{len(contents)}.json"
         # The shards and the baselines' features are those of the run; given twice, it deviates from itself by nothing.
         runs = ["--checkpoint", str(tmp_path / "run"), str(tmp_path / "run"), "--baseline", "kmeans"]
+        runs += ["--shards", str(toy_shards)]
         options = ["--split", "train", "--landmarks", "--full", "--json", str(out)]
         done = run([*launcher, "-m", "slotscops.evaluate", *runs, *options])
         assert done.returncode == 0, done.stderr

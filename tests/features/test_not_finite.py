@@ -45,7 +45,7 @@ def spoiled(toy_shards: Path, folder: Path, value: float, encoding: str) -> Path
     path.write_bytes(encode(maps, rows.label))
     assert open_features_encoding(path) == encoding
     manifest = read_manifest(path.parent / "manifest.json")
-    files, shape = manifest.pop("files"), tuple(manifest.pop("shape"))
+    files, shape = dict(manifest.pop("files")), tuple(manifest.pop("shape"))
     files[SHARD] |= {"bytes": path.stat().st_size, "sha256": sha256_of_file(path), "encoding": encoding}
     write_manifest(path.parent / "manifest.json", manifest, shape, files)
     return shards

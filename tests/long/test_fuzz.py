@@ -9,10 +9,11 @@ import pytest
 from commands import python
 
 ROOT = Path(__file__).parent
+HELPERS = str(ROOT.parent / "helpers")
 
 
 def test_a_few_hundred_damaged_files_end_in_a_result_or_a_one_line_error(toy_shards: Path) -> None:
-    done = python(ROOT / "fuzz.py", "--inputs", "240", "--seed", "3", "--corpus", toy_shards)
+    done = python(ROOT / "fuzz.py", "--inputs", "240", "--seed", "3", "--corpus", toy_shards, PYTHONPATH=HELPERS)
     assert done.returncode == 0, done.stdout
     assert "240 inputs, seed 3: 0 failures" in done.stdout
     assert len([line for line in done.stdout.splitlines() if " refused " in line]) == len(fuzz_readers.READERS)
@@ -24,7 +25,7 @@ def test_an_input_that_crashes_a_reader_is_seen_and_counted(
     # The children run this script instead. Its reader of tars dies at once.
     (tmp_path / "bad_fuzz.py").write_text(
         "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {HELPERS!r}]\n"
         "import fuzz, fuzz_readers\n"
         "fuzz_readers.READERS |= {'tar': lambda *_: os.abort()}\n"
         "sys.exit(fuzz.main())\n"

@@ -226,6 +226,6 @@ def test_a_run_that_decides_nothing_is_told_the_likely_cause_and_the_setting_onc
     done = train(PYTHON, toy_shards, tmp_path, *stays)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("WARNING: step") == 1
-    assert "WARNING: step 100: no cell belongs to one slot more than to another" in done.stderr
+    assert "WARNING: step 100: all slots share every cell about equally" in done.stderr
     assert "slots.init=learned" in done.stderr
     assert all(row["map_entropy"] > 0.98 for row in metrics(tmp_path)[-3:])
