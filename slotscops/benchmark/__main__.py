@@ -69,8 +69,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--readme",
         type=Path,
-        default=Path("README.md"),
-        help="report: the file with the table, such as launch/README.md",
+        default=Path("launch/README.md"),
+        help="report: the file with the table (default: %(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="loss: measure only batch 8 at 128 px")
     parser.add_argument(
