@@ -30,8 +30,9 @@ def _without_secrets(url: str) -> str:
     place, *behind = re.split(r"([?#])", rest, maxsplit=1)
     host, slash, path = place.partition("/")
     host = host.rpartition("@")[2]
-    # A password with / or ? in it would otherwise lie where a path or a query is.
-    if not re.fullmatch(r"[^:]*(:\d*)?|\[[^\]]*\](:\d*)?", host) or "://" in rest:
+    # A password with / or ? in it would otherwise lie where a path or a query is. Brackets hold an IPv6 address.
+    has_host = re.fullmatch(r"[^:\[\]]*(:\d*)?|\[[0-9A-Fa-f:.]*\](:\d*)?", host)
+    if not has_host or "://" in rest or (":" in host and not slash and "@" in "".join(behind)):
         return f"{scheme}://{HIDDEN}"
     user = f"{HIDDEN}@" if "@" in place.partition("/")[0] else ""
     return f"{scheme}://{user}{host}{slash}{path}{_hide_query(behind)}"

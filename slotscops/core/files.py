@@ -50,8 +50,10 @@ def replace_when_complete(
                 os.fsync(file.fileno())
         partial.chmod(0o666 & ~_current_umask())
         place(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk refuses a write without naming the file
         raise
     if durable:
         fsync(path.parent)

@@ -5,7 +5,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -49,6 +49,8 @@ def test_an_address_is_shown_without_its_secrets(whole: str) -> None:
         assert hide_secrets(f"at '{whole}', again") == f"at '{SHOWN[whole]}', again"
 
 
+@example("[", "]?", "https")
+@example("[", "]/", "https")
 @given(
     st.text("abc:@=&%[]", max_size=8),
     st.text("abc:/@?#=&%[]", max_size=8),
