@@ -79,8 +79,8 @@ def write_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bo
 
 
 def _identity(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bool) -> dict[str, Any]:
-    shapes = teacher.layer_shapes(size)
-    resized = {"layer_shapes": shapes} if len({shape[1:] for shape in shapes}) > 1 else {}
+    shapes = [list(shape) for shape in teacher.layer_shapes(size)]  # as JSON gives them back
+    resized = {"layer_shapes": shapes} if len({tuple(shape[1:]) for shape in shapes}) > 1 else {}
     return resized | {
         "network": teacher.network,
         "layer": teacher.layer,

@@ -18,6 +18,8 @@ from slotscops.core.errors import UserError
 from slotscops.core.pixels import normalise_images
 from slotscops.features.manifest import read_manifest
 from slotscops.features.teacher import Teacher, compute_features
+from slotscops.features.writer import build_cache
+from slotscops.shard.index import open_dataset
 
 # Networks of a few thousand parameters, which timm has for its own tests.
 VIT, CONVOLUTIONAL = "timm/test_vit", "timm/test_efficientnet"
@@ -76,6 +78,19 @@ def test_layers_of_unlike_grids_are_joined_on_the_finest(images: Tensor) -> None
     resized = nn.functional.interpolate(coarse(images), size=grid, mode="bilinear", align_corners=False)
     torch.testing.assert_close(joined(images), torch.cat([resized, fine(images)], dim=1))
     assert joined.layer_shapes(64) == [coarse.output_shape(64), fine.output_shape(64)]
+
+
+def test_a_cache_of_layers_of_unlike_grids_names_them_and_a_restart_finishes_it(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    shards = Path(shutil.copytree(toy_shards, tmp_path / "shards"))
+    teacher = Teacher("blocks.3+blocks.0", "random:0", CONVOLUTIONAL)
+    cache = build_cache(open_dataset(shards), teacher, 64)
+    shapes = [list(shape) for shape in teacher.layer_shapes(64)]
+    assert read_manifest(cache.folder / "manifest.json")["layer_shapes"] == shapes
+    (cache.folder / "manifest.json").unlink()
+    build_cache(open_dataset(shards), teacher, 64)
+    assert read_manifest(cache.folder / "manifest.json")["layer_shapes"] == shapes
 
 
 def test_pixels_are_normalised_as_the_network_was_trained(images: Tensor) -> None:
