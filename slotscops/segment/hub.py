@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from slotscops.config import to_yaml
-from slotscops.core import console
+from slotscops.core import console, pretrained
 from slotscops.core.errors import UserError, first_line
 from slotscops.train.build import Trained, load_model
 from slotscops.train.run.published import MODEL, SETTINGS, without_folders, write_published
@@ -128,8 +128,7 @@ def _card_contents(trained: Trained) -> dict[str, Any]:
         use = "The model reads its features, so it needs the same teacher at hand (`teacher_weights=`)."
     else:
         use = "It was the target of training; the model itself does not need it."
-    from_file = state.teacher_weights != "imagenet" and not state.teacher_weights.startswith("random:")
-    needs_file = trained.network.takes_features and from_file
+    needs_file = trained.network.takes_features and not pretrained.is_found_by_name(state.teacher_weights)
     return {
         "data": str(config.data.shards),
         "shard_digest": f" (digest `{state.shard_digest[:12]}`)" if state.shard_digest else "",
