@@ -46,25 +46,25 @@ def build_timm(network: str, *choices: dict[str, Any]) -> nn.Module:
     raise UserError(f"network '{network}': timm cannot build it without a classifier; choose another")
 
 
-def mean_and_std(module: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def mean_and_std(network: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """RGB mean and standard deviation for which the network was trained, for pixels in [0, 1]."""
-    settings = _settings(module)
-    return tuple(settings["mean"]), tuple(settings["std"])
+    settings = _settings(network)
+    return tuple(settings.mean), tuple(settings.std)
 
 
-def usual_size(module: nn.Module) -> int:
+def usual_size(network: str) -> int:
     """Side of the photos for which the network was made, pixels."""
-    return int(_settings(module)["input_size"][-1])
+    return int(_settings(network).input_size[-1])
 
 
 class TimmWeights:
     """The network's own weights: what timm downloads for it."""
 
-    def __init__(self, network: str, module: nn.Module) -> None:
+    def __init__(self, network: str) -> None:
         self._network = network
-        settings = _settings(module)
-        self.url = str(settings.get("hf_hub_id") or settings.get("url") or "weights, of which timm knows none")
-        self._licence = settings.get("license")
+        settings = _settings(network)
+        self.url = str(settings.hf_hub_id or settings.url or "weights, of which timm knows none")
+        self._licence = settings.license
 
     def get_state_dict(self, *, progress: bool, check_hash: bool, weights_only: bool) -> Mapping[str, Tensor]:
         """The tensors by name. The arguments are those of torchvision's method; timm decides on them itself."""
@@ -90,9 +90,10 @@ def import_timm(network: str) -> Any:
     return timm
 
 
-def _settings(module: nn.Module) -> Mapping[str, Any]:
-    settings: Mapping[str, Any] = module.pretrained_cfg  # type: ignore[assignment]
-    return settings
+def _settings(network: str) -> Any:
+    """What timm knows of a network: how it was trained, and where its weights are. An object of defaults if nothing."""
+    timm = import_timm(network)
+    return timm.get_pretrained_cfg(network.removeprefix(PREFIX)) or timm.models.PretrainedCfg()
 
 
 def _hint(timm: Any, name: str) -> str:

@@ -39,10 +39,10 @@ class TimmLayers(nn.Module):
         super().__init__()
         # With dynamic_img_size, a transformer resizes its position encodings to the grid of the photo.
         self.network = build_timm(network, {"dynamic_img_size": True}).eval()
-        self.mean, self.std = mean_and_std(self.network)
-        self.pretrained = TimmWeights(network, self.network)
+        self.mean, self.std = mean_and_std(network)
+        self.pretrained = TimmWeights(network)
         self.patch_size = _patch_size(self.network)
-        self.usual_size = 16 * self.patch_size if self.patch_size > 1 else min(224, usual_size(self.network))
+        self.usual_size = 16 * self.patch_size if self.patch_size > 1 else min(224, usual_size(network))
         self._layers = [_find(self.network, layer, network) for layer in layers]
         _keep_inputs_unchanged(self.network)
 

@@ -120,19 +120,19 @@ class TimmEncoder(Encoder):
         super().__init__()
         from timm.layers.norm_act import freeze_batch_norm_2d
 
-        whole = build_timm(name)
         last_map: dict[str, Any] = {"features_only": True, "out_indices": (-1,)}
         choices: list[dict[str, Any]] = [{"output_stride": 8}, {"output_stride": 16}, {"dynamic_img_size": True}, {}]
         trunk = build_timm(name, *(last_map | choice for choice in choices))
         self.takes_features = False
         self.out_channels = int(trunk.feature_info.channels()[-1])  # type: ignore[operator, union-attr]
         self.has_channels_last = str(getattr(trunk, "output_fmt", "NCHW")).endswith("NHWC")
-        self.mean, self.std = mean_and_std(whole)
+        self.mean, self.std = mean_and_std(name)
         self.is_random = weights is not None and pretrained.random_seed(weights) is not None
         if weights is None:
             _fill_with_zeros(trunk)
         else:
-            pretrained.fill(whole, weights, TimmWeights(name, whole))
+            whole = build_timm(name)
+            pretrained.fill(whole, weights, TimmWeights(name))
             tensors = whole.state_dict()
             trunk.load_state_dict({own: tensors[_name_in_whole(own, tensors)] for own in trunk.state_dict()})
         self.trunk: nn.Module = freeze_batch_norm_2d(trunk)  # type: ignore[no-untyped-call]
