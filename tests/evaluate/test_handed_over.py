@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from audit import audited
 from servers import WebServer, web_server
 from small_runs import photo, save_feature_run
 
@@ -21,26 +21,13 @@ from slotscops.segment import export
 from slotscops.segment.segmenter import load
 from slotscops.train.run.checkpoint import verify_checkpoint
 
-_seen: list[str] = []
-_watching = False
-
-
-def _watch(event: str, arguments: tuple[object, ...]) -> None:
-    if _watching and event in ("open", "os.listdir", "os.scandir", "os.mkdir", "socket.connect", "socket.getaddrinfo"):
-        _seen.append(f"{event} {arguments[:2]}")
-
-
-sys.addaudithook(_watch)
-
 
 @pytest.fixture
 def seen() -> Iterator[list[str]]:
     """Files opened or made, and addresses contacted, while the test runs."""
-    global _watching
-    _seen.clear()
-    _watching = True
-    yield _seen
-    _watching = False
+    files, network = ("open", "os.listdir", "os.scandir", "os.mkdir"), ("socket.connect", "socket.getaddrinfo")
+    with audited(*files, *network, describe=lambda event, arguments: f"{event} {arguments[:2]}") as seen:
+        yield seen
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from audit import audited
 from commands import run
 from damages import ROW, SHARD, index_of
 from PIL import Image
@@ -123,26 +124,12 @@ def test_a_description_that_is_none_is_damage(own_shards: Path, content: bytes) 
         ShardReader(dataset, entry).read_description(ROW)
 
 
-_opened: list[str] = []
-_listening = False
-
-
-def _note_opened(event: str, arguments: tuple[object, ...]) -> None:
-    if _listening and event in ("open", "os.link", "os.symlink", "os.mkdir", "os.rename"):
-        _opened.append(str(arguments[0]))
-
-
-sys.addaudithook(_note_opened)
-
-
 @pytest.fixture
 def opened() -> Iterator[list[str]]:
     """Names of the files that are opened or made from now on."""
-    global _listening
-    _opened.clear()
-    _listening = True
-    yield _opened
-    _listening = False
+    events = ("open", "os.link", "os.symlink", "os.mkdir", "os.rename")
+    with audited(*events, describe=lambda _, arguments: str(arguments[0])) as opened:
+        yield opened
 
 
 @pytest.mark.parametrize("name", ["../../evil.jpg", "/tmp/evil.jpg", "../../evil"])
