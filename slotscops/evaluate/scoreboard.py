@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,25 +122,27 @@ def _mean(group: list[Scored]) -> Mean:
 def show(title: str, methods: list[Scored], full: bool = False) -> None:
     """Prints one small table, or with `full` a wide table for each protocol."""
     console.say(title)
-    if full:
-        _show_all(methods)
-        return
+    (_show_all if full else _show_brief)(methods)
+
+
+def _show_brief(methods: list[Scored]) -> None:
     averaged = means(methods)
     columns = [f"{place}\n{_HEADINGS[score]}" for place in _BRIEF_PLACES for score in _BRIEF_SCORES]
-    rows = [(method.name, *_brief_cells(method)) for method in methods if method.kind == "run"]
-    for mean in averaged:
-        pairs = zip(_brief_cells(mean.mean), _brief_cells(mean.deviation), strict=True)
-        rows.append((mean.mean.name, *(f"{value} ± {off}" for value, off in pairs)))
-    rows += [(method.name, *_brief_cells(method)) for method in methods if method.kind != "run"]
-    console.show_table("agreement of found and true parts", ("method", *columns), rows, 1)
+    rows = _rows(methods, averaged, _class_of_all, _brief_cells)
+    without_class = [(name, *cells) for name, _, *cells in rows]
+    console.show_table("agreement of found and true parts", ("method", *columns), without_class)
     _show_landmarks(methods, averaged)
     console.say(_BRIEF_LEGEND)
 
 
-def _brief_cells(method: Scored) -> list[str]:
-    """NMI and ARI over all classes, with the method's own background and inside given object masks."""
-    of_all = ALL_CLASSES if ALL_CLASSES in method.class_names else method.class_names[0]
-    rows = [method.rows[Row(protocol, _BRIEF_ORDER, of_all)] for protocol in _BRIEF_PLACES.values()]
+def _class_of_all(method: Scored) -> list[str]:
+    """All classes together, or the only class."""
+    return [ALL_CLASSES] if ALL_CLASSES in method.class_names else method.class_names[:1]
+
+
+def _brief_cells(method: Scored, class_name: str) -> list[str]:
+    """NMI and ARI, with the method's own background and inside given object masks."""
+    rows = [method.rows[Row(protocol, _BRIEF_ORDER, class_name)] for protocol in _BRIEF_PLACES.values()]
     return [_percent(row[score]) for row in rows for score in _BRIEF_SCORES]
 
 
@@ -148,12 +151,7 @@ def _show_all(methods: list[Scored]) -> None:
     for protocol in PROTOCOLS:
         prefix = "FG-" if protocol == "foreground" else ""
         columns = [f"{prefix}{_HEADINGS[score]}\n{order}" for order in ORDERS for score in _SCORES]
-        rows = _rows([method for method in methods if method.kind == "run"], protocol)
-        for mean in averaged:
-            for name in mean.mean.class_names:
-                pairs = zip(_cells(mean.mean, protocol, name), _cells(mean.deviation, protocol, name), strict=True)
-                rows.append((mean.mean.name, name, *(f"{value} ± {off}" for value, off in pairs)))
-        rows += _rows([method for method in methods if method.kind != "run"], protocol)
+        rows = _rows(methods, averaged, lambda method: method.class_names, partial(_cells, protocol))
         if protocol == literature.PROTOCOL:
             rows += _published_cells(methods)
         console.show_table(_TITLES[protocol], ("method", "class", *columns), rows, num_names=2)
@@ -168,11 +166,30 @@ def _show_all(methods: list[Scored]) -> None:
         )
 
 
-def _rows(methods: list[Scored], protocol: str) -> list[tuple[str, ...]]:
-    return [(method.name, name, *_cells(method, protocol, name)) for method in methods for name in method.class_names]
+def _rows(
+    methods: list[Scored],
+    averaged: list[Mean],
+    classes_of: Callable[[Scored], list[str]],
+    cells_of: Callable[[Scored, str], list[str]],
+) -> list[tuple[str, ...]]:
+    """Name, class and cells of the runs, of their means with deviations, and of all other methods, in that order."""
+    runs, others = (
+        [
+            (method.name, name, *cells_of(method, name))
+            for method in methods
+            if (method.kind == "run") == is_run
+            for name in classes_of(method)
+        ]
+        for is_run in (True, False)
+    )
+    for mean in averaged:
+        for name in classes_of(mean.mean):
+            pairs = zip(cells_of(mean.mean, name), cells_of(mean.deviation, name), strict=True)
+            runs.append((mean.mean.name, name, *(f"{value} ± {off}" for value, off in pairs)))
+    return runs + others
 
 
-def _cells(method: Scored, protocol: str, class_name: str) -> list[str]:
+def _cells(protocol: str, method: Scored, class_name: str) -> list[str]:
     return [_percent(method.rows[Row(protocol, order, class_name)][score]) for order in ORDERS for score in _SCORES]
 
 
