@@ -62,17 +62,18 @@ def write_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bo
         return
     entries = [entry for split in dataset.splits.values() for entry in split]
     paths = [folder / f"{entry.name}.safetensors" for entry in entries]
-    teacher = teacher.to(own_device())
-    if own_device().type == "cpu":
+    device, shape = own_device(), teacher.output_shape(size)
+    teacher = teacher.to(device)
+    if device.type == "cpu":
         keep_freed_memory()
     for number in leased_units([path.name for path in paths], folder, lambda number: paths[number].is_file()):
         label = file_label(identity, entries[number].name)
-        content = encode(_compute_shard(dataset, entries[number], teacher, size, mirrored), label)
+        content = encode(_compute_shard(dataset, entries[number], teacher, size, shape, mirrored), label)
         # Another device may compute other last bits, and the manifest may already name the hash of the first file.
         write_once(paths[number], content)
     # One process reads and hashes all files.
     for _ in leased_units(["manifest.json"], folder, lambda _: (folder / "manifest.json").is_file()):
-        _list_files(folder, identity, entries, teacher.output_shape(size))
+        _list_files(folder, identity, entries, shape)
         for left in folder.glob(".*.lease"):  # of processes that were killed just before they gave it back
             if left.name != ".manifest.json.lease":
                 left.unlink(missing_ok=True)
@@ -96,11 +97,16 @@ def _identity(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bool
 
 
 def _compute_shard(
-    dataset: ShardDataset, entry: ShardEntry, teacher: Teacher, size: int, mirrored: bool
+    dataset: ShardDataset,
+    entry: ShardEntry,
+    teacher: Teacher,
+    size: int,
+    shape: tuple[int, int, int],
+    mirrored: bool,
 ) -> NDArray[np.float16]:
-    """(N, C, h, w) features of one shard's crops."""
+    """(N, C, h, w) features of one shard's crops; `shape` is (C, h, w)."""
     reader = ShardReader(dataset, entry)
-    features = np.empty((entry.num_samples, *teacher.output_shape(size)), np.float16)
+    features = np.empty((entry.num_samples, *shape), np.float16)
     starts = range(0, entry.num_samples, _BATCH_SIZE)
     what = f"features of {entry.name}{', mirrored' if mirrored else ''}, batches of {_BATCH_SIZE}"
     for start in console.track(starts, len(starts), what):
