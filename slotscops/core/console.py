@@ -3,12 +3,11 @@
 import errno
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from typing import Never, TextIO, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -23,8 +22,17 @@ _PLAIN_LINE_EVERY_S = 10.0
 _LEAST_NAME = 12  # columns of a terminal for the names of a table that is spread over several
 _UNLIMITED = 100_000
 _MOST_OPEN_FILES = 16_384
+
+
+class _Screen(Console):
+    """A rich console that does not end the program where its reader is gone."""
+
+    def on_broken_pipe(self) -> Never:
+        raise BrokenPipeError
+
+
 # One object for bars and lines, so that a line goes above a running bar instead of through it.
-_STDERR = Console(stderr=True, highlight=False, soft_wrap=True)
+_STDERR = _Screen(stderr=True, highlight=False, soft_wrap=True)
 Item = TypeVar("Item")
 
 
@@ -58,26 +66,47 @@ def visible(text: object) -> str:
 
 
 def say(message: str) -> None:
-    """Prints a line on stdout without interpreting markup."""
+    """Prints a line on stdout."""
     if is_main():
-        Console(highlight=False, soft_wrap=True).print(visible(message), markup=False)
+        _print(visible(message), sys.stdout)
 
 
 def print_text(text: str) -> None:
     """Prints our own text of several lines on stdout as it is, such as settings in YAML or a JSON schema."""
     if is_main():
-        print(text)
+        _print(text, sys.stdout)
 
 
 def warn(message: str) -> None:
     """Prints a line on stderr, from any process."""
-    _tell(f"slotscops: {visible(message)}")
+    _print(f"slotscops: {visible(message)}", sys.stderr)
 
 
-def _tell(line: str) -> None:
-    """Prints on stderr. If the reader is gone, as after `2>&1 | head`, the line is lost and the work goes on."""
-    with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+def _print(text: str, stream: TextIO) -> None:
+    with _work_goes_on(stream):
+        print(text, file=stream, flush=True)
+
+
+@contextmanager
+def _work_goes_on(stream: TextIO) -> Iterator[None]:
+    """What the body cannot print is lost. Neither a reader that is gone, as after `| head`, nor a full disk ends work.
+
+    What a full disk did not take of stdout stays in its buffer, and `run_command` says so at the end.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        _print_to_nobody(stream)
+    except OSError:
+        pass
+
+
+def _print_to_nobody(stream: TextIO) -> None:
+    """Lets a stream whose reader is gone lead nowhere, so that the interpreter can flush it when it exits."""
+    with suppress(OSError):  # a stream without a descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], num_names: int = 1) -> None:
@@ -107,7 +136,8 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
             )
         for row in cells:
             table.add_row(*(escape(row[number]) for number in [*range(num_names), *group]))
-        Console(width=width).print(table)
+        with _work_goes_on(sys.stdout):
+            _Screen(width=width).print(table)
 
 
 def _table_width() -> int:
@@ -165,10 +195,14 @@ def track_silently(items: Iterable[Item], total: int, what: str) -> Iterator[Ite
 
 
 def say_plainly(message: str) -> None:
-    """Prints a line of progress; on a terminal it goes above the bar."""
-    if is_main():
-        with suppress(OSError):  # see _tell
+    """Prints a line of progress on stderr; on a terminal it goes above the bar."""
+    if not is_main():
+        return
+    if sys.stderr.isatty():
+        with _work_goes_on(sys.stderr):
             _STDERR.print(visible(message), markup=False)
+    else:
+        _print(visible(message), sys.stderr)
 
 
 def progress_bar() -> Progress:
@@ -189,7 +223,7 @@ def _track_plainly(items: Iterable[Item], total: int, what: str) -> Iterator[Ite
         now = time.monotonic()
         if now - last >= _PLAIN_LINE_EVERY_S:
             last = now
-            _tell(f"{visible(what)}: {count}/{total}, {count / (now - start):.1f}/s")
+            _print(f"{visible(what)}: {count}/{total}, {count / (now - start):.1f}/s", sys.stderr)
 
 
 def run_command(command: Callable[[], int]) -> None:
@@ -211,8 +245,6 @@ def run_command(command: Callable[[], int]) -> None:
     except RunError as error:
         warn(f"rank {rank()}: {_one_line(error)}" if world_size() > 1 else _one_line(error))
         code, hangs = 1, isinstance(error, SilentLoaderError)
-    except BrokenPipeError:
-        code = _after_lost_reader()
     except OSError as error:
         if error.errno is None:  # not from the operating system: a fault of ours, which needs its traceback
             raise
@@ -223,19 +255,26 @@ def run_command(command: Callable[[], int]) -> None:
         code = 130
     try:
         sys.stdout.flush()
-    except OSError:
-        code = code or _after_lost_reader()
+    except BrokenPipeError:
+        _print_to_nobody(sys.stdout)
+    except OSError as error:
+        warn(f"not all of the output was written: {explain_system_error(error)}")
+        _print_to_nobody(sys.stdout)
+        code = code or 1
+    with _work_goes_on(sys.stderr):
+        sys.stderr.flush()
     if code == 1 and (world_size() > 1 or hangs):
         # A normal exit would wait for lost processes, for minutes if the network is down, and for ever if the disk is.
         os._exit(code)
     sys.exit(code)
 
 
-_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EPIPE}
 _LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of the process or the machine, whatever the file
 _REMEDIES = {
     errno.ENOSPC: "make room there and start again",
     errno.EDQUOT: "make room within your quota and start again",
+    errno.EPIPE: "a process that this one talked to has ended; start again",
     errno.EIO: "the disk may be failing: copy what is there to another one",
     errno.EACCES: "check its permissions, or name another place",
     errno.EPERM: "check its permissions, or name another place",
@@ -265,12 +304,6 @@ def explain_system_error(error: OSError) -> str:
     remedy = _REMEDIES.get(error.errno or 0, "check the path and its file system")
     place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
     return f"{place}{(error.strerror or str(error)).lower()}; {remedy}"
-
-
-def _after_lost_reader() -> int:
-    """The exit code after stdout's reader is gone, as in `| head`. Keeps Python from printing an error at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
 
 
 def _one_line(error: Exception) -> str:
