@@ -15,8 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from slotscops.core.address import hide_secrets
-from slotscops.core.errors import ClaimError, RunError, SilentLoaderError, UserError
+from slotscops.core.errors import ClaimError, RunError, SilentLoaderError, UserError, visible
 
 _PLAIN_LINE_EVERY_S = 10.0
 _LEAST_NAME = 12  # columns of a terminal for the names of a table that is spread over several
@@ -53,16 +52,6 @@ def is_main() -> bool:
 def is_first_on_node() -> bool:
     """Whether this process is the one of its machine that does what is done once a machine."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
-
-
-def visible(text: object) -> str:
-    """The text as one line that is safe to print: newlines, escape sequences and other controls are spelled out.
-
-    Names of files, archive members and settings, and the messages of servers, come from other people. A newline in
-    one of them could otherwise forge a line of our output. Passwords and values of queries in URLs are hidden.
-    """
-    shown = hide_secrets(str(text)).encode("utf-8", "backslashreplace").decode()  # a file name need not be UTF-8
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def say(message: str) -> None:
@@ -317,7 +306,7 @@ def _one_line(error: Exception) -> str:
         if isinstance(cause, OSError) and cause.errno in _LIMITS:
             return explain_system_error(cause)
         cause = cause.__cause__ or cause.__context__
-    message = str(error).strip() or type(error).__name__
+    message = (str(error.args[0]) if error.args else "").strip() or type(error).__name__
     if not message.startswith("Caught "):
         return message
     _traceback, name, own = message.rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")

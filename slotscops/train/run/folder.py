@@ -294,7 +294,7 @@ def check_same_run(saved: State, config: Config, dataset: ShardDataset, cache: F
     for name, (before, now) in digests.items():
         if before != now:
             raise UserError(
-                f"{path}: was trained on other {name} ({console.visible(before[:12])}, now {now[:12]}); "
+                f"{path}: was trained on other {name} ({before[:12]}, now {now[:12]}); "
                 f"point data.shards to the {name} it began with or start a new run with run_dir=DIR"
             )
 
