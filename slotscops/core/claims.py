@@ -71,7 +71,7 @@ def _lease(path: Path) -> Iterator[bool]:
 
     def show_life() -> None:
         while not stop.wait(_BEAT_S):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # given back, or on a disk that cannot be written any more
                 path.touch()
 
     beating = threading.Thread(target=show_life, daemon=True)

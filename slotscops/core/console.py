@@ -3,12 +3,11 @@
 import errno
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from typing import Never, TextIO, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -16,15 +15,23 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from slotscops.core.address import hide_secrets
-from slotscops.core.errors import ClaimError, RunError, SilentLoaderError, UserError
+from slotscops.core.errors import ClaimError, RunError, SilentLoaderError, UserError, visible
 
 _PLAIN_LINE_EVERY_S = 10.0
 _LEAST_NAME = 12  # columns of a terminal for the names of a table that is spread over several
 _UNLIMITED = 100_000
 _MOST_OPEN_FILES = 16_384
+
+
+class _Screen(Console):
+    """A rich console that does not end the program where its reader is gone."""
+
+    def on_broken_pipe(self) -> Never:
+        raise BrokenPipeError
+
+
 # One object for bars and lines, so that a line goes above a running bar instead of through it.
-_STDERR = Console(stderr=True, highlight=False, soft_wrap=True)
+_STDERR = _Screen(stderr=True, highlight=False, soft_wrap=True)
 Item = TypeVar("Item")
 
 
@@ -47,37 +54,48 @@ def is_first_on_node() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
-def visible(text: object) -> str:
-    """The text as one line that is safe to print: newlines, escape sequences and other controls are spelled out.
-
-    Names of files, archive members and settings, and the messages of servers, come from other people. A newline in
-    one of them could otherwise forge a line of our output. Passwords and values of queries in URLs are hidden.
-    """
-    shown = hide_secrets(str(text)).encode("utf-8", "backslashreplace").decode()  # a file name need not be UTF-8
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-
-
 def say(message: str) -> None:
-    """Prints a line on stdout without interpreting markup."""
+    """Prints a line on stdout."""
     if is_main():
-        Console(highlight=False, soft_wrap=True).print(visible(message), markup=False)
+        _print(visible(message), sys.stdout)
 
 
 def print_text(text: str) -> None:
     """Prints our own text of several lines on stdout as it is, such as settings in YAML or a JSON schema."""
     if is_main():
-        print(text)
+        _print(text, sys.stdout)
 
 
 def warn(message: str) -> None:
     """Prints a line on stderr, from any process."""
-    _tell(f"slotscops: {visible(message)}")
+    _print(f"slotscops: {visible(message)}", sys.stderr)
 
 
-def _tell(line: str) -> None:
-    """Prints on stderr. If the reader is gone, as after `2>&1 | head`, the line is lost and the work goes on."""
-    with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+def _print(text: str, stream: TextIO) -> None:
+    with _work_goes_on(stream):
+        print(text, file=stream, flush=True)
+
+
+@contextmanager
+def _work_goes_on(stream: TextIO) -> Iterator[None]:
+    """What the body cannot print is lost. Neither a reader that is gone, as after `| head`, nor a full disk ends work.
+
+    What a full disk did not take of stdout stays in its buffer, and `run_command` says so at the end.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        _print_to_nobody(stream)
+    except OSError:
+        pass
+
+
+def _print_to_nobody(stream: TextIO) -> None:
+    """Lets a stream whose reader is gone lead nowhere, so that the interpreter can flush it when it exits."""
+    with suppress(OSError):  # a stream without a descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], num_names: int = 1) -> None:
@@ -107,7 +125,8 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
             )
         for row in cells:
             table.add_row(*(escape(row[number]) for number in [*range(num_names), *group]))
-        Console(width=width).print(table)
+        with _work_goes_on(sys.stdout):
+            _Screen(width=width).print(table)
 
 
 def _table_width() -> int:
@@ -165,10 +184,14 @@ def track_silently(items: Iterable[Item], total: int, what: str) -> Iterator[Ite
 
 
 def say_plainly(message: str) -> None:
-    """Prints a line of progress; on a terminal it goes above the bar."""
-    if is_main():
-        with suppress(OSError):  # see _tell
+    """Prints a line of progress on stderr; on a terminal it goes above the bar."""
+    if not is_main():
+        return
+    if sys.stderr.isatty():
+        with _work_goes_on(sys.stderr):
             _STDERR.print(visible(message), markup=False)
+    else:
+        _print(visible(message), sys.stderr)
 
 
 def progress_bar() -> Progress:
@@ -189,7 +212,7 @@ def _track_plainly(items: Iterable[Item], total: int, what: str) -> Iterator[Ite
         now = time.monotonic()
         if now - last >= _PLAIN_LINE_EVERY_S:
             last = now
-            _tell(f"{visible(what)}: {count}/{total}, {count / (now - start):.1f}/s")
+            _print(f"{visible(what)}: {count}/{total}, {count / (now - start):.1f}/s", sys.stderr)
 
 
 def run_command(command: Callable[[], int]) -> None:
@@ -211,8 +234,6 @@ def run_command(command: Callable[[], int]) -> None:
     except RunError as error:
         warn(f"rank {rank()}: {_one_line(error)}" if world_size() > 1 else _one_line(error))
         code, hangs = 1, isinstance(error, SilentLoaderError)
-    except BrokenPipeError:
-        code = _after_lost_reader()
     except OSError as error:
         if error.errno is None:  # not from the operating system: a fault of ours, which needs its traceback
             raise
@@ -223,19 +244,26 @@ def run_command(command: Callable[[], int]) -> None:
         code = 130
     try:
         sys.stdout.flush()
-    except OSError:
-        code = code or _after_lost_reader()
+    except BrokenPipeError:
+        _print_to_nobody(sys.stdout)
+    except OSError as error:
+        warn(f"not all of the output was written: {explain_system_error(error)}")
+        _print_to_nobody(sys.stdout)
+        code = code or 1
+    with _work_goes_on(sys.stderr):
+        sys.stderr.flush()
     if code == 1 and (world_size() > 1 or hangs):
         # A normal exit would wait for lost processes, for minutes if the network is down, and for ever if the disk is.
         os._exit(code)
     sys.exit(code)
 
 
-_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EPIPE}
 _LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of the process or the machine, whatever the file
 _REMEDIES = {
     errno.ENOSPC: "make room there and start again",
     errno.EDQUOT: "make room within your quota and start again",
+    errno.EPIPE: "a process that this one talked to has ended; start again",
     errno.EIO: "the disk may be failing: copy what is there to another one",
     errno.EACCES: "check its permissions, or name another place",
     errno.EPERM: "check its permissions, or name another place",
@@ -267,12 +295,6 @@ def explain_system_error(error: OSError) -> str:
     return f"{place}{(error.strerror or str(error)).lower()}; {remedy}"
 
 
-def _after_lost_reader() -> int:
-    """The exit code after stdout's reader is gone, as in `| head`. Keeps Python from printing an error at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
-
-
 def _one_line(error: Exception) -> str:
     """The error's message. PyTorch reports a loader worker's error as a whole traceback; we take its last line.
 
@@ -284,7 +306,7 @@ def _one_line(error: Exception) -> str:
         if isinstance(cause, OSError) and cause.errno in _LIMITS:
             return explain_system_error(cause)
         cause = cause.__cause__ or cause.__context__
-    message = str(error).strip() or type(error).__name__
+    message = (str(error.args[0]) if error.args else "").strip() or type(error).__name__
     if not message.startswith("Caught "):
         return message
     _traceback, name, own = message.rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")

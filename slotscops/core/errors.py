@@ -6,7 +6,24 @@ from collections.abc import Iterable
 from slotscops.core.address import hide_secrets
 
 
-class UserError(ValueError):
+def visible(text: object) -> str:
+    """The text as one line that is safe to print: newlines, escape sequences and other controls are spelled out.
+
+    Names of files, archive members and settings, and the messages of servers, come from other people. A newline in
+    one of them could otherwise forge a line of our output. Passwords and values of queries in URLs are hidden.
+    """
+    shown = hide_secrets(str(text)).encode("utf-8", "backslashreplace").decode()  # a file name need not be UTF-8
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+class _OneLine(Exception):
+    """Its text is safe to print, whatever names and values of other people's files the message quotes."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
+
+
+class UserError(_OneLine, ValueError):
     """A mistake that the user can fix. The one-line message: what came, what was needed, what to do. Exit code 2."""
 
 
@@ -14,7 +31,7 @@ class ClaimError(UserError):
     """A folder belongs to other work. Processes find this out at different times, so each of them prints it."""
 
 
-class RunError(RuntimeError):
+class RunError(_OneLine, RuntimeError):
     """A run that started well and cannot go on, such as a loss that is not finite. Exit code 1."""
 
 

@@ -40,7 +40,11 @@ def replace_when_complete(
     """
     # The name is cut so that the temporary name stays legal: 40 characters are at most 160 bytes of UTF-8.
     prefix = f".{path.name[:40]}.{writer_name()}."
-    handle, name = tempfile.mkstemp(prefix=prefix, suffix=".partial", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=".partial", dir=path.parent)
+    except OSError as error:
+        error.filename = str(path)  # the user knows nothing of temporary names
+        raise
     partial = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -57,6 +61,25 @@ def replace_when_complete(
         raise
     if durable:
         fsync(path.parent)
+
+
+def why_not_writable(path: Path) -> str:
+    """What keeps a file from being written there, and what to do, as far as can be seen before; else an empty text.
+
+    For commands that work for long before they write their result.
+    """
+    if not path.parent.is_dir():
+        return "no such folder; make it first"
+    try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            return "is a folder; give the name of a file"
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # such as a name that is too long
+        return f"{(error.strerror or str(error)).lower()}; give another name"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return "its folder cannot be written; check its permissions, or name another place"
+    return ""
 
 
 def write_once(path: Path, content: bytes) -> bool:

@@ -5,6 +5,7 @@ Shapes: H x W pixels.
 
 import functools
 import importlib
+import logging
 import os
 import stat
 import unicodedata
@@ -45,6 +46,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # by Exif's orientation, as Pillow's exif_transpose
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints what Pillow logs of a damaged photo
 _STRIP_PIXELS = 4_000_000  # pixels converted at a time, so that a large photo takes little memory beside itself
 
 

@@ -23,7 +23,7 @@ from slotscops.core.photos import NO_PHOTO, PHOTO_SUFFIXES, read_image, real_pat
 from slotscops.core.pixels import Box, box_of, crop_labels, crop_photo, square_crop, whole_square
 from slotscops.core.records import Record
 from slotscops.datasets.label_maps import NAMES_FILE, LabelMap, LabelMapError, read_label_map, read_part_names
-from slotscops.datasets.sources import SPLITS, WHOLE_FOLDER, Candidate, ImageScan, LeftOut
+from slotscops.datasets.sources import SPLITS, WHOLE_FOLDER, Candidate, ImageScan, LeftOut, count_kinds
 
 _SPLIT_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _TEST_FOLDERS = {"test", "testing"}  # they are the val split if there is a train folder and no val folder
@@ -71,7 +71,11 @@ class PhotoFolder:
         _ = self._part_names_of_file  # a fault in it is found before any photo is read
         images, passed_over = self.walk()
         if not images:
-            why = f"; passed over {len(passed_over)}, such as {passed_over[0].reason}" if passed_over else ""
+            why = ""
+            if passed_over:
+                why = (
+                    f"; passed over {count_kinds(passed_over)}, such as {passed_over[0].image}: {passed_over[0].reason}"
+                )
             raise UserError(f"{self.root}: holds no photo ({', '.join(sorted(PHOTO_SUFFIXES))}){why}")
         return [*images, WHOLE_FOLDER]
 

@@ -1,6 +1,7 @@
 """What every source of objects has in common: it lists its images, sorts their objects, and crops the kept ones."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -35,6 +36,11 @@ class LeftOut:
     kind: str  # the general reason, by which items are counted
     reason: str  # the exact reason
     damaged: bool  # whether a file is at fault; otherwise a setting left the item out
+
+
+def count_kinds(left_out: Iterable[LeftOut]) -> str:
+    """How many items were left out for which general reason, the most frequent first: '9 x box too small, 3 x ...'."""
+    return ", ".join(f"{count} x {kind}" for kind, count in Counter(item.kind for item in left_out).most_common())
 
 
 class ImageScan(NamedTuple):

@@ -1,7 +1,6 @@
 """The options of `python -m slotscops.evaluate`."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -9,6 +8,7 @@ from typing import get_args
 from slotscops.config import BaselineTransform, Refinement
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError, suggest
+from slotscops.core.files import why_not_writable
 from slotscops.evaluate import baselines
 from slotscops.shard.remote import shards_argument
 
@@ -34,23 +34,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         return options
     if not (options.checkpoint or options.baseline):
         raise UserError("nothing to score; give --checkpoint RUN, --baseline NAME or both")
-    if options.json is not None:
-        _check_writable(options.json)
+    if options.json is not None and (refusal := why_not_writable(options.json)):  # the scoring may take hours
+        raise UserError(f"--json {options.json}: {refusal}")
     if not (options.checkpoint or options.shards):
         raise UserError("a baseline alone needs data; give --shards SHARDS")
     if options.clusters is not None and not 2 <= options.clusters <= 255:
         raise UserError(f"--clusters is {options.clusters}, needed 2 to 255: a background and at least one part")
     return options
-
-
-def _check_writable(path: Path) -> None:
-    """Refuses a file that could not be written after the scoring, which may take hours."""
-    if not path.parent.is_dir():
-        raise UserError(f"--json {path}: no such folder; make it first")
-    if path.is_dir():
-        raise UserError(f"--json {path}: is a folder; give the name of a file")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--json {path}: its folder cannot be written; check its permissions, or name another place")
 
 
 def _parser() -> argparse.ArgumentParser:

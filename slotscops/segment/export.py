@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from slotscops.core import console
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import RunError, UserError, first_line
-from slotscops.core.files import write_bytes
+from slotscops.core.files import why_not_writable, write_bytes
 from slotscops.core.photos import find_photos, read_photo
 from slotscops.features.teacher import compute_features
 from slotscops.model.maps import interpolation_matrix
@@ -225,8 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.out.suffix not in (".onnx", ".pt2"):
         raise UserError(f"--out {options.out}: give a name that ends in .onnx or .pt2")
-    if not options.out.parent.is_dir():
-        raise UserError(f"--out {options.out}: no such folder; make it first")
+    if refusal := why_not_writable(options.out):
+        raise UserError(f"--out {options.out}: {refusal}")
     model = load(options.checkpoint, options.teacher_weights)
     crops, what = _crops_for_check(model, options.photos)
     difference, relabelled = export(model, options.out, crops)

@@ -283,7 +283,7 @@ def read_dataset(shards: Path) -> ShardDataset:
         content = json.loads(path.read_text())
         dataset = _from_json(shards, content)
         digest = content["digest"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({first_line(error)}); {_REBUILD}") from None
     if dataset.digest != digest:
         raise UserError(f"{path}: its content does not fit its own digest; {_REBUILD}")

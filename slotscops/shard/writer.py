@@ -26,7 +26,7 @@ from slotscops.core.errors import ClaimError, UserError
 from slotscops.core.files import remove_abandoned, sha256_of_file, sha256_of_json, write_bytes, write_json
 from slotscops.core.pool import WorkerPool
 from slotscops.core.records import MEMBERS, to_members
-from slotscops.datasets.sources import SPLITS, Candidate, LeftOut, Source
+from slotscops.datasets.sources import SPLITS, Candidate, LeftOut, Source, count_kinds
 from slotscops.shard.index import (
     ShardDataset,
     ShardEntry,
@@ -192,10 +192,11 @@ def _left_out_path(out: Path) -> Path:
 
 
 def _nothing_left(source: Source, left_out: list[LeftOut]) -> str:
-    worst = sorted(left_out, key=lambda item: not item.damaged)[:1]
-    reason = "; ".join(f"{item.image}: {item.reason}" for item in worst) or "no object of these classes in any split"
-    more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
-    return f"{source.root}: no object is left to write: {reason}{more}"
+    """Says how many files and objects were left out for which reason, the most frequent first, and names one."""
+    if not left_out:
+        return f"{source.root}: no object is left to write: no object of these classes in any split"
+    first = next((item for item in left_out if item.damaged), left_out[0])
+    return f"{source.root}: no object is left to write: {count_kinds(left_out)}; such as {first.image}: {first.reason}"
 
 
 # ---- first phase: which objects ----------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ def _finish(
         for name, _ in _shards(candidates, settings):
             (out / f"{name}.tar").unlink(missing_ok=True)
         _withdraw(out)
-        raise UserError(f"{out}: no object is left to write: {left_out[-1].image}: {left_out[-1].reason}")
+        raise UserError(_nothing_left(source, left_out))
     write_json(_left_out_path(out), [asdict(item) for item in left_out])
     write_dataset(
         ShardDataset(

@@ -39,6 +39,11 @@ def test_what_comes_from_outside_stays_in_its_line_and_commands_no_terminal(
     assert line.endswith(r"a\nslotscops: all is well \x1b[2J\r\u202e[bold]x[/bold]\udce9")
 
 
+@pytest.mark.parametrize("kind", [UserError, RunError])
+def test_the_text_of_an_error_is_one_line_also_where_no_command_prints_it(kind: type[Exception]) -> None:
+    assert str(kind(HOSTILE)) == r"a\nslotscops: all is well \x1b[2J\r\u202e[bold]x[/bold]\udce9"
+
+
 def test_a_cell_of_a_table_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     console.show_table("[red]title", ("name", "n"), [("[bold]x\x1b[2J", 1)])
     shown = capsys.readouterr().out

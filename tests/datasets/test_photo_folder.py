@@ -397,6 +397,22 @@ def test_label_maps_that_are_not_used_are_counted_by_reason(tmp_path: Path, num_
     assert "only photo.1.tif" in reason
 
 
+def test_where_no_photo_is_left_one_line_counts_the_reasons(tmp_path: Path) -> None:
+    images, parts = tmp_path / "photos", tmp_path / "parts"
+    for number in range(3):
+        draw(images, number, parts)
+        Image.new("L", (60, 40)).save(parts / f"photo.{number}.png")
+    (images / "broken.jpg").write_bytes(b"x")
+    with pytest.raises(UserError) as caught:
+        write(images, tmp_path / "out", "--parts", str(parts))
+    assert "to write: 3 x no parts annotated, 1 x damaged file; such as broken.jpg: " in str(caught.value)
+    (tmp_path / "others").mkdir()
+    for name in ("a.txt", "b.txt", "Thumbs.db"):
+        (tmp_path / "others" / name).touch()
+    with pytest.raises(UserError, match=r"passed over 2 x no photo by its ending, 1 x .*, such as "):
+        write(tmp_path / "others", tmp_path / "out")
+
+
 def test_label_maps_among_the_photos_are_refused(tmp_path: Path) -> None:
     draw(tmp_path, 0, tmp_path)
     with pytest.raises(UserError, match="put the label maps into a folder of their own"):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -61,6 +62,30 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
     with started(command, **environment) as running:
         code = running.wait()
         return subprocess.CompletedProcess(command, code, running.said(running.out), running.said(running.err))
+
+
+def run_without_reader(command: list[str], folder: Path) -> int:
+    """Exit status of a command whose output and messages are read up to the end of the first line, as by `head -1`.
+
+    Args:
+        folder: for the named pipe that the command writes to.
+    """
+    pipe = folder / "pipe"
+    os.mkfifo(pipe)
+
+    def read_one_line() -> None:
+        with pipe.open("rb", buffering=0) as file:
+            file.readline()
+
+    reader = threading.Thread(target=read_one_line, daemon=True)
+    reader.start()
+    if forks.can_fork(command, _clean_environment()):
+        return forks.run_forked(command, ROOT, pipe, pipe, TIMEOUT_S)
+    with pipe.open("wb") as out:
+        done = subprocess.run(
+            command, cwd=ROOT, env=_clean_environment(), stdout=out, stderr=out, timeout=TIMEOUT_S, check=False
+        )
+    return done.returncode
 
 
 @contextmanager

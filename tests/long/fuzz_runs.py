@@ -24,6 +24,7 @@ from slotscops.core.files import sha256_of_file
 from slotscops.core.photos import read_photo, to_array
 from slotscops.datasets.label_maps import read_label_map, read_part_names
 from slotscops.features.cache import open_cache
+from slotscops.loader.plan import ORDER
 from slotscops.loader.split import Split
 from slotscops.model.saved_names import saved_parameter_names
 from slotscops.shard import remote
@@ -74,7 +75,9 @@ class Strangers:
         (self.run / "config.yaml").write_text(to_yaml(self.config))
         rows = [{"step": step, "loss": 0.5, "val_nmi": 0.1, "slot_share_0": 1.0, "lr_head": 1e-4} for step in (1, 2, 3)]
         (self.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        state = checkpoint.State(1, 8, to_mapping(self.config), corpus.dataset.digest, corpus.cache.digest)
+        state = checkpoint.State(
+            1, 8, to_mapping(self.config), corpus.dataset.digest, corpus.cache.digest, order=ORDER
+        )  # fmt: skip
         tensors = {
             "model": self.network.state_dict(),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, saved_parameter_names(self.network)),
@@ -82,6 +85,9 @@ class Strangers:
         }
         path = checkpoint.save_checkpoint(self.run / "checkpoints", tensors, state, keep=1)
         (self.run / "checkpoints" / "best.txt").write_text("step-1\n")
+        saved = checkpoint.load_checkpoint(path)  # undamaged, it is taken
+        check_same_run(saved.state, self.config, corpus.dataset, corpus.cache, path)
+        checkpoint.restore(saved, self.network, None, self.optimizer, 0)
         return path
 
     def _list(self) -> list[str]:
@@ -136,7 +142,7 @@ def with_right_checksums(png: bytes) -> bytes:
 
 
 def strangers(corpus: Corpus) -> Strangers:
-    """Made when the first of these readers is asked for."""
+    """Made once a process, before its first input."""
     if not hasattr(corpus, "strangers"):
         vars(corpus)["strangers"] = Strangers(corpus, corpus.shards.parent)
     made: Strangers = vars(corpus)["strangers"]

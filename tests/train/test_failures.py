@@ -1,5 +1,6 @@
 """Failures during a run: it ends in time, says which rank failed and why, and leaves a whole checkpoint."""
 
+import json
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from commands import (
     orphans,
     process_ids,
     rank_id,
+    run_without_reader,
     sabotaged,
     started,
     training,
@@ -133,3 +135,10 @@ def test_a_loader_that_falls_silent_ends_the_run_with_its_last_step_saved(toy_sh
         said = end_of(running, run_dir, within_s=60)
     assert "slotscops: after step 5: no loader worker has answered for 0.15 minutes" in said.splitlines()[-1]
     assert [path.name for path in (run_dir / "checkpoints").glob("step-*")] == ["step-5"]
+
+
+def test_training_comes_to_its_end_when_nobody_reads_its_output_any_more(toy_shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert run_without_reader(training(PYTHON, toy_shards, run_dir), tmp_path) == 0
+    assert resolve_checkpoint(run_dir).name == "step-6"
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"

@@ -270,7 +270,9 @@ def _read_manifest(path: Path) -> dict[str, tuple[str, int]]:
         return {name: (manifest[name]["sha256"], manifest[name]["bytes"]) for name in sorted(names)}
     except FileNotFoundError:
         raise UserError(f"{path}: is no checkpoint (no manifest.json); give a folder step-N of a run") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except OSError as error:
+        raise UserError(f"{path}/manifest.json: cannot be read ({error.strerror}); {_USE_ANOTHER}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}/manifest.json: is damaged; {_USE_ANOTHER}") from None
 
 

@@ -103,7 +103,7 @@ def _is_number(value: Any) -> bool:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):  # not written yet
+    except (FileNotFoundError, ValueError):  # not written yet, or damaged
         return None
 
 
