@@ -37,7 +37,7 @@ _LABEL_FOLDER = "parts"  # of the label maps in a folder of labelled photos, unl
 class Overlaps:
     """How many pixels of the labelled photos lie in which slot and in which true part."""
 
-    part_names: list[str]  # T names
+    part_names: list[str]  # T names, of the parts that have a pixel
     table: NDArray[np.int64]  # (S, T + 1) pixel counts; column 0 counts pixels of no part
 
     def match(self) -> list[str | None]:
@@ -83,7 +83,8 @@ def count_overlaps(
         class_name: class of a folder of photos, if each class has parts of its own.
 
     Returns:
-        The overlaps by class, or under `SHARED` if all classes share their parts; and the number of crops.
+        The overlaps of the classes that occur, or under `SHARED` if all classes share their parts; and the number of
+        crops.
 
     Raises:
         UserError: if there are no labelled photos, a label or a class is unknown, or the crops have another size.
@@ -93,11 +94,12 @@ def count_overlaps(
         part_names, crops = _open_shards(model, labelled)
     else:
         part_names, crops = _open_photos(model, labelled, label_folder, class_name)
-    overlaps = _empty_tables(model, part_names, labelled)
+    counts = _Counts(model, part_names, labelled)
     num_crops = 0
     for batch in crops:
-        _add(model, batch, part_names, overlaps, labelled)
+        counts.add(batch)
         num_crops += len(batch.class_names)
+    overlaps = counts.overlaps()
     if not sum(one.num_labelled for one in overlaps.values()):
         raise UserError(f"{labelled}: no pixel of its photos has a label of a part, which names are taken from")
     return overlaps, num_crops
@@ -129,44 +131,69 @@ def name_parts(
 # ---- counting ----------------------------------------------------------------------------------------------------
 
 
-def _empty_tables(model: Segmenter, part_names: dict[str, list[str]], labelled: Path) -> dict[str, Overlaps]:
-    """A table for each class of the data, or one table if the model's classes share their parts."""
-    num_slots = model.network.num_slots
-    if not model.class_names:
+class _Counts:
+    """Counts pixels by slot and true part, in a table for each class or in one table if classes share their parts."""
+
+    def __init__(self, model: Segmenter, part_names: dict[str, list[str]], labelled: Path) -> None:
+        """
+        Args:
+            part_names: of each class of the data, in the order of their labels from 1.
+            labelled: what errors name.
+        """
+        self._model, self._labelled = model, labelled
         every = list(dict.fromkeys(name for names in part_names.values() for name in names))
-        return {SHARED: Overlaps(every, np.zeros((num_slots, len(every) + 1), np.int64))}
-    unknown = [name for name in part_names if name not in model.class_names]
-    if unknown:
-        known = ", ".join(model.class_names)
-        raise UserError(f"{labelled}: holds {', '.join(unknown)}, but the model has parts for {known}; label these")
-    return {key: Overlaps(names, np.zeros((num_slots, len(names) + 1), np.int64)) for key, names in part_names.items()}
+        self._names = part_names if model.class_names else {SHARED: every}
+        self._columns = {
+            class_name: np.array([0, *(1 + self._names_of(class_name).index(name) for name in names)])
+            for class_name, names in part_names.items()
+        }  # by label
+        self._tables: dict[str, NDArray[np.int64]] = {}
 
+    def _names_of(self, class_name: str) -> list[str]:
+        return self._names[class_name if self._model.class_names else SHARED]
 
-@torch.inference_mode()
-def _add(
-    model: Segmenter, batch: _Labelled, part_names: dict[str, list[str]], overlaps: dict[str, Overlaps], labelled: Path
-) -> None:
-    """Adds the pixels of a batch to the tables."""
-    class_ids = None
-    if model.class_names:
-        class_ids = torch.tensor([model.class_names.index(name) for name in batch.class_names])
-    images = batch.images.to(model.device)
-    maps = model.network.segment_maps(model.forward(images, class_ids), images)  # (B, S, size, size)
-    if not maps.isfinite().all():
-        raise RunError(f"{model.trained.path}: its part maps are not finite, so its parts cannot be named")
-    found = maps.argmax(dim=1).cpu().numpy()
-    for slots, labels, class_name in zip(found, batch.labels, batch.class_names, strict=True):
-        one = overlaps[class_name if model.class_names else SHARED]
-        columns = np.array([0, *(1 + one.part_names.index(name) for name in part_names[class_name])])
-        is_known = labels != IGNORED
-        if labels[is_known].max(initial=0) >= len(columns):
+    @torch.inference_mode()
+    def add(self, batch: _Labelled) -> None:
+        """Adds the pixels of a few crops."""
+        model, class_ids = self._model, None
+        if model.class_names:
+            class_ids = torch.tensor([self._class_id(name) for name in batch.class_names])
+        images = batch.images.to(model.device)
+        maps = model.network.segment_maps(model.forward(images, class_ids), images)  # (B, S, size, size)
+        if not maps.isfinite().all():
+            raise RunError(f"{model.trained.path}: its part maps are not finite, so its parts cannot be named")
+        found = maps.argmax(dim=1).cpu().numpy()
+        for slots, labels, class_name in zip(found, batch.labels, batch.class_names, strict=True):
+            self._add_crop(slots, labels, class_name)
+
+    def _class_id(self, class_name: str) -> int:
+        if class_name not in self._model.class_names:
+            known = ", ".join(self._model.class_names)
+            raise UserError(f"{self._labelled}: shows {class_name}, but the model has parts for {known}; label these")
+        return self._model.class_names.index(class_name)
+
+    def _add_crop(self, slots: NDArray[np.int64], labels: NDArray[np.uint8], class_name: str) -> None:
+        columns, is_known = self._columns[class_name], labels != IGNORED
+        highest = labels[is_known].max(initial=0)
+        if highest >= len(columns):
             raise UserError(
-                f"{labelled}: holds label {labels[is_known].max()}, but {len(columns) - 1} parts have names; name all "
-                f"in {NAMES_FILE}"
+                f"{self._labelled}: holds label {highest}, but {len(columns) - 1} parts have names; name all in "
+                f"{NAMES_FILE}"
             )
-        width = one.table.shape[1]
-        cells = slots[is_known] * width + columns[labels[is_known]]
-        one.table[:] += np.bincount(cells, minlength=one.table.size).reshape(-1, width)
+        key = class_name if self._model.class_names else SHARED
+        shape = (self._model.network.num_slots, 1 + len(self._names[key]))
+        table = self._tables.setdefault(key, np.zeros(shape, np.int64))
+        cells = slots[is_known] * shape[1] + columns[labels[is_known]]
+        table += np.bincount(cells, minlength=table.size).reshape(shape)
+
+    def overlaps(self) -> dict[str, Overlaps]:
+        """The tables by class, without the parts that have no pixel."""
+        return {key: self._without_unseen(self._names[key], table) for key, table in self._tables.items()}
+
+    @staticmethod
+    def _without_unseen(names: list[str], table: NDArray[np.int64]) -> Overlaps:
+        seen = 1 + np.flatnonzero(table[:, 1:].any(axis=0))
+        return Overlaps([names[column - 1] for column in seen], table[:, [0, *seen]])
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
