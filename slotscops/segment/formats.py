@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from slotscops.core.errors import UserError, suggest
+from slotscops.segment.names import SHARED
 from slotscops.segment.segmenter import FoundParts
 
 FORMATS = ("coco", "coco-polygons", "labelme")
@@ -43,7 +44,8 @@ class About:
 
     def labels_of(self, class_name: str) -> list[str]:
         """Names of slots 1 to K for a class or `SHARED`. A part of a class is called `CLASS PART`."""
-        return [f"{class_name} {part}".lstrip() for part in self.part_names[class_name]]
+        names = self.part_names[class_name]
+        return names if class_name == SHARED else [f"{class_name} {part}" for part in names]
 
 
 class ResultFile(Protocol):

@@ -53,12 +53,6 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(varied_run: Path, tmp_path: Path) -> Path:
-    """A copy of the run, beside whose weights names may be kept."""
-    return Path(shutil.copytree(varied_run, tmp_path / "run"))
-
-
 def best_agreement(one: Overlaps) -> int:
     """Most labelled pixels that any assignment of names to slots makes agree, by trying all of them."""
     overlap = one.table[1:, 1:]
@@ -68,9 +62,9 @@ def best_agreement(one: Overlaps) -> int:
 
 
 def test_three_labelled_photos_give_the_best_of_all_assignments_of_names(
-    run: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
+    varied_run: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = slotscops.load(run)
+    model = slotscops.load(varied_run)
     overlaps, num_photos = count_overlaps(model, labelled)
     one = overlaps[""]
     assert set(one.part_names) >= {"head", "neck", "torso", "legs"}
@@ -93,8 +87,8 @@ def test_a_slot_that_meets_no_true_part_gets_no_name() -> None:
     assert one.agreeing(one.match()) == 15
 
 
-def test_shards_count_as_evaluation_sees_them(run: Path, toy_shards: Path) -> None:
-    model, dataset = slotscops.load(run), open_dataset(toy_shards)
+def test_shards_count_as_evaluation_sees_them(varied_run: Path, toy_shards: Path) -> None:
+    model, dataset = slotscops.load(varied_run), open_dataset(toy_shards)
     overlaps, num_crops = count_overlaps(model, toy_shards)
     one, expected = overlaps[""], np.zeros_like(overlaps[""].table)
     splits = (Split(dataset, name, None, with_labels=True) for name in dataset.splits)
@@ -114,8 +108,9 @@ def test_shards_count_as_evaluation_sees_them(run: Path, toy_shards: Path) -> No
 
 
 def test_names_stand_in_the_page_and_in_coco_and_are_found_again_and_published(
-    run: Path, labelled: Path, tmp_path: Path
+    varied_run: Path, labelled: Path, tmp_path: Path
 ) -> None:
+    run = shutil.copytree(varied_run, tmp_path / "run")
     photo((40, 30)).save(tmp_path / "horse.jpg")
     common = ["--checkpoint", str(run), "--format", "coco", str(tmp_path / "horse.jpg"), "--out"]
     assert segment.main([*common, str(tmp_path / "first"), "--name-from", str(labelled)]) == 0
@@ -150,8 +145,8 @@ def multi_class(run: Path, class_names: Sequence[str]) -> Segmenter:
     return Segmenter(trained._replace(network=network, config=config, state=state))
 
 
-def test_a_model_of_several_classes_has_names_for_each(run: Path, labelled: Path, toy_shards: Path) -> None:
-    model = multi_class(run, ["cow", "horse", "table"])
+def test_a_model_of_several_classes_has_names_for_each(varied_run: Path, labelled: Path, toy_shards: Path) -> None:
+    model = multi_class(varied_run, ["cow", "horse", "table"])
     with pytest.raises(UserError, match="say with --class what the photos show"):
         name_parts(model, labelled)
     assert set(name_parts(model, labelled, class_name="cow").by_class) == {"cow", "horse", "table"}
@@ -162,11 +157,13 @@ def test_a_model_of_several_classes_has_names_for_each(run: Path, labelled: Path
         assert {name for name in names[class_name] if name} <= set(dataset.part_names[class_name])
         assert any(names[class_name])
     with pytest.raises(UserError, match="shows cow, but the model has parts for horse; label these"):
-        name_parts(multi_class(run, ["horse"]), toy_shards)
+        name_parts(multi_class(varied_run, ["horse"]), toy_shards)
 
 
 @pytest.mark.parametrize("fault", ["no label maps", "two folders", "empty maps", "no folder", "--parts alone"])
-def test_labels_that_cannot_name_parts_are_one_line(run: Path, labelled: Path, tmp_path: Path, fault: str) -> None:
+def test_labels_that_name_no_parts_are_one_line(
+    varied_run: Path, labelled: Path, tmp_path: Path, fault: str
+) -> None:
     folder = Path(shutil.copytree(labelled, tmp_path / "labelled"))
     told = {
         "no label maps": "neither shards nor label maps there; put the label maps and parts.txt into",
@@ -186,7 +183,7 @@ def test_labels_that_cannot_name_parts_are_one_line(run: Path, labelled: Path, t
         shutil.rmtree(folder)
     named = ["--parts", str(folder)] if fault == "--parts alone" else ["--name-from", str(folder)]
     photo((40, 30)).save(tmp_path / "horse.jpg")
-    common = ["--checkpoint", str(run), "--out", str(tmp_path / "out"), str(tmp_path / "horse.jpg")]
+    common = ["--checkpoint", str(varied_run), "--out", str(tmp_path / "out"), str(tmp_path / "horse.jpg")]
     with pytest.raises(UserError, match=told):
         segment.main([*common, *named])
 
@@ -205,6 +202,6 @@ def test_names_from_elsewhere_are_checked(content: str, tmp_path: Path) -> None:
     assert str(caught.value).isprintable()
 
 
-def test_names_that_do_not_fit_a_model_are_refused(run: Path) -> None:
+def test_names_that_do_not_fit_a_model_are_refused(varied_run: Path) -> None:
     with pytest.raises(ValueError, match="it has names for 2 parts, the model has 5"):
-        slotscops.load(run).names = PartNames({"": ["head", "tail"]}, 0.5, 3)
+        slotscops.load(varied_run).names = PartNames({"": ["head", "tail"]}, 0.5, 3)
