@@ -29,7 +29,7 @@ from safetensors.numpy import save
 from slotscops.core import console
 from slotscops.core.address import hide_secrets
 from slotscops.core.command_line import command_parser, program_name
-from slotscops.core.errors import RunError, UserError, first_line
+from slotscops.core.errors import RunError, UserError, first_line, shorten
 from slotscops.core.files import write_bytes
 from slotscops.core.photos import PHOTO_SUFFIXES, PassedOver, find_photos, read_photo, shown_name, unique_names
 from slotscops.core.pictures import label_image, picture_bytes
@@ -41,6 +41,7 @@ from slotscops.segment.naming import name_parts
 from slotscops.segment.segmenter import FoundParts, Segmenter, load
 
 _BATCH_PIXELS = 50_000_000  # pixels of a batch of several photos, so that huge photos fit into memory
+_LONGEST_COMMAND = 2000  # characters; a shell writes out every photo of photos/*.jpg
 _ERRORS_OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
 
 
@@ -246,8 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = Path(options.checkpoint).name
     shown = {options.class_name: part_names[options.class_name]} if options.class_name in part_names else part_names
     gallery = Gallery.begin(options.out, name, joined_names(shown), options.soft)
-    given = hide_secrets(shlex.join(sys.argv[1:] if arguments is None else arguments))
-    about = About(name, f"{program_name('segment')} {given}", part_names, common_folder(photos))
+    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    command = shorten(hide_secrets(f"{program_name('segment')} {given}"), _LONGEST_COMMAND)
+    about = About(name, command, part_names, common_folder(photos))
     with open_formats(formats, options.features, options.out, about) as files:
         skipped = segment_all(
             model, photos, options.out, gallery, options.batch_size, options.soft, options.class_name, files
@@ -259,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     not_taken += skipped
     page = gallery.finish(not_taken)
     console.say(f"{page}: parts of {len(photos) - len(skipped)} photos, {len(not_taken)} passed over")
+    if formats or options.features:
+        console.say(f"names of photos in the files for other programs are relative to {about.folder}")
     return 1 if options.strict and not_taken else 0
 
 

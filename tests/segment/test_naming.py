@@ -81,8 +81,8 @@ def test_three_labelled_photos_give_the_best_of_all_assignments_of_names(
 
 
 def test_a_slot_that_meets_no_true_part_gets_no_name() -> None:
-    table = np.array([[50, 3, 3], [0, 0, 9], [7, 0, 0], [1, 6, 8]])
-    one = Overlaps(["head", "tail"], table)
+    table = np.array([[50, 3, 3, 2], [0, 0, 9, 0], [7, 0, 0, 0], [1, 6, 8, 0]])
+    one = Overlaps(["head", "tail", "wing"], table)
     assert one.match() == ["tail", None, "head"]
     assert one.agreeing(one.match()) == 15
 
@@ -161,9 +161,7 @@ def test_a_model_of_several_classes_has_names_for_each(varied_run: Path, labelle
 
 
 @pytest.mark.parametrize("fault", ["no label maps", "two folders", "empty maps", "no folder", "--parts alone"])
-def test_labels_that_name_no_parts_are_one_line(
-    varied_run: Path, labelled: Path, tmp_path: Path, fault: str
-) -> None:
+def test_labels_that_name_no_parts_are_one_line(varied_run: Path, labelled: Path, tmp_path: Path, fault: str) -> None:
     folder = Path(shutil.copytree(labelled, tmp_path / "labelled"))
     told = {
         "no label maps": "neither shards nor label maps there; put the label maps and parts.txt into",
