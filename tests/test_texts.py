@@ -9,7 +9,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README_BYTES = 8 * 1024
 PICTURE_BYTES = 300 * 1000
-TEXTS = ["README.md", "configs/README.md", "launch/README.md", "shards/README.md", "slotscops/README.md"]
+TEXTS = [
+    "README.md",
+    "configs/README.md",
+    "launch/README.md",
+    "shards/README.md",
+    "slotscops/README.md",
+    "slotscops/segment/README.md",
+]
 
 
 def anchors(text: str) -> set[str]:

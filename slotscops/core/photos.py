@@ -34,6 +34,7 @@ _LITTER = {
 }  # fmt: skip
 _MAX_NAME_BYTES = 255  # of a file's name on common file systems
 _RESULT_ENDINGS = (".parts.png", ".overlay.jpg", ".maps.safetensors")
+_RESULTS = ("gallery", "index.html", "coco.json", "coco_polygons.json", "labelme", "part_features.safetensors")
 _MAX_PIXELS = 100_000_000  # a larger photo is refused before it is decoded
 _MAX_SIDE = 100_000  # its padded square is resized in strips, which takes time by the square's area
 _ORIENTATION = 0x0112  # Exif's entry that says how to turn a photo
@@ -92,8 +93,7 @@ def find_photos(paths: Iterable[Path], out: Path | None = None) -> FoundPhotos:
 
 
 def _is_result(path: Path, out: Path) -> bool:
-    is_page = path in (out / "gallery", out / "index.html")
-    return is_page or (path.parent == out and path.name.endswith(_RESULT_ENDINGS))
+    return path.parent == out and (path.name in _RESULTS or path.name.endswith(_RESULT_ENDINGS))
 
 
 def walk_folder(root: Path, is_ours: Callable[[Path], bool] = lambda path: False) -> FoundPhotos:

@@ -4,34 +4,44 @@
 
 For each photo it writes `NAME.parts.png` (indexed, pixel value = part label, VOC colours), `NAME.overlay.jpg`, and with
 `--soft` also `NAME.maps.safetensors` (`maps`: (S, H, W) float32). `DIR/index.html` shows all of them and opens from
-disk.
+disk. `--format` and `--features` add files for other programs, and `--name-from` names the parts; see README.md beside
+this file.
 
 The exit code is 0 if at least one photo was segmented. It is 1 if no photo could be segmented, or with `--strict` if
 any file was passed over. It is 2 for a mistake in the command. Files that were passed over are listed with the reason,
 on stderr and in the page. Hidden files and files of operating systems are only counted.
 """
 
+import argparse
 import errno
 import io
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from safetensors.numpy import save
 
 from slotscops.core import console
-from slotscops.core.command_line import command_parser
-from slotscops.core.errors import RunError, UserError, first_line
+from slotscops.core.address import hide_secrets
+from slotscops.core.command_line import command_parser, program_name
+from slotscops.core.errors import RunError, UserError, first_line, shorten
 from slotscops.core.files import write_bytes
 from slotscops.core.photos import PHOTO_SUFFIXES, PassedOver, find_photos, read_photo, shown_name, unique_names
 from slotscops.core.pictures import label_image, picture_bytes
 from slotscops.core.pool import usable_cores
+from slotscops.segment.formats import FORMATS, About, ResultFile, common_folder, open_formats, read_formats
 from slotscops.segment.gallery import Entry, Gallery, Skipped, write_pictures
+from slotscops.segment.names import joined_names, shown_names, write_names
+from slotscops.segment.naming import name_parts
 from slotscops.segment.segmenter import FoundParts, Segmenter, load
 
 _BATCH_PIXELS = 50_000_000  # pixels of a batch of several photos, so that huge photos fit into memory
+_LONGEST_COMMAND = 2000  # characters; a shell writes out every photo of photos/*.jpg
 _ERRORS_OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
 
 
@@ -74,15 +84,24 @@ def _find_parts(
     return list(zip(paths, names, found, strict=True))
 
 
-def _write(out: Path, name: str, parts: FoundParts, num_slots: int, soft: bool) -> Entry:
-    """Writes the files of one photo."""
+def _write(
+    out: Path,
+    name: str,
+    parts: FoundParts,
+    num_slots: int,
+    soft: bool,
+    path: Path,
+    files: Sequence[ResultFile],
+) -> tuple[Entry, list[Any]]:
+    """Writes the files of one photo. Returns what goes into the page and into the files of all photos."""
     write_bytes(out / f"{name}.parts.png", picture_bytes(label_image(parts.labels)))
     overlay = io.BytesIO()
     parts.overlay().save(overlay, "JPEG", quality=92)
     write_bytes(out / f"{name}.overlay.jpg", overlay.getvalue())
     if soft:
         write_bytes(out / f"{name}.maps.safetensors", save({"maps": parts.maps}))
-    return write_pictures(out, name, parts.photo, parts.labels, num_slots)
+    entry = write_pictures(out, name, parts.photo, parts.labels, num_slots)
+    return entry, [file.describe(path, name, parts) for file in files]
 
 
 def segment_all(
@@ -93,6 +112,7 @@ def segment_all(
     batch_size: int,
     soft: bool,
     class_name: str | None = None,
+    files: Sequence[ResultFile] = (),
 ) -> list[Skipped]:
     """Segments the photos, writes their files and adds them to the gallery.
 
@@ -100,6 +120,7 @@ def segment_all(
         batch_size: photos that the model sees at once.
         soft: write the soft maps too.
         class_name: class of all photos, see `Segmenter.segment`.
+        files: further files to which each photo is added, see `formats`.
 
     Returns:
         The photos that could not be read or written, with the reasons.
@@ -111,27 +132,46 @@ def segment_all(
         for batch in _batches(named, batch_size, skipped):
             found = _find_parts(model, batch, class_name, skipped)
             paths = [path for path, _, _ in found]
-            jobs = [pool.submit(_write, out, name, parts, model.network.num_slots, soft) for _, name, parts in found]
+            num_slots = model.network.num_slots
+            jobs = [pool.submit(_write, out, name, parts, num_slots, soft, path, files) for path, name, parts in found]
             del found
             for path, job in zip(paths, jobs, strict=True):
                 try:
-                    gallery.add(job.result())
+                    entry, described = job.result()
                 except Exception as error:  # Pillow raises many kinds, for example for photos too large for JPEG
                     if isinstance(error, OSError) and error.errno not in (None, *_ERRORS_OF_ONE_NAME):
                         raise  # for example a full disk, which the photo did not cause
                     skipped.append(
                         Skipped(str(path), f"{shown_name(path)}: cannot be written ({first_line(error)[:200]})")
                     )
+                    continue
+                gallery.add(entry)
+                for file, of_photo in zip(files, described, strict=True):
+                    file.add(of_photo)
     return skipped
 
 
-def _read_part_names(text: str | None, num_parts: int) -> list[str]:
-    if text is None:
-        return [f"part {number}" for number in range(1, num_parts + 1)]
-    names = [name.strip() for name in text.split(",")]
-    if len(names) != num_parts or not all(names):
-        raise UserError(f"--part-names {text}: {len(names)} names, the model has {num_parts} parts; give one for each")
-    return names
+def _part_names(model: Segmenter, options: argparse.Namespace) -> dict[str, list[str]]:
+    """A name for each part by class: from `--part-names`, from `--name-from`, from the model's folder, or numbers."""
+    num_parts = model.network.num_slots - 1
+    if options.part_names is not None:
+        names = [name.strip() for name in options.part_names.split(",")]
+        if len(names) != num_parts or not all(names):
+            raise UserError(
+                f"--part-names {options.part_names}: {len(names)} names, the model has {num_parts} parts; give one for "
+                "each"
+            )
+        return dict.fromkeys(shown_names(None, model.class_names, num_parts), names)
+    if options.name_from is not None:
+        name_parts(model, options.name_from, options.parts, options.class_name)
+        if Path(options.checkpoint).exists():
+            try:
+                write_names(model.trained.path, model.names)
+            except OSError as error:
+                console.warn(f"{model.trained.path}: the names are not kept there ({error.strerror})")
+        else:
+            console.say("the names are kept only beside a model on this machine, not beside one from the hub")
+    return shown_names(model.names, model.class_names, num_parts)
 
 
 def _tell_passed_over(passed_over: Sequence[PassedOver]) -> list[Skipped]:
@@ -144,7 +184,7 @@ def _tell_passed_over(passed_over: Sequence[PassedOver]) -> list[Skipped]:
     return [Skipped(str(item.path), f"{shown_name(item.path)}: {item.reason}") for item in passed_over if item.is_fault]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "segment",
         "Find the parts in photos and make a page that shows them.",
@@ -156,8 +196,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
     parser.add_argument("--out", type=Path, required=True, help="folder for label maps, overlays and the page")
     parser.add_argument("--soft", action="store_true", help="also write the soft part maps")
+    parser.add_argument(
+        "--format", dest="formats", action="append", default=[], metavar="A,B,...",
+        help="files for other programs, in addition to label maps, overlays and the page, which are always written:"
+        f" {', '.join(FORMATS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--features", action="store_true",
+        help="also write features, boxes and centres of the parts of all photos into one file",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=16, help="photos that the model sees at once (default: 16)")
-    parser.add_argument("--part-names", metavar="A,B,...", help="names of parts 1 to K on the page")
+    naming = parser.add_mutually_exclusive_group()
+    naming.add_argument("--part-names", metavar="A,B,...", help="names of parts 1 to K in the page and in all formats")
+    naming.add_argument(
+        "--name-from", type=Path, metavar="LABELLED",
+        help="name the parts after the true parts of a few labelled photos (a folder of photos with label maps, or of"
+        " shards), and keep the names beside the model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--parts", type=Path,
+        help="for --name-from: folder of label PNGs, as for shard --images (default: the sub-folder with parts.txt)",
+    )  # fmt: skip
     parser.add_argument(
         "--class", dest="class_name", metavar="NAME",
         help="class of all photos, for a multi-class model (default: guessed for each photo)",
@@ -167,9 +226,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--teacher-weights", help="weights of the teacher, for a model that was trained on cached features"
     )
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO_OR_FOLDER", help="photos, or folders of photos")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: give 1 or more")
+    if options.parts and not options.name_from:
+        raise UserError(f"--parts {options.parts}: goes with --name-from, which names the labelled photos")
+    formats = read_formats(options.formats)
     photos, passed_over = find_photos(options.photos, options.out)
     not_taken = _tell_passed_over(passed_over)
     if not photos:
@@ -177,16 +243,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"no photos in {', '.join(map(str, options.photos))}; needed {', '.join(sorted(PHOTO_SUFFIXES))}"
         )
     model = load(options.checkpoint, options.teacher_weights)
-    part_names = _read_part_names(options.part_names, model.network.num_slots - 1)
-    gallery = Gallery.begin(options.out, Path(options.checkpoint).name, part_names, options.soft)
-    skipped = segment_all(model, photos, options.out, gallery, options.batch_size, options.soft, options.class_name)
-    for photo in skipped:
-        console.warn(f"passed over: {photo.reason}")
-    if len(skipped) == len(photos):
-        raise RunError("no photo could be read")
+    part_names = _part_names(model, options)
+    name = Path(options.checkpoint).name
+    shown = {options.class_name: part_names[options.class_name]} if options.class_name in part_names else part_names
+    gallery = Gallery.begin(options.out, name, joined_names(shown), options.soft)
+    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    command = shorten(hide_secrets(f"{program_name('segment')} {given}"), _LONGEST_COMMAND)
+    about = About(name, command, part_names, common_folder(photos))
+    with open_formats(formats, options.features, options.out, about) as files:
+        skipped = segment_all(
+            model, photos, options.out, gallery, options.batch_size, options.soft, options.class_name, files
+        )
+        for photo in skipped:
+            console.warn(f"passed over: {photo.reason}")
+        if len(skipped) == len(photos):
+            raise RunError("no photo could be read")
     not_taken += skipped
     page = gallery.finish(not_taken)
     console.say(f"{page}: parts of {len(photos) - len(skipped)} photos, {len(not_taken)} passed over")
+    if formats or options.features:
+        console.say(f"names of photos in the files for other programs are relative to {about.folder}")
     return 1 if options.strict and not_taken else 0
 
 

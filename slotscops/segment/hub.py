@@ -1,8 +1,8 @@
 """Saves models to the Hugging Face hub and loads them from it, with huggingface_hub's own mixin.
 
-`model.save_pretrained(folder)` writes `model.safetensors`, `config.yaml`, a model card, and a `config.json` by which
-the hub counts downloads. `model.push_to_hub("OWNER/MODEL")` uploads them. `Segmenter.from_pretrained(...)` takes a
-folder or an id. No file is a pickle.
+`model.save_pretrained(folder)` writes `model.safetensors`, `config.yaml`, a model card, a `config.json` by which the
+hub counts downloads, and `part_names.json` if the parts have names. `model.push_to_hub("OWNER/MODEL")` uploads them.
+`Segmenter.from_pretrained(...)` takes a folder or an id. No file is a pickle.
 """
 
 import re
@@ -16,6 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from slotscops.config import to_yaml
 from slotscops.core import console, pretrained
 from slotscops.core.errors import UserError, first_line
+from slotscops.segment import names as part_names
+from slotscops.segment.names import PartNames, shown_names
 from slotscops.train.build import Trained, load_model
 from slotscops.train.run.published import MODEL, SETTINGS, without_folders, write_published
 
@@ -38,6 +40,10 @@ parts.overlay().save("parts.png")
 ```
 
 Photos should show one object each, and most of it: the model was trained on square crops of {{ size }} px.
+
+## Parts
+
+{{ parts }}
 
 ## Data
 
@@ -76,9 +82,20 @@ class HubModel(
     @abstractmethod
     def __init__(self, trained: Trained, teacher_weights: str | None = None) -> None: ...
 
+    @property
+    @abstractmethod
+    def names(self) -> PartNames | None:
+        """Names of the parts, if they were given."""
+
+    @property
+    @abstractmethod
+    def class_names(self) -> list[str]:
+        """Names of the classes that have parts of their own. Empty if all classes share their parts."""
+
     def _save_pretrained(self, save_directory: Path) -> None:
         _remove_old_card(save_directory / "README.md")
         write_published(save_directory, self.trained.network.state_dict(), self.trained.config, self.trained.state)
+        part_names.write_names(save_directory, self.names)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, teacher_weights: str | None = None, **download: Any) -> Self:
@@ -87,7 +104,8 @@ class HubModel(
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The model card from the template above. `model_card_kwargs` of `save_pretrained` replace its contents."""
-        return super().generate_model_card(*args, **(_card_contents(self.trained) | kwargs))
+        parts = {"parts": _part_table(self.names, self.class_names, self.trained.config.slots.num_parts)}
+        return super().generate_model_card(*args, **(_card_contents(self.trained) | parts | kwargs))
 
 
 def fetch(model_id: str, **download: Any) -> Path:
@@ -104,7 +122,7 @@ def fetch(model_id: str, **download: Any) -> Path:
     if not _HUB_ID.fullmatch(model_id):
         raise UserError(nothing_here)
     try:
-        folder = Path(snapshot_download(model_id, allow_patterns=[MODEL, SETTINGS], **download))
+        folder = Path(snapshot_download(model_id, allow_patterns=[MODEL, SETTINGS, part_names.FILE], **download))
     except (HfHubHTTPError, OSError, ValueError) as error:  # refused, no network, or not a valid id
         raise UserError(f"{nothing_here}, and no model on the Hugging Face hub either ({first_line(error)})") from None
     if not (folder / MODEL).is_file():
@@ -149,3 +167,22 @@ def _score_table(scores: dict[str, float]) -> str:
         return "Not scored while training: `python -m slotscops.evaluate --checkpoint FOLDER --shards SHARDS`."
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in scores.items())
     return f"Of the last evaluation while training, on the first images of val:\n\n| score | value |\n|---|---|\n{rows}"
+
+
+def _part_table(names: PartNames | None, class_names: list[str], num_parts: int) -> str:
+    """A table of the parts' names, one column a class, and how well the labelled photos support them."""
+    if names is None:
+        return "Parts have numbers, no names. `slotscops segment --name-from LABELLED` names them from a few labels."
+    shown = shown_names(names, class_names, num_parts)
+    lines = [["slot", *(name or "part" for name in shown)], ["---"] * (1 + len(shown))]
+    lines += [[str(slot), *of_slot] for slot, of_slot in enumerate(zip(*shown.values(), strict=True), start=1)]
+    rows = "\n".join(f"| {' | '.join(map(_in_table, line))} |" for line in lines)
+    return (
+        f"{rows}\n\nNamed from {names.num_photos} labelled photos; {100 * names.agreement:.3g} % of their labelled "
+        "pixels agree with the names."
+    )
+
+
+def _in_table(text: str) -> str:
+    """The text as a cell of a table in Markdown, without HTML."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("&", "&amp;").replace("<", "&lt;")

@@ -3,13 +3,15 @@
 The network was trained on square crops around one object. A photo is therefore padded to a square and resized, with
 the same code as for shards (`core/pixels.py`). The maps are then resized to the photo's own size.
 
-Shapes: B photos; S slots, h x w cells of the network's logits, H x W pixels of the photo.
+Shapes: B photos; S slots, h x w cells of the network's logits, H x W pixels of the photo; C channels of the features on
+g x f cells.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from slotscops.features.teacher import Teacher, compute_features
 from slotscops.model.maps import interpolation_matrix
 from slotscops.model.network import ModelOutput
 from slotscops.segment.hub import HubModel, fetch
+from slotscops.segment.names import PartNames, read_names
 from slotscops.train.build import Trained, load_model
 
 _EPSILON = 1e-8  # keeps the log of a share of 0 finite
@@ -34,11 +37,17 @@ _STRIP_PIXELS = 1_000_000  # pixels to upsample at a time, so that the labels of
 
 @dataclass(frozen=True)
 class FoundParts:
-    """The parts found in one photo. `maps` and `labels` are computed on first use and then kept."""
+    """The parts found in one photo. What is derived from the fields is computed on first use and then kept.
+
+    A slot is present if it has the largest share of at least one pixel. The rows of `features`, `boxes`, `centres` and
+    `scores` of a slot that is not present are NaN. Coordinates count from the photo's top left corner, so the centre of
+    its first pixel is (0.5, 0.5).
+    """
 
     photo: NDArray[np.uint8]  # (H, W, 3) RGB, upright
     logits: NDArray[np.float32]  # (S, h, w) for the padded square around the photo, before upsampling
     class_name: str | None = None  # class of the parts, if each class has parts of its own
+    encoded: NDArray[np.float32] | None = None  # (C, g, f) the encoder's or teacher's features of the padded square
 
     @cached_property
     def maps(self) -> NDArray[np.float32]:
@@ -56,6 +65,77 @@ class FoundParts:
             first += len(rows)
         return labels
 
+    @property
+    def areas(self) -> NDArray[np.int64]:
+        """(S,) number of pixels of each slot in `labels`."""
+        return self._measures.areas
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """(S,) whether the slot has any pixel in `labels`."""
+        return self.areas > 0
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """(S,) mean share of each slot in its own pixels, in 0..1. NaN for a slot that is not present."""
+        return self._measures.scores
+
+    @property
+    def boxes(self) -> NDArray[np.float32]:
+        """(S, 4) smallest box around each slot's pixels: left, top, right, bottom in pixels, the last two exclusive.
+
+        NaN for a slot that is not present.
+        """
+        return self._measures.boxes
+
+    @property
+    def centres(self) -> NDArray[np.float32]:
+        """(S, 2) x and y of each slot's centre of mass, in pixels, weighted by its soft map over the photo.
+
+            c_s = sum_yx p_s(y,x) (x, y) / sum_yx p_s(y,x)
+
+        NaN for a slot that is not present.
+
+        Source: SCOPS (arXiv:1905.01298), the part centres of the geometric concentration loss.
+        """
+        return self._measures.centres
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """(S, C) mean feature of each slot, weighted by its soft map over the photo.
+
+            v_s = sum_yx p_s(y,x) (U f)(y,x) / sum_yx p_s(y,x)
+
+        f are the features that the network read (the teacher's, for a model that was trained on cached features) or
+        made of the photo (the encoder's). U upsamples them bilinearly to the pixels. Because U is linear, v_s is
+        computed from U^T p_s, without upsampled features. NaN for a slot that is not present.
+
+        Raises:
+            ValueError: if `encoded` is None.
+        """
+        if self._measures.features is None:
+            raise ValueError("these parts were made without the features of the photo")
+        return self._measures.features
+
+    @cached_property
+    def _measures(self) -> "_Measures":
+        num_slots, (height, width) = len(self.logits), self.photo.shape[:2]
+        sums = _Sums(num_slots, height, width)
+        grid = (1, 1) if self.encoded is None else self.encoded.shape[1:]
+        down, across = self._matrices(grid)
+        pulled = torch.zeros(num_slots, *grid, dtype=torch.float64)  # U^T p
+        first = 0
+        for strip in self._strips():
+            sums.add(strip, first)
+            last = first + strip.shape[1]
+            pulled += (down[first:last].T @ (torch.from_numpy(strip) @ across)).double()
+            first = last
+        features = None
+        if self.encoded is not None:
+            cells = torch.from_numpy(self.encoded).double().flatten(1)  # (C, g * f)
+            features = sums.per_mass((pulled.flatten(1) @ cells.T).numpy())
+        return _Measures(sums.areas, sums.scores(), sums.boxes(), sums.per_mass(sums.moments), features)
+
     def overlay(self, opacity: float = 0.6) -> Image.Image:
         """The photo with its parts painted in PASCAL VOC's colours. The background is unchanged.
 
@@ -67,14 +147,78 @@ class FoundParts:
     def _strips(self) -> Iterator[NDArray[np.float32]]:
         """Yields (S, rows, W) strips of the soft maps, from top to bottom."""
         height, width = self.photo.shape[:2]
-        square = whole_square((width, height))
-        side, top, left = max(height, width), -square[1], -square[0]
-        down = interpolation_matrix(self.logits.shape[1], side, align_corners=True)[top : top + height]
-        across = interpolation_matrix(self.logits.shape[2], side, align_corners=True)[left : left + width]
+        down, across = self._matrices(self.logits.shape[1:])
         widened = torch.from_numpy(self.logits) @ across.T  # (S, h, W)
         num_rows = max(1, _STRIP_PIXELS // width)
         for first in range(0, height, num_rows):
             yield (down[first : first + num_rows] @ widened).softmax(dim=0).numpy()
+
+    def _matrices(self, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """(H, h) and (W, w) interpolation from a grid (h, w) of the padded square to the rows and columns of photo."""
+        height, width = self.photo.shape[:2]
+        square = whole_square((width, height))
+        side, top, left = max(height, width), -square[1], -square[0]
+        down = interpolation_matrix(grid[0], side, align_corners=True)[top : top + height]
+        across = interpolation_matrix(grid[1], side, align_corners=True)[left : left + width]
+        return down, across
+
+
+@dataclass(frozen=True)
+class _Measures:
+    """What one pass over the soft maps of a photo measures. See the properties of `FoundParts`."""
+
+    areas: NDArray[np.int64]  # (S,)
+    scores: NDArray[np.float32]  # (S,)
+    boxes: NDArray[np.float32]  # (S, 4)
+    centres: NDArray[np.float32]  # (S, 2)
+    features: NDArray[np.float32] | None  # (S, C)
+
+
+class _Sums:
+    """Sums over the pixels of a photo, to which strips of its soft maps are added from top to bottom."""
+
+    def __init__(self, num_slots: int, height: int, width: int) -> None:
+        self.areas = np.zeros(num_slots, np.int64)
+        self.moments = np.zeros((num_slots, 2))  # sum of p_s(y,x) (x, y)
+        self._mass = np.zeros(num_slots)  # sum of p_s
+        self._own = np.zeros(num_slots)  # sum of p_s in the slot's own pixels
+        self._rows = np.zeros((num_slots, height), np.bool_)  # whether the slot has a pixel in the row
+        self._columns = np.zeros((num_slots, width), np.bool_)
+
+    def add(self, strip: NDArray[np.float32], first: int) -> None:
+        """Adds (S, rows, W) soft maps, of which the first row is row `first` of the photo."""
+        _, num_rows, width = strip.shape
+        of_rows, of_columns = strip.sum(axis=2, dtype=np.float64), strip.sum(axis=1, dtype=np.float64)
+        self._mass += of_rows.sum(axis=1)
+        self.moments[:, 0] += of_columns @ (np.arange(width) + 0.5)
+        self.moments[:, 1] += of_rows @ (np.arange(first, first + num_rows) + 0.5)
+        winner = strip.argmax(axis=0)
+        for slot, shares in enumerate(strip):
+            mask = winner == slot
+            self.areas[slot] += np.count_nonzero(mask)
+            self._own[slot] += shares.sum(where=mask, dtype=np.float64)
+            self._rows[slot, first : first + num_rows] = mask.any(axis=1)
+            self._columns[slot] |= mask.any(axis=0)
+
+    def per_mass(self, sums: NDArray[np.float64]) -> NDArray[np.float32]:
+        """(S, ...) weighted sums over weights; NaN for slots without a pixel."""
+        return self._ratio(sums, self._mass[:, None])
+
+    def scores(self) -> NDArray[np.float32]:
+        return self._ratio(self._own, self.areas)
+
+    def boxes(self) -> NDArray[np.float32]:
+        boxes = np.full((len(self.areas), 4), np.nan, np.float32)
+        for slot in np.flatnonzero(self.areas):
+            rows, columns = np.flatnonzero(self._rows[slot]), np.flatnonzero(self._columns[slot])
+            boxes[slot] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        return boxes
+
+    def _ratio(self, sums: NDArray[np.float64], weights: NDArray[Any]) -> NDArray[np.float32]:
+        ratio = np.full(sums.shape, np.nan, np.float32)
+        seen = self.areas > 0
+        ratio[seen] = sums[seen] / weights[seen]
+        return ratio
 
 
 class Segmenter(HubModel):
@@ -94,6 +238,7 @@ class Segmenter(HubModel):
         self.teacher = None  # a teacher, if the network reads its features
         if self.network.takes_features:
             self.teacher = _load_teacher(trained, teacher_weights).to(self.device)
+        self.names = read_names(trained.path, self.class_names, self.network.num_slots - 1)
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +249,17 @@ class Segmenter(HubModel):
     def class_names(self) -> list[str]:
         """Names of the classes that have parts of their own. Empty if all classes share their parts."""
         return [] if self.network.num_classes is None else self.trained.state.class_names
+
+    @property
+    def names(self) -> PartNames | None:
+        """Names of the parts, if they were given, as by `segment --name-from`. `save_pretrained` saves them."""
+        return self._names
+
+    @names.setter
+    def names(self, names: PartNames | None) -> None:
+        if names is not None:
+            names.check_fit(self.class_names, self.network.num_slots - 1)
+        self._names = names
 
     def segment(self, photo: str | Path | Image.Image, class_name: str | None = None) -> FoundParts:
         """Finds the parts in one photo, of any size and mode.
@@ -145,7 +301,11 @@ class Segmenter(HubModel):
         names: list[str | None] = [class_name] * len(images)
         if output.class_logits is not None and class_name is None:
             names = [self.class_names[guess] for guess in output.class_logits.argmax(dim=1).tolist()]
-        return [FoundParts(to_array(image), logits[number], names[number]) for number, image in enumerate(images)]
+        encoded = output.encoded.float().cpu().numpy()
+        return [
+            FoundParts(to_array(image), logits[number], names[number], encoded[number])
+            for number, image in enumerate(images)
+        ]
 
     def _class_id(self, name: str) -> int:
         if name not in self.class_names:

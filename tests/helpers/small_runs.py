@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from slotscops.config import Config, load_config, to_mapping, write_config
 from slotscops.features.teacher import Teacher
+from slotscops.segment.segmenter import FoundParts
 from slotscops.train.build import build_model
 from slotscops.train.run import checkpoint
 
@@ -22,8 +24,9 @@ def save_run(folder: Path, config: Config) -> Path:
     return folder
 
 
-def save_resnet_run(folder: Path) -> Path:
-    return save_run(folder, load_config(None, ["encoder.name=resnet18", "encoder.weights=random:0", "data.size=64"]))
+def save_resnet_run(folder: Path, *settings: str) -> Path:
+    resnet = ["encoder.name=resnet18", "encoder.weights=random:0", "data.size=64"]
+    return save_run(folder, load_config(None, [*resnet, *settings]))
 
 
 def save_feature_run(folder: Path, *settings: str) -> Path:
@@ -35,3 +38,14 @@ def photo(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def parts_of_labels(labels: NDArray[np.uint8], num_slots: int, class_name: str | None = None) -> FoundParts:
+    """Found parts whose label map is the given (H, W) one."""
+    height, width = labels.shape
+    side = max(labels.shape)
+    square = np.zeros((side, side), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = labels
+    logits = 8 * (square == np.arange(num_slots)[:, None, None]).astype(np.float32)
+    return FoundParts(np.zeros((height, width, 3), np.uint8), logits, class_name, np.ones((3, 2, 2), np.float32))

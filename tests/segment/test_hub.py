@@ -17,6 +17,7 @@ import slotscops
 from slotscops.config import load_config
 from slotscops.core.errors import UserError
 from slotscops.evaluate.__main__ import main as evaluate_main
+from slotscops.segment.names import PartNames, write_names
 from slotscops.segment.segmenter import Segmenter
 
 COMMIT = "0123456789012345678901234567890123456789"
@@ -25,7 +26,10 @@ MODEL = "someone/horse-parts"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_feature_run(tmp_path_factory.mktemp("runs") / "run", "data.shards=/home/me/shards/horse")
+    """A run whose first part has a name."""
+    run = save_feature_run(tmp_path_factory.mktemp("runs") / "run", "data.shards=/home/me/shards/horse")
+    write_names(run / "checkpoints" / "step-1", PartNames({"": ["h<ea>d|", None, None, None, None]}, 0.5, 3))
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +54,25 @@ def test_a_resnet_published_on_its_own_gives_what_the_run_gives(tmp_path: Path) 
 
 def test_nothing_is_pickled_and_no_folder_of_the_machine_is_told(published: Path) -> None:
     names = {path.name for path in published.iterdir()}
-    assert names == {"model.safetensors", "config.yaml", "config.json", "README.md"}
+    assert names == {"model.safetensors", "config.yaml", "config.json", "part_names.json", "README.md"}
     load_config(published / "config.yaml")
     for path in published.iterdir():
         assert b"/home/me" not in path.read_bytes()
         assert str(published.parent).encode() not in path.read_bytes()
 
 
-def test_the_card_says_data_teacher_scores_and_settings(published: Path) -> None:
+def test_the_card_says_data_parts_teacher_scores_and_settings(published: Path) -> None:
     card = (published / "README.md").read_text()
     _, header, text = card.split("---\n", 2)
     assert yaml.safe_load(header)["library_name"] == "slotscops"
-    for told in ("Parts of horse", "relu5_4` at 64 px, weights `random:0`", "| nmi | 0.25 |", "num_parts: 5"):
+    for told in (
+        "Parts of horse",
+        r"| 1 | h&lt;ea>d\| |",
+        "| 2 | part 2 |",
+        "relu5_4` at 64 px, weights `random:0`",
+        "| nmi | 0.25 |",
+        "num_parts: 5",
+    ):
         assert told in text
 
 
@@ -166,6 +177,7 @@ def test_an_id_on_the_hub_is_downloaded_and_segments(hub: str, run: Path, tmp_pa
     home = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
     done = python(*command, tmp_path / "horse.png", **home)
     assert done.returncode == 0, done.stderr
+    assert '"name":"h<ea>d|"' in (tmp_path / "out" / "gallery" / "index.js").read_text()
     maps = load_file(tmp_path / "out" / "horse.maps.safetensors")["maps"]
     np.testing.assert_allclose(maps, slotscops.load(run).segment(tmp_path / "horse.png").maps, atol=1e-5)
 

@@ -104,8 +104,9 @@ def test_photos_that_cannot_be_read_decide_the_exit_code_as_documented(run: Path
 
 def test_results_in_a_folder_of_photos_are_not_taken_for_photos(run: Path, tmp_path: Path) -> None:
     photo((40, 30)).save(tmp_path / "horse.jpg")
+    common = ["--checkpoint", str(run), "--out", str(tmp_path), "--strict", str(tmp_path)]
     for _ in range(2):
-        assert segment.main(["--checkpoint", str(run), "--out", str(tmp_path), str(tmp_path)]) == 0
+        assert segment.main([*common, "--features", "--format", "coco,coco-polygons,labelme"]) == 0
     assert {path.name for path in (tmp_path / "gallery" / "photos").iterdir()} == {"horse.jpg"}
 
 
