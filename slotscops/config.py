@@ -150,8 +150,13 @@ class LossWeights:
     entropy: Rate = 0.0  # Every pixel belongs to one slot.
     equivariance: Rate = 0.0  # The maps follow a warp of the photo. This doubles the encoder's work.
     landmark_equivariance: Rate = 0.0  # The centres of the parts follow a warp of the photo, at the same cost.
-    part_contrast: Rate = 0.0  # A part's features are alike in two photos and unlike those of other parts.
-    visual_consistency: Rate = 0.0  # A part has one colour.
+    total_variation: Rate = 0.0  # Borders between the slots are short.
+    # Each part is sure of some region of some photo in the batch. Like part_contrast it compares the photos of a
+    # microbatch on all processes, or with train.reduction: deterministic those of one of train.microbatches.
+    presence: Rate = 0.0
+    part_contrast: Rate = 0.0  # A part's features are alike in two photos and unlike those of all other parts.
+    visual_consistency: Rate = 0.0  # A part has one colour, in RGB, relative to the crop's area.
+    visual_consistency_lab: Rate = 0.0  # A part has one colour, in CIE Lab, relative to the area of all parts.
 
 
 @dataclass(frozen=True, config=_STRICT)

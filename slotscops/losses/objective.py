@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from slotscops.config import Config, Losses, LossWeights
 from slotscops.core.errors import UserError
 from slotscops.core.records import Batch
-from slotscops.losses.contrast import part_contrast, visual_consistency
+from slotscops.losses.contrast import part_contrast, visual_consistency, visual_consistency_lab
+from slotscops.losses.gathering import Gather, gather_processes, keep_own
 from slotscops.losses.mixture import mixture_loss
 from slotscops.losses.regularisers import (
     background_cross_entropy,
@@ -21,6 +22,8 @@ from slotscops.losses.regularisers import (
     entropy,
     orthonormality,
     part_centres,
+    presence,
+    total_variation,
 )
 from slotscops.losses.semantic import semantic_consistency
 from slotscops.losses.warp import Warp, draw_warps, equivariance, landmark_equivariance, warp_images
@@ -28,6 +31,7 @@ from slotscops.model.network import ModelOutput
 from slotscops.model.target import TargetTransform
 
 _NAMES = tuple(field.name for field in fields(LossWeights))
+_WITHOUT_PIXELS = {"semantic", "mixture", "background", "orthonormality", "presence", "total_variation"}
 
 
 def loss_weights(losses: Losses) -> dict[str, float]:
@@ -44,7 +48,7 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
     Raises:
         UserError: if all weights are 0, only the basis would be trained, a term needs photos but the encoder reads
             features, a term needs object masks that are not read, the settings of the mixture exclude each other, the
-            range of scales is empty, or a process's share of the batch would split the pairs of `part_contrast`.
+            range of scales is empty, or `part_contrast` would have a single photo to compare.
     """
     wanted = loss_weights(config.losses)
     if not wanted:
@@ -63,11 +67,13 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
         )
     if config.warp.min_scale > config.warp.max_scale:
         raise UserError(f"warp.min_scale {config.warp.min_scale} is above warp.max_scale {config.warp.max_scale}")
-    share = config.train.batch_size // (num_processes * microbatches)
-    if "part_contrast" in wanted and share % 2:
+    # See `_gather_of`: how many photos are compared with each other.
+    num_groups = microbatches * (1 if config.train.reduction == "ddp" else num_processes)
+    compared = config.train.batch_size // num_groups
+    if "part_contrast" in wanted and compared < 2:
         raise UserError(
-            f"losses.part_contrast compares pairs of photos, but each process takes {share} at a time; needed an even "
-            "number: change train.batch_size"
+            f"losses.part_contrast compares photos with each other, but a microbatch holds {compared}; raise "
+            "train.batch_size"
         )
 
 
@@ -140,9 +146,16 @@ def compute_terms(
         terms["orthonormality"] = orthonormality(output.basis)
     if output.class_logits is not None:
         terms["classification"] = cross_entropy(output.class_logits[:num_images].float(), batch.class_ids)
-    if set(wanted) - {"semantic", "mixture", "background", "orthonormality"}:
+    gather = _gather_of(config)
+    if "presence" in wanted or "total_variation" in wanted:
+        on_grid = logits.float().softmax(dim=1)  # (B, S, h, w)
+        if "presence" in wanted:
+            terms["presence"] = presence(on_grid[:, 1:], gather)
+        if "total_variation" in wanted:
+            terms["total_variation"] = total_variation(on_grid)
+    if set(wanted) - _WITHOUT_PIXELS:
         maps = output.maps(size)  # (B or 2 B, S, H, W)
-        terms |= _terms_of_maps(wanted, maps[:num_images], features, batch, config)
+        terms |= _terms_of_maps(wanted, maps[:num_images], features, batch, config, gather)
         if warp is not None:
             terms |= _terms_of_warp(wanted, maps[:num_images], maps[num_images:], warp)
     return output, terms
@@ -160,12 +173,21 @@ def weighted_sum(terms: Mapping[str, Tensor], losses: Losses, step: int) -> Tens
     return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
 
 
+def _gather_of(config: Config) -> Gather:
+    """How terms that compare photos with each other get those of the whole batch.
+
+    With train.reduction=ddp they compare the photos that all processes hold at the time. With deterministic they
+    compare the photos of one microbatch, which are the same on any number of processes.
+    """
+    return gather_processes if config.train.reduction == "ddp" else keep_own
+
+
 def _needs_warp(wanted: Mapping[str, float]) -> bool:
     return "equivariance" in wanted or "landmark_equivariance" in wanted
 
 
 def _terms_of_maps(
-    wanted: Mapping[str, float], maps: Tensor, features: Tensor, batch: Batch, config: Config
+    wanted: Mapping[str, float], maps: Tensor, features: Tensor, batch: Batch, config: Config, gather: Gather
 ) -> dict[str, Tensor]:
     part_maps = maps[:, 1:]
     terms: dict[str, Tensor] = {}
@@ -175,9 +197,12 @@ def _terms_of_maps(
         terms["entropy"] = entropy(maps)
     if "part_contrast" in wanted:
         temperature = config.losses.contrast_temperature
-        terms["part_contrast"] = part_contrast(part_maps, features, batch.class_ids, temperature)
+        terms["part_contrast"] = part_contrast(part_maps, features, batch.class_ids, temperature, gather)
     if "visual_consistency" in wanted:
         terms["visual_consistency"] = visual_consistency(part_maps, batch.images)
+    if "visual_consistency_lab" in wanted:
+        masks = batch.object_masks if config.losses.target_mask == "object" else None
+        terms["visual_consistency_lab"] = visual_consistency_lab(part_maps, batch.images, masks)
     return terms
 
 
