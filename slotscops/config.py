@@ -45,6 +45,7 @@ DecoderKind = Literal["scops", "mlp_broadcast", "conv"]
 Refinement = Literal["none", "pamr"]
 BasisKind = Literal["relu", "free"]
 BasisInit = Literal["random", "kmeans", "uneven_kmeans"]
+CandidateCriterion = Literal["agreement", "likelihood"]
 TargetMask = Literal["none", "object"]
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["poly", "cosine", "constant"]
@@ -133,6 +134,14 @@ class Basis:
     # "random" is |N(0,1)|. "kmeans" takes K clusters of a sample of the cached features, those of the lowest inertia.
     # "uneven_kmeans" takes, among clusters of nearly the lowest inertia, those whose sizes differ most.
     init: BasisInit = "random"
+    # So many starts of k-means are tried: each is trained for candidate_steps steps, and the run then begins from the
+    # best one. Nothing of this reads a part label.
+    candidates: Annotated[int, Field(ge=1, le=1000)] = 1
+    candidate_steps: Positive = 100
+    # What the best one is best at, on photos of the training split that the candidates did not train on: "agreement"
+    # of the parts of a photo and of its mirror image or a shifted crop, or "likelihood" of the teacher's features.
+    choose_by: CandidateCriterion = "agreement"
+    candidate_images: Positive = 256  # The number of these photos, but at most a quarter of the split.
     # The directions of the mixture loss: how many each part has, and how many the background has.
     part_directions: Annotated[int, Field(gt=0, le=64)] = 1
     background_directions: Annotated[int, Field(gt=0, le=1024)] = 5

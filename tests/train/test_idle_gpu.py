@@ -51,7 +51,7 @@ def trained_once(config: Config) -> Iterator[tuple[Trainer, Batch]]:
     """A trainer on the idle GPU after its first step, which fills the caches, and a batch in the host's memory."""
     with on_idle_gpu(start_accelerator(config)) as accelerator:
         trainer = Trainer(config, accelerator)
-        batch = trainer._split.read(np.arange(BATCH_SIZE // config.train.accumulation_steps))
+        batch = trainer.split.read(np.arange(BATCH_SIZE // config.train.accumulation_steps))
         with watched(unchecked=True):
             trainer.take_step(on_gpu(batch, config))
         yield trainer, batch
