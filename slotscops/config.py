@@ -46,7 +46,7 @@ Refinement = Literal["none", "pamr"]
 BasisKind = Literal["relu", "free"]
 BasisInit = Literal["random", "kmeans", "uneven_kmeans"]
 CandidateCriterion = Literal["agreement", "likelihood"]
-TargetMask = Literal["none", "object"]
+TargetMask = Literal["none", "object", "guessed"]
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["poly", "cosine", "constant"]
 Reduction = Literal["ddp", "deterministic"]
@@ -153,7 +153,7 @@ class LossWeights:
 
     semantic: Rate = 1.0  # The parts rebuild the teacher's features.
     mixture: Rate = 0.0  # Each slot has directions, and every pixel's feature is likely under its own slot's.
-    background: Rate = 0.0  # The background lies outside the object mask (cross-entropy). Needs target_mask: object.
+    background: Rate = 0.0  # The background lies outside the object mask (cross-entropy). Needs a target_mask.
     concentration: Rate = 0.0  # Each part stays close to its own centre.
     orthonormality: Rate = 0.0  # The rows of the basis differ from each other.
     entropy: Rate = 0.0  # Every pixel belongs to one slot.
@@ -176,7 +176,8 @@ class Losses(LossWeights):
     contrast_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     mixture_kappa: Annotated[float, Field(gt=0, le=1000)] = 10.0  # How sharply a direction of the mixture is peaked.
     # "object" sets the semantic loss's target to zero outside the true object, starts the parts from features inside
-    # and the mixture's background from features outside.
+    # and the mixture's background from features outside. "guessed" does the same with masks that are guessed from the
+    # features alone: clusters that lie on the crops' border more often than the others are background.
     target_mask: TargetMask = "none"
 
 

@@ -28,6 +28,7 @@ from slotscops.losses.regularisers import (
 from slotscops.losses.semantic import semantic_consistency
 from slotscops.losses.warp import Warp, draw_warps, equivariance, landmark_equivariance, warp_images
 from slotscops.model.network import ModelOutput
+from slotscops.model.object_guess import ObjectGuess
 from slotscops.model.target import TargetTransform
 
 _NAMES = tuple(field.name for field in fields(LossWeights))
@@ -88,10 +89,10 @@ def _check_mixture(config: Config) -> None:
             f"basis.part_directions is {basis.part_directions}, but only losses.mixture uses more than one a part, and "
             "it is 0; set it to 1 or losses.mixture to 1"
         )
-    if losses.background and losses.target_mask != "object":
+    if losses.background and losses.target_mask == "none":
         raise UserError(
-            "losses.background compares the background with object masks, but losses.target_mask is "
-            f"{losses.target_mask}; set it to object, or losses.background to 0"
+            "losses.background compares the background with object masks, but losses.target_mask is none; set it to "
+            "object or guessed, or losses.background to 0"
         )
 
 
@@ -101,7 +102,12 @@ def trains_basis(losses: Losses) -> bool:
 
 
 def compute_terms(
-    forward: Callable[..., ModelOutput], target: TargetTransform, batch: Batch, config: Config, step: int
+    forward: Callable[..., ModelOutput],
+    target: TargetTransform,
+    batch: Batch,
+    config: Config,
+    step: int,
+    object_guess: ObjectGuess | None = None,
 ) -> tuple[ModelOutput, dict[str, Tensor]]:
     """Runs the model and computes every loss term whose weight is not 0.
 
@@ -110,6 +116,7 @@ def compute_terms(
         target: transforms cached features into the target that the parts rebuild.
         batch: must hold features.
         step: number of the training step. It seeds the random warps.
+        object_guess: guesses the object masks, if `losses.target_mask` is `guessed`.
 
     Returns:
         output: the model's output, for the plain and then the warped photos.
@@ -127,11 +134,13 @@ def compute_terms(
     output = forward(inputs, class_ids=class_ids)
     size, num_images = (config.data.size, config.data.size), len(batch)
     logits, features = output.logits[:num_images], target(batch.features)
+    masks = batch.object_masks if config.losses.target_mask == "object" else None
+    if object_guess is not None:
+        masks = object_guess(features, size)
     terms: dict[str, Tensor] = {}
     if "semantic" in wanted:
-        mask = batch.object_masks if config.losses.target_mask == "object" else None
         basis = output.basis if class_ids is None else output.basis[:num_images]
-        terms["semantic"] = semantic_consistency(logits, features, basis, size, mask)
+        terms["semantic"] = semantic_consistency(logits, features, basis, size, masks)
     if "mixture" in wanted:
         assert output.directions is not None
         parts, background = output.directions
@@ -140,8 +149,8 @@ def compute_terms(
         kappa = config.losses.mixture_kappa
         terms["mixture"] = mixture_loss(logits, features, parts, background, size, kappa)
     if "background" in wanted:
-        assert batch.object_masks is not None
-        terms["background"] = background_cross_entropy(logits, batch.object_masks)
+        assert masks is not None
+        terms["background"] = background_cross_entropy(logits, masks)
     if "orthonormality" in wanted:
         terms["orthonormality"] = orthonormality(output.basis)
     if output.class_logits is not None:
@@ -155,7 +164,7 @@ def compute_terms(
             terms["total_variation"] = total_variation(on_grid)
     if set(wanted) - _WITHOUT_PIXELS:
         maps = output.maps(size)  # (B or 2 B, S, H, W)
-        terms |= _terms_of_maps(wanted, maps[:num_images], features, batch, config, gather)
+        terms |= _terms_of_maps(wanted, maps[:num_images], features, masks, batch, config, gather)
         if warp is not None:
             terms |= _terms_of_warp(wanted, maps[:num_images], maps[num_images:], warp)
     return output, terms
@@ -187,7 +196,13 @@ def _needs_warp(wanted: Mapping[str, float]) -> bool:
 
 
 def _terms_of_maps(
-    wanted: Mapping[str, float], maps: Tensor, features: Tensor, batch: Batch, config: Config, gather: Gather
+    wanted: Mapping[str, float],
+    maps: Tensor,
+    features: Tensor,
+    masks: Tensor | None,
+    batch: Batch,
+    config: Config,
+    gather: Gather,
 ) -> dict[str, Tensor]:
     part_maps = maps[:, 1:]
     terms: dict[str, Tensor] = {}
@@ -201,7 +216,6 @@ def _terms_of_maps(
     if "visual_consistency" in wanted:
         terms["visual_consistency"] = visual_consistency(part_maps, batch.images)
     if "visual_consistency_lab" in wanted:
-        masks = batch.object_masks if config.losses.target_mask == "object" else None
         terms["visual_consistency_lab"] = visual_consistency_lab(part_maps, batch.images, masks)
     return terms
 

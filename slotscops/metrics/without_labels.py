@@ -108,7 +108,7 @@ def _score_batch(
     # Shared-Gaussian slots draw numbers. They are the same for every network, and training draws on as if none were.
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(config.seed)
-        output, terms = compute_terms(network, network.target, batch, config, step=0)
+        output, terms = compute_terms(network, network.target, batch, config, 0, network.object_guess)
         views = _label_views(network, split, batch, samples, output)
     scores = PartScores(network.num_slots, network.num_slots)
     scores.update(*views)

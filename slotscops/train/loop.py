@@ -117,10 +117,11 @@ class Trainer:
         """Initialises basis and target: one process reads the sample and clusters it, the others take its result."""
         if not needs_features(self.config):
             return
-        parts = (self.network.basis, self.network.target)
+        basis, target, guess = self.network.basis, self.network.target, self.network.object_guess
+        parts = [part for part in (basis, target, guess) if part is not None]
 
         def start() -> list[dict[str, Tensor]]:
-            start_from_features(*parts, self.split, replace(self.config, seed=seed))
+            start_from_features(basis, target, self.split, replace(self.config, seed=seed), guess)
             return [part.state_dict() for part in parts]
 
         for part, state in zip(parts, on_first_process(start), strict=True):
@@ -234,7 +235,9 @@ class Trainer:
         return total, grad_norm
 
     def _loss(self, batch: Batch) -> Tensor:
-        output, terms = compute_terms(self._model, self.network.target, batch, self.config, self.step)
+        output, terms = compute_terms(
+            self._model, self.network.target, batch, self.config, self.step, self.network.object_guess
+        )
         self._watched = (output.logits.detach(), output.basis.detach())
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0) + term.detach() / self._num_microbatches

@@ -117,7 +117,10 @@ def test_every_parameter_that_trains_gets_a_gradient_from_each_term_and_each_pai
     [
         ({"losses": {"mixture": 1.0}}, r"losses\.mixture .* basis\.kind is relu; set basis\.kind=free"),
         ({"basis": {"part_directions": 3}}, r"basis\.part_directions is 3, but only losses\.mixture .* set it to 1"),
-        ({"losses": {"background": 1.0}}, r"losses\.target_mask is none; set it to object, or losses\.background to 0"),
+        (
+            {"losses": {"background": 1.0}},
+            r"target_mask is none; set it to object or guessed, or losses\.background to 0",
+        ),
     ],
 )
 def test_settings_that_exclude_the_mixture_or_the_masks_are_refused(settings: dict[str, object], message: str) -> None:
