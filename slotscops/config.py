@@ -45,7 +45,8 @@ DecoderKind = Literal["scops", "mlp_broadcast", "conv"]
 Refinement = Literal["none", "pamr"]
 BasisKind = Literal["relu", "free"]
 BasisInit = Literal["random", "kmeans", "uneven_kmeans"]
-TargetMask = Literal["none", "object"]
+CandidateCriterion = Literal["agreement", "likelihood"]
+TargetMask = Literal["none", "object", "guessed"]
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["poly", "cosine", "constant"]
 Reduction = Literal["ddp", "deterministic"]
@@ -133,6 +134,14 @@ class Basis:
     # "random" is |N(0,1)|. "kmeans" takes K clusters of a sample of the cached features, those of the lowest inertia.
     # "uneven_kmeans" takes, among clusters of nearly the lowest inertia, those whose sizes differ most.
     init: BasisInit = "random"
+    # So many starts of k-means are tried: each is trained for candidate_steps steps, and the run then begins from the
+    # best one. Nothing of this reads a part label.
+    candidates: Annotated[int, Field(ge=1, le=1000)] = 1
+    candidate_steps: Positive = 100
+    # What the best one is best at, on photos of the training split that the candidates did not train on: "agreement"
+    # of the parts of a photo and of its mirror image or a shifted crop, or "likelihood" of the teacher's features.
+    choose_by: CandidateCriterion = "agreement"
+    candidate_images: Positive = 256  # The number of these photos, but at most a quarter of the split.
     # The directions of the mixture loss: how many each part has, and how many the background has.
     part_directions: Annotated[int, Field(gt=0, le=64)] = 1
     background_directions: Annotated[int, Field(gt=0, le=1024)] = 5
@@ -144,14 +153,19 @@ class LossWeights:
 
     semantic: Rate = 1.0  # The parts rebuild the teacher's features.
     mixture: Rate = 0.0  # Each slot has directions, and every pixel's feature is likely under its own slot's.
-    background: Rate = 0.0  # The background lies outside the object mask (cross-entropy). Needs target_mask: object.
+    background: Rate = 0.0  # The background lies outside the object mask (cross-entropy). Needs a target_mask.
     concentration: Rate = 0.0  # Each part stays close to its own centre.
     orthonormality: Rate = 0.0  # The rows of the basis differ from each other.
     entropy: Rate = 0.0  # Every pixel belongs to one slot.
     equivariance: Rate = 0.0  # The maps follow a warp of the photo. This doubles the encoder's work.
     landmark_equivariance: Rate = 0.0  # The centres of the parts follow a warp of the photo, at the same cost.
-    part_contrast: Rate = 0.0  # A part's features are alike in two photos and unlike those of other parts.
-    visual_consistency: Rate = 0.0  # A part has one colour.
+    total_variation: Rate = 0.0  # Borders between the slots are short.
+    # Each part is sure of some region of some photo in the batch. Like part_contrast it compares the photos of a
+    # microbatch on all processes, or with train.reduction: deterministic those of one of train.microbatches.
+    presence: Rate = 0.0
+    part_contrast: Rate = 0.0  # A part's features are alike in two photos and unlike those of all other parts.
+    visual_consistency: Rate = 0.0  # A part has one colour, in RGB, relative to the crop's area.
+    visual_consistency_lab: Rate = 0.0  # A part has one colour, in CIE Lab, relative to the area of all parts.
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -162,7 +176,8 @@ class Losses(LossWeights):
     contrast_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     mixture_kappa: Annotated[float, Field(gt=0, le=1000)] = 10.0  # How sharply a direction of the mixture is peaked.
     # "object" sets the semantic loss's target to zero outside the true object, starts the parts from features inside
-    # and the mixture's background from features outside.
+    # and the mixture's background from features outside. "guessed" does the same with masks that are guessed from the
+    # features alone: clusters that lie on the crops' border more often than the others are background.
     target_mask: TargetMask = "none"
 
 

@@ -61,7 +61,7 @@ class SimulatedRank(Trainer):
         return run
 
     def _plan(self, num_steps: int) -> TrainingPlan:
-        return plan_of(self.config, len(self._split), self.rank, self.num_ranks, self.samples_seen, num_steps)
+        return plan_of(self.config, len(self.split), self.rank, self.num_ranks, self.samples_seen, num_steps)
 
     def step_outside(self, batch: Batch) -> float:
         """Takes a step. Returns the seconds that are neither waiting for data nor computing."""
@@ -111,7 +111,7 @@ def measure(shards: Path, small: Path, run_dir: Path, rank: int, num_ranks: int,
     figures: dict[str, Any] = {"first_batch_s": program_s + seconds, "program_s": program_s}
     figures["first_batch_processor_s"] = processor_s
     figures["held_megabytes"] = (resident_bytes() - before) / 1e6
-    figures["sent_to_a_worker_megabytes"] = len(pickle.dumps(trainer._split)) / 1e6
+    figures["sent_to_a_worker_megabytes"] = len(pickle.dumps(trainer.split)) / 1e6
     batch = next(batches)
     figures["read_ms_a_sample"] = 1e3 * _median_s(lambda: next(batches), READ_BATCHES - 2) / len(batch)
     figures["step_ms"] = 1e3 * _bookkeeping_s(trainer, batch)
@@ -120,8 +120,8 @@ def measure(shards: Path, small: Path, run_dir: Path, rank: int, num_ranks: int,
     figures["log_ms"] = 1e3 * _median_s(lambda: trainer.log(*last_step), _LOGGED)
     figures["log_processor_ms"] = 1e3 * (time.process_time() - before_s) / _LOGGED
     # The third of these steps takes its samples from two epochs.
-    config, ends = trainer.config, len(trainer._split) - 5 * batch_size // 2
-    figures["epoch_end_ms"] = 1e3 * max(_time_plan(plan_of(config, len(trainer._split), rank, num_ranks, ends, 5)))
+    config, ends = trainer.config, len(trainer.split) - 5 * batch_size // 2
+    figures["epoch_end_ms"] = 1e3 * max(_time_plan(plan_of(config, len(trainer.split), rank, num_ranks, ends, 5)))
     figures["descriptors"] = num_descriptors()
     figures["megabytes"] = (_peak_bytes() - before) / 1e6
     with CheckpointWriter(trainer.folder.checkpoints, keep=3) as writer:
@@ -149,7 +149,7 @@ def _start(config: Config, rank: int, num_ranks: int) -> tuple[tuple[float, floa
 def _bookkeeping_s(trainer: SimulatedRank, batch: Batch) -> float:
     """Median seconds of a step that are neither waiting for data nor computing, and of planning it."""
     seconds = [trainer.step_outside(batch) for _ in range(_TAKEN)]
-    num_samples = len(trainer._split)
+    num_samples = len(trainer.split)
     plan = plan_of(trainer.config, num_samples, trainer.rank, trainer.num_ranks, 0, _TAKEN)
     return statistics.median(seconds) + statistics.median(_time_plan(plan))
 

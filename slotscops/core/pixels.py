@@ -19,6 +19,8 @@ from slotscops.core.constants import made_once
 # RGB mean and standard deviation of ImageNet, pixels in [0, 1]: what torchvision's networks were trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Linear sRGB to CIE XYZ; the rows sum to the white point of D65.
+_XYZ_OF_RGB = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
 
@@ -118,6 +120,34 @@ def normalise_images(
     pixels = images / 255 if images.dtype == torch.uint8 else images.float()
     centre, spread = (_of_colours(tuple(numbers), images.device) for numbers in (mean, std))
     return (pixels - centre).div_(spread)
+
+
+def rgb_to_lab(images: Tensor) -> Tensor:
+    """CIE Lab of sRGB pixels under the standard illuminant D65.
+
+    Args:
+        images: (B, 3, H, W) RGB, uint8 in 0..255 or floating point in [0, 1]. No gradient flows to them.
+
+    Returns:
+        (B, 3, H, W), in float64 for float64 images, else float32: L in [0, 100], a and b about in [-110, 110].
+
+    Source: IEC 61966-2-1 for sRGB, CIE 15 for Lab.
+    """
+    assert images.dtype == torch.uint8 or images.is_floating_point(), images.dtype
+    with torch.no_grad():
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        pixels = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+        linear = torch.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
+        red, green, blue = linear.unbind(1)  # (B, H, W)
+        # Each row is divided by its sum, so that white is (1, 1, 1). `small` is where the cube root is replaced.
+        small = 6 / 29
+        roots = []
+        for row in _XYZ_OF_RGB:
+            share = (row[0] * red + row[1] * green + row[2] * blue) / sum(row)
+            straight = share / (3 * small**2) + 4 / 29
+            roots.append(torch.where(share > small**3, share.clamp_min(small**3) ** (1 / 3), straight))
+        x, y, z = roots
+        return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
 
 @made_once

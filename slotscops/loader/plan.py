@@ -22,6 +22,7 @@ from slotscops.core.errors import UserError
 
 ORDER = 2  # number of the rule for the order; a run goes on only by the rule that it began with
 NUM_SUBSTITUTES = 64  # tried for a damaged sample; if all of them are damaged too, nearly the whole split is
+_HELD_OUT = 2**32 - 1  # the epoch whose order says which samples are held out; no training gets that far
 _ROUNDS = 12  # with 8, the orders of 5 and 6 samples were not equally likely
 _AT_ONCE = 8192  # numbers that are computed at once: the intermediate arrays then stay in the processor's cache
 _HALF = np.uint64(32)  # bits
@@ -160,6 +161,11 @@ def microbatches(
         yield from np.split(share, accumulation_steps)
 
 
+def held_out_samples(num_samples: int, num_held_out: int, seed: int) -> NDArray[np.int64]:
+    """(n,) the samples that a plan with `num_held_out` n leaves out: n of all N at random, the same in every epoch."""
+    return permute(np.arange(num_samples - num_held_out, num_samples), num_samples, seed, _HELD_OUT)
+
+
 def substitutes(sample: int, num_samples: int) -> list[int]:
     """Samples to try, in order, in place of a damaged one. They are the same on every process and worker."""
     key = np.random.SeedSequence([sample, NUM_SUBSTITUTES])
@@ -183,14 +189,18 @@ class TrainingPlan:
     samples_seen: int
     last: int  # samples seen at the end of training
     mirror: bool = False  # mirror each sample with probability 1/2
+    num_held_out: int = 0  # so many samples are left out, those of `held_out_samples`
 
     def __iter__(self) -> Iterator[list[int]]:
         for places in microbatches(
             self.samples_seen, self.last, self.batch_size, self.rank, self.num_ranks, self.accumulation_steps
         ):
-            samples = samples_at(places, self.num_samples, self.seed)
+            num_used = self.num_samples - self.num_held_out
+            samples = samples_at(places, num_used, self.seed)
+            if self.num_held_out:
+                samples = permute(samples, self.num_samples, self.seed, _HELD_OUT)
             if self.mirror:
-                samples += self.num_samples * mirrored_at(places, self.num_samples, self.seed)
+                samples += self.num_samples * mirrored_at(places, num_used, self.seed)
             yield samples.tolist()
 
     def global_batch(self, samples_seen: int) -> NDArray[np.int64]:

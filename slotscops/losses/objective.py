@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from slotscops.config import Config, Losses, LossWeights
 from slotscops.core.errors import UserError
 from slotscops.core.records import Batch
-from slotscops.losses.contrast import part_contrast, visual_consistency
+from slotscops.losses.contrast import part_contrast, visual_consistency, visual_consistency_lab
+from slotscops.losses.gathering import Gather, gather_processes, keep_own
 from slotscops.losses.mixture import mixture_loss
 from slotscops.losses.regularisers import (
     background_cross_entropy,
@@ -21,13 +22,17 @@ from slotscops.losses.regularisers import (
     entropy,
     orthonormality,
     part_centres,
+    presence,
+    total_variation,
 )
 from slotscops.losses.semantic import semantic_consistency
 from slotscops.losses.warp import Warp, draw_warps, equivariance, landmark_equivariance, warp_images
 from slotscops.model.network import ModelOutput
+from slotscops.model.object_guess import ObjectGuess
 from slotscops.model.target import TargetTransform
 
 _NAMES = tuple(field.name for field in fields(LossWeights))
+_WITHOUT_PIXELS = {"semantic", "mixture", "background", "orthonormality", "presence", "total_variation"}
 
 
 def loss_weights(losses: Losses) -> dict[str, float]:
@@ -44,7 +49,7 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
     Raises:
         UserError: if all weights are 0, only the basis would be trained, a term needs photos but the encoder reads
             features, a term needs object masks that are not read, the settings of the mixture exclude each other, the
-            range of scales is empty, or a process's share of the batch would split the pairs of `part_contrast`.
+            range of scales is empty, or `part_contrast` would have a single photo to compare.
     """
     wanted = loss_weights(config.losses)
     if not wanted:
@@ -63,11 +68,13 @@ def check_objective(config: Config, num_processes: int, microbatches: int) -> No
         )
     if config.warp.min_scale > config.warp.max_scale:
         raise UserError(f"warp.min_scale {config.warp.min_scale} is above warp.max_scale {config.warp.max_scale}")
-    share = config.train.batch_size // (num_processes * microbatches)
-    if "part_contrast" in wanted and share % 2:
+    # See `_gather_of`: how many photos are compared with each other.
+    num_groups = microbatches * (1 if config.train.reduction == "ddp" else num_processes)
+    compared = config.train.batch_size // num_groups
+    if "part_contrast" in wanted and compared < 2:
         raise UserError(
-            f"losses.part_contrast compares pairs of photos, but each process takes {share} at a time; needed an even "
-            "number: change train.batch_size"
+            f"losses.part_contrast compares photos with each other, but a microbatch holds {compared}; raise "
+            "train.batch_size"
         )
 
 
@@ -82,10 +89,10 @@ def _check_mixture(config: Config) -> None:
             f"basis.part_directions is {basis.part_directions}, but only losses.mixture uses more than one a part, and "
             "it is 0; set it to 1 or losses.mixture to 1"
         )
-    if losses.background and losses.target_mask != "object":
+    if losses.background and losses.target_mask == "none":
         raise UserError(
-            "losses.background compares the background with object masks, but losses.target_mask is "
-            f"{losses.target_mask}; set it to object, or losses.background to 0"
+            "losses.background compares the background with object masks, but losses.target_mask is none; set it to "
+            "object or guessed, or losses.background to 0"
         )
 
 
@@ -95,7 +102,12 @@ def trains_basis(losses: Losses) -> bool:
 
 
 def compute_terms(
-    forward: Callable[..., ModelOutput], target: TargetTransform, batch: Batch, config: Config, step: int
+    forward: Callable[..., ModelOutput],
+    target: TargetTransform,
+    batch: Batch,
+    config: Config,
+    step: int,
+    object_guess: ObjectGuess | None = None,
 ) -> tuple[ModelOutput, dict[str, Tensor]]:
     """Runs the model and computes every loss term whose weight is not 0.
 
@@ -104,6 +116,7 @@ def compute_terms(
         target: transforms cached features into the target that the parts rebuild.
         batch: must hold features.
         step: number of the training step. It seeds the random warps.
+        object_guess: guesses the object masks, if `losses.target_mask` is `guessed`.
 
     Returns:
         output: the model's output, for the plain and then the warped photos.
@@ -121,11 +134,13 @@ def compute_terms(
     output = forward(inputs, class_ids=class_ids)
     size, num_images = (config.data.size, config.data.size), len(batch)
     logits, features = output.logits[:num_images], target(batch.features)
+    masks = batch.object_masks if config.losses.target_mask == "object" else None
+    if object_guess is not None:
+        masks = object_guess(features, size)
     terms: dict[str, Tensor] = {}
     if "semantic" in wanted:
-        mask = batch.object_masks if config.losses.target_mask == "object" else None
         basis = output.basis if class_ids is None else output.basis[:num_images]
-        terms["semantic"] = semantic_consistency(logits, features, basis, size, mask)
+        terms["semantic"] = semantic_consistency(logits, features, basis, size, masks)
     if "mixture" in wanted:
         assert output.directions is not None
         parts, background = output.directions
@@ -134,15 +149,22 @@ def compute_terms(
         kappa = config.losses.mixture_kappa
         terms["mixture"] = mixture_loss(logits, features, parts, background, size, kappa)
     if "background" in wanted:
-        assert batch.object_masks is not None
-        terms["background"] = background_cross_entropy(logits, batch.object_masks)
+        assert masks is not None
+        terms["background"] = background_cross_entropy(logits, masks)
     if "orthonormality" in wanted:
         terms["orthonormality"] = orthonormality(output.basis)
     if output.class_logits is not None:
         terms["classification"] = cross_entropy(output.class_logits[:num_images].float(), batch.class_ids)
-    if set(wanted) - {"semantic", "mixture", "background", "orthonormality"}:
+    gather = _gather_of(config)
+    if "presence" in wanted or "total_variation" in wanted:
+        on_grid = logits.float().softmax(dim=1)  # (B, S, h, w)
+        if "presence" in wanted:
+            terms["presence"] = presence(on_grid[:, 1:], gather)
+        if "total_variation" in wanted:
+            terms["total_variation"] = total_variation(on_grid)
+    if set(wanted) - _WITHOUT_PIXELS:
         maps = output.maps(size)  # (B or 2 B, S, H, W)
-        terms |= _terms_of_maps(wanted, maps[:num_images], features, batch, config)
+        terms |= _terms_of_maps(wanted, maps[:num_images], features, masks, batch, config, gather)
         if warp is not None:
             terms |= _terms_of_warp(wanted, maps[:num_images], maps[num_images:], warp)
     return output, terms
@@ -160,12 +182,27 @@ def weighted_sum(terms: Mapping[str, Tensor], losses: Losses, step: int) -> Tens
     return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
 
 
+def _gather_of(config: Config) -> Gather:
+    """How terms that compare photos with each other get those of the whole batch.
+
+    With train.reduction=ddp they compare the photos that all processes hold at the time. With deterministic they
+    compare the photos of one microbatch, which are the same on any number of processes.
+    """
+    return gather_processes if config.train.reduction == "ddp" else keep_own
+
+
 def _needs_warp(wanted: Mapping[str, float]) -> bool:
     return "equivariance" in wanted or "landmark_equivariance" in wanted
 
 
 def _terms_of_maps(
-    wanted: Mapping[str, float], maps: Tensor, features: Tensor, batch: Batch, config: Config
+    wanted: Mapping[str, float],
+    maps: Tensor,
+    features: Tensor,
+    masks: Tensor | None,
+    batch: Batch,
+    config: Config,
+    gather: Gather,
 ) -> dict[str, Tensor]:
     part_maps = maps[:, 1:]
     terms: dict[str, Tensor] = {}
@@ -175,9 +212,11 @@ def _terms_of_maps(
         terms["entropy"] = entropy(maps)
     if "part_contrast" in wanted:
         temperature = config.losses.contrast_temperature
-        terms["part_contrast"] = part_contrast(part_maps, features, batch.class_ids, temperature)
+        terms["part_contrast"] = part_contrast(part_maps, features, batch.class_ids, temperature, gather)
     if "visual_consistency" in wanted:
         terms["visual_consistency"] = visual_consistency(part_maps, batch.images)
+    if "visual_consistency_lab" in wanted:
+        terms["visual_consistency_lab"] = visual_consistency_lab(part_maps, batch.images, masks)
     return terms
 
 

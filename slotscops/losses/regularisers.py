@@ -1,16 +1,19 @@
 """Loss terms that need no features of the teacher, as pure functions in float32, even under autocast.
 
-Each term over images is the mean over B of a number computed for each image alone. If processes hold equally many
-images, the mean over processes is therefore the mean over the whole batch.
+Each term over images but `presence` is the mean over B of a number computed for each image alone. If processes hold
+equally many images, the mean over processes is therefore the mean over the whole batch.
 
 Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher channels, H x W pixels.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from slotscops.losses.gathering import Gather, keep_own
 from slotscops.model.maps import upsample
 
+_WINDOW = 3  # cells on each side of the window of `presence`
 _EPSILON = 1e-8  # avoids division by 0 for a part without mass or a row of zeros
 
 
@@ -73,6 +76,52 @@ def entropy(maps: Tensor) -> Tensor:
     return mean
 
 
+def presence(part_maps: Tensor, gather: Gather = keep_own) -> Tensor:
+    """How far the parts are from being seen at all: each should be sure of some small region of some photo.
+
+        L = 1 - 1/K sum_k  max over photos and cells of  a_bk(y,x),   a_bk the mean of p_bk over 3 x 3 cells
+
+    A part need not be in every photo, but in one of the batch. A single cell is not enough for it.
+
+    Args:
+        part_maps: (B, K, h, w) soft part maps in [0, 1] on the grid of the logits, background dropped.
+        gather: gives the photos of the whole batch. Every process then has the loss of the whole batch.
+
+    Returns:
+        Scalar in [0, 1], 0 if each part is sure of a window in some photo.
+
+    Source: PDiscoFormer (arXiv:2407.04538), presence loss of the parts. Theirs of the background is not included.
+    """
+    with torch.autocast(part_maps.device.type, enabled=False):
+        part_maps = _at_least_float32(part_maps)
+        window = [min(_WINDOW, side) for side in part_maps.shape[2:]]
+        largest = functional.avg_pool2d(part_maps, window, stride=1).amax((0, 2, 3))  # (K,)
+        mean: Tensor = 1 - gather(largest[None]).everyone.amax(0).mean()
+    return mean
+
+
+def total_variation(maps: Tensor) -> Tensor:
+    """How long and how sharp the borders between the slots are, over cells and images.
+
+        L = 1/(B h w) sum_bs sum_yx |p_bs(y+1,x) - p_bs(y,x)| + |p_bs(y,x+1) - p_bs(y,x)|
+
+    Unlike `concentration` it does not mind if a part has several regions.
+
+    Args:
+        maps: (B, S, h, w) soft maps on the grid of the logits, background included.
+
+    Returns:
+        Scalar in [0, 4), 0 if every map is constant.
+
+    Source: PDiscoFormer (arXiv:2407.04538), total variation loss.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        maps = _at_least_float32(maps)
+        num_images, _, height, width = maps.shape
+        total: Tensor = maps.diff(dim=2).abs().sum() + maps.diff(dim=3).abs().sum()
+    return total / (num_images * height * width)
+
+
 def background_cross_entropy(logits: Tensor, masks: Tensor, align_corners: bool = True) -> Tensor:
     """How far the background's map is from the complement of the object mask.
 
@@ -112,7 +161,7 @@ def orthonormality(basis: Tensor) -> Tensor:
     Source: SCOPS (arXiv:1905.01298), orthonormal constraint. They sum over the K^2 products; we take the mean.
     """
     with torch.autocast(basis.device.type, enabled=False):
-        rows = torch.nn.functional.normalize(_at_least_float32(basis), dim=-1, eps=_EPSILON)
+        rows = functional.normalize(_at_least_float32(basis), dim=-1, eps=_EPSILON)
         products = rows @ rows.mT - torch.eye(rows.shape[-2], dtype=rows.dtype, device=rows.device)
         mean: Tensor = products.square().mean()
     return mean

@@ -1,4 +1,4 @@
-"""Scores of part maps against true parts, with the protocols that papers use."""
+"""Scores of part maps, against true parts with the protocols that papers use, or without labels."""
 
 from slotscops.metrics.scores import PartScores
 

@@ -13,7 +13,8 @@ from torch.nn import functional
 from slotscops.config import BasisKind, Config
 from slotscops.loader.split import Split
 from slotscops.model.clusters import find_centres, find_uneven_centres, sample_vectors
-from slotscops.model.directions import Numbers, find_background, find_directions, sample_cells, unit_vectors
+from slotscops.model.directions import Numbers, find_directions, sample_cells, unit_vectors
+from slotscops.model.object_guess import ObjectGuess, find_background
 from slotscops.model.starts import rows_of_classes
 from slotscops.model.target import TargetTransform
 
@@ -88,15 +89,24 @@ class PartBasis(nn.Module):
 
 
 def needs_features(config: Config) -> bool:
-    """Whether the target's scales or the basis start from a sample of the cached features."""
-    return config.basis.init != "random" or config.teacher.transform == "channel_standardised"
+    """Whether the target's scales, the guess of objects or the basis start from a sample of the cached features."""
+    return (
+        config.basis.init != "random"
+        or config.teacher.transform == "channel_standardised"
+        or config.losses.target_mask == "guessed"
+    )
 
 
-def start_from_features(basis: PartBasis, target: TargetTransform, split: Split, config: Config) -> None:
-    """Initialises the target's scales and the basis from a sample of the cached features.
+def start_from_features(
+    basis: PartBasis, target: TargetTransform, split: Split, config: Config, guess: ObjectGuess | None = None
+) -> None:
+    """Initialises the target's scales, the guess of objects and the basis from a sample of the cached features.
 
     The basis holds vectors of the transformed target. The sample and the clusters depend only on the data, the
     settings and `config.seed`.
+
+    Args:
+        guess: needed if `losses.target_mask` is `guessed`.
     """
     if not needs_features(config):
         return
@@ -104,26 +114,36 @@ def start_from_features(basis: PartBasis, target: TargetTransform, split: Split,
     inside_objects = config.losses.target_mask == "object"
     vectors = sample_vectors(split, config.seed, inside_objects=inside_objects)
     target.measure(vectors)
+    if guess is not None:
+        cached, flags = sample_cells(split, config.seed, with_masks=False)
+        guess.measure(unit_vectors(cached, target), flags, config.seed)
     if config.basis.init == "random":
         return
     if basis.background_parameter is not None:
-        _start_directions(basis, basis.background_parameter, target, split, config)
+        _start_directions(basis, basis.background_parameter, target, split, config, guess)
         return
     find = _FIND[config.basis.init]
     for class_id, rows in enumerate(basis.basis_parameter.data.split(basis.num_parts)):
         if basis.num_classes is not None:
             vectors = sample_vectors(split, config.seed, inside_objects=inside_objects, class_id=class_id)
+        if guess is not None and len(vectors):
+            vectors = vectors[~guess.clusters().contain(unit_vectors(vectors, target))]
         if len(vectors) >= basis.num_parts:  # A class with fewer vectors than parts keeps its random rows.
             rows.copy_(find(target(vectors), basis.num_parts, config.seed))
 
 
 def _start_directions(
-    basis: PartBasis, background: nn.Parameter, target: TargetTransform, split: Split, config: Config
+    basis: PartBasis,
+    background: nn.Parameter,
+    target: TargetTransform,
+    split: Split,
+    config: Config,
+    guess: ObjectGuess | None,
 ) -> None:
     """Initialises the directions of the mixture loss, of the background and of the parts.
 
     With object masks the background's cells are those outside the objects. Without, they are those of the clusters
-    that lie on the crops' border more often than elsewhere, of K + 1 + M_0 clusters of all cells. The parts are then
+    that `find_background` finds, in all cells or, without a guess of objects, in those of the class. The parts are
     clustered from the other cells. A class with too few cells keeps its random directions.
     """
     with_masks = config.losses.target_mask == "object"
@@ -137,8 +157,13 @@ def _start_directions(
         if not len(cached):
             continue
         vectors = unit_vectors(cached, target)
-        num_clusters = numbers.parts + 1 + numbers.background
-        is_background = ~flags if with_masks else find_background(vectors, flags, num_clusters, config.seed)
+        if with_masks:
+            is_background = ~flags
+        else:
+            clusters = find_background(vectors, flags, config.seed) if guess is None else guess.clusters()
+            if clusters is None:
+                continue
+            is_background = clusters.contain(vectors)
         found = find_directions(vectors, is_background, numbers, config.seed, _FIND[config.basis.init])
         if found is not None:
             parts.copy_(found[0])

@@ -1,7 +1,6 @@
 """The first directions of the mixture loss: k-means clusters of the cached features, of background and parts.
 
-Shapes: V sampled vectors of C teacher channels, K parts with M directions each, M_0 directions of the background,
-G clusters.
+Shapes: V sampled vectors of C teacher channels, K parts with M directions each, M_0 directions of the background.
 """
 
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch.nn import functional
 from slotscops.core.records import Batch
 from slotscops.loader.split import Split
 from slotscops.model.clusters import cached_features, cells_of_objects, find_centres, sample_vectors, thin_out
+from slotscops.model.object_guess import nearest
 from slotscops.model.target import TargetTransform
 
 _EPSILON = 1e-6  # a vector of zeros stays zero, as in the loss
@@ -75,7 +75,7 @@ def find_directions(
         return None
     centres = find(inside, numbers.parts, seed)  # (K, C)
     if numbers.each > 1:
-        labels = _nearest(inside, centres)
+        labels = nearest(inside, centres)
         of_parts = [inside[labels == part] for part in range(numbers.parts)]
         centres = torch.cat(
             [
@@ -88,33 +88,6 @@ def find_directions(
     return centres, find_centres(thin_out(outside), numbers.background, seed)
 
 
-def find_background(vectors: Tensor, is_on_border: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Guesses which vectors are background: those of clusters that lie on the crops' border more often than elsewhere.
-
-    Objects are in the middle of their crops. A cluster counts as background if the share of its cells that lie on the
-    border is above that of all cells.
-
-    Args:
-        vectors: (V, C) vectors of length 1.
-        is_on_border: (V,) bool.
-        num_clusters: G.
-
-    Returns:
-        (V,) bool. All False if there are fewer vectors than clusters.
-    """
-    if len(vectors) < num_clusters:
-        return torch.zeros_like(is_on_border)
-    labels = _nearest(vectors, find_centres(thin_out(vectors), num_clusters, seed))
-    members = functional.one_hot(labels, num_clusters).double()  # (V, G)
-    shares = is_on_border.double() @ members / members.sum(0)  # (G,), NaN for a cluster without a member
-    return (shares > is_on_border.double().mean())[labels]
-
-
 def unit_vectors(vectors: Tensor, target: TargetTransform) -> Tensor:
     """(V, C) cached features -> (V, C) vectors of the target, scaled to length 1."""
     return functional.normalize(target(vectors), dim=1, eps=_EPSILON)
-
-
-def _nearest(vectors: Tensor, centres: Tensor) -> Tensor:
-    """(V,) number of the nearest of the centres (G, C) for vectors (V, C)."""
-    return (vectors @ centres.T - centres.square().sum(1) / 2).argmax(1)

@@ -15,6 +15,7 @@ from slotscops.model.basis import Directions, PartBasis
 from slotscops.model.decoder import SlotDecoder
 from slotscops.model.encoder import Encoder
 from slotscops.model.maps import part_maps
+from slotscops.model.object_guess import ObjectGuess
 from slotscops.model.part_logits import HeadLogits, SlotLogits, SlotOutput, Tokens
 from slotscops.model.refinement import refine_maps
 from slotscops.model.saved_names import save_as_own
@@ -72,6 +73,7 @@ class SlotScops(nn.Module):
         target: TargetTransform,
         class_head: nn.Linear | None = None,
         refinement: Refinement = "none",
+        object_guess: ObjectGuess | None = None,
     ) -> None:
         """
         Args:
@@ -82,6 +84,7 @@ class SlotScops(nn.Module):
             target: transforms the teacher's features before the parts rebuild them.
             class_head: predicts the class from the mean token, if each class has slots and basis rows of its own.
             refinement: how `segment_maps` refines the maps. `pamr` calls `refine_maps`, `none` leaves them.
+            object_guess: guesses object masks for the losses, if `losses.target_mask` is `guessed`.
         """
         super().__init__()
         self.num_slots, self.num_classes, self.refinement = basis.num_parts + 1, basis.num_classes, refinement
@@ -92,6 +95,7 @@ class SlotScops(nn.Module):
         self.part_logits = part_logits
         self.target = target
         self.class_head = class_head
+        self.object_guess = object_guess
         for child in ("basis", "part_logits") if tokens is None else ("basis", "tokens", "part_logits"):
             save_as_own(self, child)
 
@@ -146,7 +150,8 @@ def build_network(encoder: Encoder, config: Config, feature_channels: int, num_c
     """Builds the network of the settings around an encoder. Its random weights come from the global generator.
 
     Args:
-        config: of these settings, the sections slots, decoder and basis, teacher.transform and losses.mixture are used.
+        config: of these settings, the sections slots, decoder and basis, teacher.transform, losses.mixture and
+            losses.target_mask are used.
         feature_channels: C, the number of channels of the teacher's features.
         num_classes: N_c, if each class of objects has slot starts and basis rows of its own. None if all share them.
 
@@ -185,7 +190,8 @@ def build_network(encoder: Encoder, config: Config, feature_channels: int, num_c
     )
     target = TargetTransform(config.teacher.transform, feature_channels)
     class_head = None if num_classes is None else nn.Linear(slots.dim, num_classes)
-    return SlotScops(encoder, tokens, part_logits, basis, target, class_head, decoder.refinement)
+    object_guess = ObjectGuess(feature_channels) if config.losses.target_mask == "guessed" else None
+    return SlotScops(encoder, tokens, part_logits, basis, target, class_head, decoder.refinement, object_guess)
 
 
 def _check_choices(maps_from: MapsFrom, num_iterations: int, slot_init: SlotInit, num_classes: int | None) -> None:

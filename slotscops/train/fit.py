@@ -7,6 +7,7 @@ from contextlib import suppress
 from slotscops.config import Config
 from slotscops.core import console
 from slotscops.train import failures
+from slotscops.train.candidates import check_candidates, choose_start
 from slotscops.train.loop import Trainer
 from slotscops.train.processes import start_accelerator
 from slotscops.train.run.checkpoint import Checkpoint
@@ -33,6 +34,7 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
         RunError: a loss or gradient that is not finite, a lost process or loader worker, no room for the last
             checkpoint; names step and cause.
     """
+    check_candidates(config)
     accelerator = start_accelerator(config, () if dry_run else trackers)
     folder = RunFolder.of(config)
     trainer = None
@@ -42,6 +44,8 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
             trainer = Trainer(
                 config, accelerator, None if dry_run else find_start(folder, resume, accelerator.is_main_process)
             )
+            if config.basis.candidates > 1 and not trainer.step and not dry_run:
+                choose_start(trainer)
             signal_number = _rehearse(trainer) if dry_run else trainer.train()
     except BaseException as error:
         if trainer is not None and not dry_run and accelerator.is_main_process:
@@ -73,11 +77,14 @@ def _rehearse(trainer: Trainer) -> int:
         step_s = time.perf_counter() - start
     trainer.finite.check()
     trainer.damage.agree(trainer.accelerator, trainer.step, write=False)
-    train = trainer.config.train
+    train, basis = trainer.config.train, trainer.config.basis
+    num_steps = train.total_steps
+    if basis.candidates > 1:
+        num_steps += basis.candidates * min(basis.candidate_steps, train.total_steps)
     weights_mb = sum(parameter.nbytes for parameter in trainer.network.parameters()) / 1e6
     console.say(
         f"dry run: loss {loss_value:.5g}, {step_s:.3f} s a step of {train.batch_size} images, so about "
-        f"{train.total_steps * step_s / 3600:.2f} h for {train.total_steps} steps on "
+        f"{num_steps * step_s / 3600:.2f} h for {num_steps} steps on "
         f"{trainer.accelerator.num_processes} process(es) of {trainer.accelerator.device.type}; "
         f"peak memory {peak_memory_bytes(trainer.accelerator.device) / 1e9:.2f} GB, "
         f"{weights_mb:.0f} MB of weights. Nothing was written."

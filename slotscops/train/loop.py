@@ -70,56 +70,68 @@ class Trainer:
         check_objective(config, accelerator.num_processes, self._num_microbatches)
         self.dataset, self.cache = open_training_data(config)
         check_same_on_all_ranks(config, self.dataset, self.cache, start_from)
-        num_classes = len(self.dataset.class_names)
-        self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes)
         # Part labels are never read. Object masks are read only if the target is masked by them.
         needs_masks = config.losses.target_mask == "object"
-        self._split = Split(
+        self.split = Split(
             self.dataset, "train", self.cache, False, replace_damaged=True, with_object_masks=needs_masks
         )
         microbatch = config.train.batch_size // accelerator.num_processes // self._num_microbatches
-        check_shared_memory(self._split, microbatch, config.data.num_workers)
+        check_shared_memory(self.split, microbatch, config.data.num_workers)
         self.files = SideFiles()
         self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder, self.files)
+        self.candidates: dict[str, Any] = {}  # see `train.candidates`; empty if there was nothing to choose
+        self.stopwatch = Stopwatch()
+        self.begin(config.seed, start_from)
+
+    def begin(self, start_seed: int, start_from: checkpoint.Checkpoint | None = None, compiled: bool = True) -> None:
+        """Builds network and optimizer for step 0, or for the step of a checkpoint. What was trained before is dropped.
+
+        Args:
+            start_seed: seed of the clusters that the basis starts from. All else follows `config.seed`.
+            compiled: False leaves the network uncompiled whatever `train.compile` says.
+        """
+        config = self.config
+        num_classes = len(self.dataset.class_names)
+        self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes)
         if start_from is None:
-            self._start_from_features()
+            self._start_from_features(start_seed)
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(config, self.network)
-        self._wrap()
+        self._wrap(compiled and config.train.compile)
         self.step = 0  # steps done
         self.samples_seen = 0
         self._scores: dict[str, float] = {}  # of the last evaluation; empty if val has no true parts
         self._evaluated_step = 0  # the step of the last evaluation in this start
         self._best: dict[str, Any] = {}  # score, value and step of the best one
-        self.finite = monitors.FiniteWatch(accelerator)
+        self.finite = monitors.FiniteWatch(self.accelerator)
         self._terms: dict[str, Tensor] = {}  # of the last step, unweighted, this process's mean
-        self.stopwatch = Stopwatch()
         self._watched: tuple[Tensor, Tensor] | None = None  # logits and basis of the last microbatch
         self._warned: set[str] = set()  # causes of collapse that were already reported
         # Shared-Gaussian slots draw from this generator. Its seed differs between processes but not between starts.
-        torch.manual_seed(config.seed * 1000 + accelerator.process_index)
+        torch.manual_seed(config.seed * 1000 + self.accelerator.process_index)
         if start_from is not None:
             self._resume(start_from)
 
-    def _start_from_features(self) -> None:
+    def _start_from_features(self, seed: int) -> None:
         """Initialises basis and target: one process reads the sample and clusters it, the others take its result."""
         if not needs_features(self.config):
             return
-        parts = (self.network.basis, self.network.target)
+        basis, target, guess = self.network.basis, self.network.target, self.network.object_guess
+        parts = [part for part in (basis, target, guess) if part is not None]
 
         def start() -> list[dict[str, Tensor]]:
-            start_from_features(*parts, self._split, self.config)
+            start_from_features(basis, target, self.split, replace(self.config, seed=seed), guess)
             return [part.state_dict() for part in parts]
 
         for part, state in zip(parts, on_first_process(start), strict=True):
             part.load_state_dict(state)
 
-    def _wrap(self) -> None:
+    def _wrap(self, compiled: bool) -> None:
         """Sets up DDP or fixed-order summing, mixed precision, compilation and weight averaging."""
         train = self.config.train
         # The unwrapped network and optimizer are kept, so that checkpoints do not depend on DDP or torch.compile.
-        model = torch.compile(self.network) if train.compile else self.network
+        model = torch.compile(self.network) if compiled else self.network
         self._reducer: FixedOrderReducer | None = None
         if train.reduction == "deterministic":
             self._model = self.accelerator.prepare_model(model, evaluation_mode=True)  # without DDP
@@ -223,25 +235,28 @@ class Trainer:
         return total, grad_norm
 
     def _loss(self, batch: Batch) -> Tensor:
-        output, terms = compute_terms(self._model, self.network.target, batch, self.config, self.step)
+        output, terms = compute_terms(
+            self._model, self.network.target, batch, self.config, self.step, self.network.object_guess
+        )
         self._watched = (output.logits.detach(), output.basis.detach())
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0) + term.detach() / self._num_microbatches
         return weighted_sum(terms, self.config.losses, self.step)
 
-    def open_batches(self, num_steps: int) -> Iterator[Batch]:
-        """This process's microbatches of the next `num_steps` steps."""
+    def open_batches(self, num_steps: int, num_held_out: int = 0) -> Iterator[Batch]:
+        """This process's microbatches of the next `num_steps` steps. Of all samples so many are left out."""
         device = self.accelerator.device
         workers = self.config.data.num_workers
         timeout_s = 60 * self.config.train.timeout_minutes
         # A GPU makes sparse features dense in no time; 16 cores of its host could not do it for eight GPUs.
-        split = replace(self._split, sparse_features=device.type != "cpu")
-        batches = training_batches(split, self._plan(num_steps), workers, device.type == "cuda", timeout_s)
+        split = replace(self.split, sparse_features=device.type != "cpu")
+        plan = replace(self._plan(num_steps), num_held_out=num_held_out)
+        batches = training_batches(split, plan, workers, device.type == "cuda", timeout_s)
         return move_ahead(batches, device)
 
     def _plan(self, num_steps: int) -> TrainingPlan:
         return TrainingPlan(
-            num_samples=len(self._split),
+            num_samples=len(self.split),
             seed=self.config.seed,
             batch_size=self.config.train.batch_size,
             rank=self.accelerator.process_index,
@@ -269,6 +284,8 @@ class Trainer:
             self._note_running()
             started_on = machine(self.accelerator.device) | {"processes": str(self.accelerator.num_processes)}
             self.files.write("machine.json", lambda: write_json(self.folder.machine, started_on), keep=1)
+            if self.candidates:
+                self.files.write("candidates.json", lambda: write_json(self.folder.candidates, self.candidates), keep=1)
             self.damage.reload(self.step)
         self.accelerator.wait_for_everyone()
         open_trackers(self.accelerator, self.folder, self.step)

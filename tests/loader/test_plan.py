@@ -125,3 +125,19 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_the_multiple(ranks: int,
 def test_the_digest_depends_on_samples_and_order() -> None:
     assert plan.batch_digest(np.array([1, 2])) == plan.batch_digest(np.array([1, 2], np.int32))
     assert len({plan.batch_digest(np.array(samples)) for samples in ([1, 2], [2, 1], [12], [1])}) == 4
+
+
+@settings(deadline=None)
+@given(st.integers(2, 60), st.data(), seeds, st.booleans())
+def test_samples_held_out_are_never_trained_on_and_every_epoch_holds_all_others_once(
+    num_samples: int, data: st.DataObject, seed: int, mirror: bool
+) -> None:
+    num_held_out = data.draw(st.integers(1, num_samples - 1))
+    held_out = plan.held_out_samples(num_samples, num_held_out, seed).tolist()
+    num_used = num_samples - num_held_out
+    of_epochs = list(TrainingPlan(num_samples, seed, num_used, 0, 1, 1, 0, 2 * num_used, mirror, num_held_out))
+    others = sorted(set(range(num_samples)) - set(held_out))
+    assert len(set(held_out)) == num_held_out
+    for samples in of_epochs:
+        assert sorted(sample % num_samples for sample in samples) == others
+        assert mirror or max(samples) < num_samples

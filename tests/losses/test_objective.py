@@ -21,8 +21,11 @@ ALL_BUT_WARPS = {
     "concentration": 0.1,
     "orthonormality": 0.1,
     "entropy": 0.1,
+    "presence": 0.1,
+    "total_variation": 0.1,
     "part_contrast": 0.1,
     "visual_consistency": 0.1,
+    "visual_consistency_lab": 0.1,
     "mixture": 0.1,
     "background": 0.1,
 }
@@ -78,9 +81,10 @@ def test_two_steps_run_and_every_parameter_that_trains_moves(toy_shards: Path, t
 
 
 TERMS = [field.name for field in fields(LossWeights)]
-ALONE_AND_IN_PAIRS = [
-    names for names in [*combinations(TERMS, 1), *combinations(TERMS, 2)] if names != ("orthonormality",)
-]
+TRAIN_THE_BASIS = {"semantic", "mixture", "orthonormality"}
+# Two terms of which neither trains the basis give gradients to what one of them does alone.
+PAIRS = [names for names in combinations(TERMS, 2) if TRAIN_THE_BASIS & set(names)]
+ALONE_AND_IN_PAIRS = [names for names in [*combinations(TERMS, 1), *PAIRS] if names != ("orthonormality",)]
 
 
 @pytest.mark.parametrize("maps", get_args(MapsFrom))
@@ -105,7 +109,7 @@ def test_every_parameter_that_trains_gets_a_gradient_from_each_term_and_each_pai
     assert set(terms) == set(names)
     weighted_sum(terms, config.losses, step=0).backward()
     assert not [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
-    assert network.basis.basis_parameter.requires_grad == bool({"semantic", "mixture", "orthonormality"} & set(names))
+    assert network.basis.basis_parameter.requires_grad == bool(TRAIN_THE_BASIS & set(names))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,10 @@ def test_every_parameter_that_trains_gets_a_gradient_from_each_term_and_each_pai
     [
         ({"losses": {"mixture": 1.0}}, r"losses\.mixture .* basis\.kind is relu; set basis\.kind=free"),
         ({"basis": {"part_directions": 3}}, r"basis\.part_directions is 3, but only losses\.mixture .* set it to 1"),
-        ({"losses": {"background": 1.0}}, r"losses\.target_mask is none; set it to object, or losses\.background to 0"),
+        (
+            {"losses": {"background": 1.0}},
+            r"target_mask is none; set it to object or guessed, or losses\.background to 0",
+        ),
     ],
 )
 def test_settings_that_exclude_the_mixture_or_the_masks_are_refused(settings: dict[str, object], message: str) -> None:
@@ -147,11 +154,15 @@ def test_entropy_grows_to_its_weight_and_the_other_terms_have_theirs_at_once() -
     assert totals == [1.25, 2.25, 3.25, 3.25]
 
 
-def test_pairs_that_a_process_would_split_are_refused() -> None:
-    config = config_from_mapping({"losses": {"part_contrast": 1.0}, "train": {"batch_size": 6}}, "test")
-    check_objective(config, num_processes=1, microbatches=1)
-    with pytest.raises(UserError, match="each process takes 3 at a time"):
-        check_objective(config, num_processes=2, microbatches=1)
+def test_contrast_of_a_single_photo_is_refused() -> None:
+    settings = {"losses": {"part_contrast": 1.0}, "train": {"batch_size": 4}}
+    config = config_from_mapping(settings, "test")
+    check_objective(config, num_processes=4, microbatches=1)  # one photo each: they compare those of all processes
+    with pytest.raises(UserError, match=r"a microbatch holds 1; raise train\.batch_size"):
+        check_objective(config, num_processes=1, microbatches=4)
+    settings["train"] |= {"reduction": "deterministic"}  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"a microbatch holds 1; raise train\.batch_size"):
+        check_objective(config_from_mapping(settings, "test"), num_processes=4, microbatches=1)
 
 
 def test_two_processes_under_bf16_log_every_term_and_agree_with_one(toy_shards: Path, tmp_path: Path) -> None:

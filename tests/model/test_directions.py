@@ -12,7 +12,7 @@ from slotscops.features.cache import open_cache
 from slotscops.loader.split import Split
 from slotscops.model.basis import PartBasis, start_from_features
 from slotscops.model.clusters import cells_of_objects
-from slotscops.model.directions import Numbers, find_background, find_directions, sample_cells
+from slotscops.model.directions import Numbers, find_directions, sample_cells
 from slotscops.model.encoder import FeatureEncoder
 from slotscops.model.network import build_network
 from slotscops.shard.index import open_dataset
@@ -23,16 +23,6 @@ def clouds(*directions: int, each: int = 40) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     axes = torch.eye(8)[list(directions)].repeat_interleave(each, 0)
     return normalize(axes + 0.05 * torch.randn(axes.shape, generator=generator), dim=1)
-
-
-def test_clusters_that_lie_on_the_border_more_often_than_elsewhere_are_background() -> None:
-    vectors = clouds(0, 1, 2, 3)
-    is_on_border = torch.zeros(160, dtype=torch.bool)
-    is_on_border[:30] = is_on_border[40:75] = True  # most of the first two clouds
-    is_on_border[80:85] = True  # few of the third, none of the fourth
-    found = find_background(vectors, is_on_border, num_clusters=4, seed=0)
-    assert found.tolist() == [True] * 80 + [False] * 80
-    assert not find_background(vectors[:3], is_on_border[:3], num_clusters=4, seed=0).any()
 
 
 def test_background_and_parts_are_clustered_apart_and_a_part_has_its_directions_together() -> None:
@@ -97,7 +87,7 @@ def test_cells_are_sampled_with_their_place_on_the_border_or_in_the_object(toy_s
             torch.testing.assert_close(vectors[flags == flag].sum(0), expected.sum(0), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("target_mask", ["none", "object"])
+@pytest.mark.parametrize("target_mask", ["none", "object", "guessed"])
 @pytest.mark.parametrize("per_class", ["shared", "own"])
 def test_all_directions_start_as_clusters_of_the_cache_and_twice_as_the_same(
     toy_shards: Path, target_mask: str, per_class: str
@@ -116,7 +106,7 @@ def test_all_directions_start_as_clusters_of_the_cache_and_twice_as_the_same(
     for seed in (0, 1):  # the random rows before differ, the clusters do not
         torch.manual_seed(seed)
         network = build_network(FeatureEncoder(512), config, 512, num_classes)
-        start_from_features(network.basis, network.target, split, config)
+        start_from_features(network.basis, network.target, split, config, network.object_guess)
         assert network.basis.background_parameter is not None
         starts.append((network.basis.basis_parameter.detach(), network.basis.background_parameter.detach()))
     present = set(split.class_ids().tolist())

@@ -21,7 +21,10 @@ from slotscops.train.processes import start_accelerator
 BATCH_SIZE = 4
 FEATURES = {"encoder": {"name": "features"}}
 RESNET = {"encoder": {"name": "resnet18", "weights": "random:0"}}
-TERMS = ("concentration", "orthonormality", "entropy", "part_contrast", "visual_consistency")
+TERMS = (
+    "concentration", "orthonormality", "entropy", "presence", "total_variation", "part_contrast", "visual_consistency",
+    "visual_consistency_lab",
+)  # fmt: skip
 WARPED = ("equivariance", "landmark_equivariance")
 CHOICES: list[dict[str, Any]] = [
     {},
@@ -48,7 +51,7 @@ def trained_once(config: Config) -> Iterator[tuple[Trainer, Batch]]:
     """A trainer on the idle GPU after its first step, which fills the caches, and a batch in the host's memory."""
     with on_idle_gpu(start_accelerator(config)) as accelerator:
         trainer = Trainer(config, accelerator)
-        batch = trainer._split.read(np.arange(BATCH_SIZE // config.train.accumulation_steps))
+        batch = trainer.split.read(np.arange(BATCH_SIZE // config.train.accumulation_steps))
         with watched(unchecked=True):
             trainer.take_step(on_gpu(batch, config))
         yield trainer, batch
@@ -97,7 +100,7 @@ def _fixed_order() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fixed_order")
-@pytest.mark.parametrize("choice", CHOICES[:10] + CHOICES[-1:], ids=str)
+@pytest.mark.parametrize("choice", CHOICES[:13] + CHOICES[-1:], ids=str)
 def test_a_deterministic_step_adds_in_a_fixed_order(toy_shards: Path, tmp_path: Path, choice: dict[str, Any]) -> None:
     fixed = {"reduction": "deterministic", "microbatches": 1, "ema_decay": 0.9}
     config = small_config(toy_shards, tmp_path, choice | {"train": fixed})

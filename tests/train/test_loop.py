@@ -44,7 +44,7 @@ def test_a_step_reads_nothing_back_from_the_device_until_it_is_logged(toy_shards
         assert readings.count > 0
 
 
-@pytest.mark.parametrize("target_mask", ["none", "object"])
+@pytest.mark.parametrize("target_mask", ["none", "object", "guessed"])
 def test_training_never_reads_a_part_label(
     toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target_mask: str
 ) -> None:

@@ -15,6 +15,7 @@ from slotscops.train.reduction import FixedOrderReducer, choose_kernels
 TWO_PROCESSES, FOUR_PROCESSES = ranks(2), ranks(4)
 DETERMINISTIC = ("train.reduction=deterministic", "train.microbatches=4")
 RESNET = ("encoder.name=resnet18", "encoder.weights=random:0", "train.total_steps=3")
+COMPARED = ("losses.part_contrast=0.1", "losses.presence=0.1")  # terms that compare photos with each other
 
 
 FIRST_TENSORS = """
@@ -112,7 +113,7 @@ def test_a_channels_last_parameter_without_a_gradient_gets_zeros() -> None:
 def test_one_two_and_four_processes_train_the_very_same_parameters(toy_shards: Path, tmp_path: Path) -> None:
     launchers = {"one": PYTHON, "two": TWO_PROCESSES, "four": FOUR_PROCESSES}
     for name, launcher in launchers.items():
-        done = train(launcher, toy_shards, tmp_path / name, *DETERMINISTIC, *RESNET)
+        done = train(launcher, toy_shards, tmp_path / name, *DETERMINISTIC, *RESNET, *COMPARED)
         assert done.returncode == 0, done.stderr
     models = [load_file(tmp_path / name / "checkpoints" / "step-3" / "model.safetensors") for name in launchers]
     for key, tensor in models[0].items():
@@ -139,7 +140,7 @@ def test_a_run_goes_on_from_one_to_two_to_four_to_one_process_with_the_same_samp
     [
         ("losses.concentration=0.3", "losses.orthonormality=0.2", "losses.entropy=0.4", "losses.part_contrast=0.5",
          "losses.visual_consistency=0.7", "losses.target_mask=object", "losses.mixture=0.8", "losses.background=0.6",
-         "basis.kind=free"),
+         "losses.presence=0.9", "losses.total_variation=0.8", "losses.visual_consistency_lab=0.7", "basis.kind=free"),
         ("encoder.name=resnet18", "encoder.weights=random:0", "losses.equivariance=1.0",
          "losses.landmark_equivariance=1.0"),
     ],

@@ -84,6 +84,11 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def candidates(self) -> Path:
+        """The starts of the basis that were tried, their numbers, and which one the run began from."""
+        return self.path / "candidates.json"
+
+    @property
     def machine(self) -> Path:
         """Describes the machine on which the run was last started."""
         return self.path / "machine.json"
