@@ -271,7 +271,7 @@ class Trainer:
             self.files.write("machine.json", lambda: write_json(self.folder.machine, started_on), keep=1)
             self.damage.reload(self.step)
         self.accelerator.wait_for_everyone()
-        open_trackers(self.accelerator, self.folder, self.step)
+        open_trackers(self.accelerator, self.step)
 
     # ---- what it writes ------------------------------------------------------------------------------------------
 
