@@ -19,7 +19,7 @@ from PIL import Image
 
 from slotscops.config import Config, to_mapping
 from slotscops.core import console
-from slotscops.core.errors import first_line
+from slotscops.core.errors import first_line, shorten
 from slotscops.core.files import write_bytes
 from slotscops.train.run.folder import RunFolder
 from slotscops.train.run.page import flat_settings
@@ -64,8 +64,9 @@ class OptionalTracker(GeneralTracker):  # type: ignore[misc]  # Accelerate has n
         """Does nothing, because `start` stores the settings."""
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Logs the numbers among the values. NaN and None are left out, because not every service takes them."""
+        """Logs the numbers among the values, but for NaN, which not every service takes, and `step`, which all know."""
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and value == value}
+        numbers.pop("step", None)
         self._try("log", lambda: self._plain.log(numbers, step=step, **kwargs))
 
     def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
@@ -90,9 +91,10 @@ class OptionalTracker(GeneralTracker):  # type: ignore[misc]  # Accelerate has n
                 self._next_try = time.monotonic() + self._pause_s
                 self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             if not self._told:
+                reason = f"{what}: {shorten(first_line(error))}"
                 console.warn(
-                    f"WARNING: --tracker {self.name} failed ({what}: {first_line(error)}); training goes on, and it is "
-                    "tried again later. metrics.jsonl and TensorBoard have all numbers"
+                    f"WARNING: --tracker {self.name} failed ({reason}); training goes on, and it is tried again later. "
+                    "metrics.jsonl and TensorBoard have all numbers"
                 )
             self._told = True
         else:

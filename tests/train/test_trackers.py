@@ -121,7 +121,7 @@ def test_a_training_whose_tracker_fails_goes_on_and_says_so_once(
 def test_a_tracker_gets_settings_numbers_and_pictures(service: type[Service], config: Config) -> None:
     tracker = OptionalTracker("service", config)
     tracker.start()
-    tracker.log({"loss": 0.5, "val_nmi": float("nan"), "batch_digest": "x", "val_ari": None}, step=3)
+    tracker.log({"step": 3, "loss": 0.5, "val_nmi": float("nan"), "batch_digest": "x", "val_ari": None}, step=3)
     tracker.log_picture("parts", Image.new("P", (5, 4)), step=3)
     tracker.finish()
     assert service.got == [
