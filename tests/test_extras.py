@@ -1,32 +1,40 @@
 """The package imports and trains without any optional package, and asks for none of them."""
 
-import re
 import tomllib
-from importlib.metadata import packages_distributions
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 from commands import ROOT, metrics, python, training
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 # Hides the modules named in the first argument, then trains. Prints which of them our own code asked for.
 _TRAIN_WITHOUT = """
 import sys
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 hidden, package = set(sys.argv[1].split(",")), str(Path("slotscops").resolve())
 asked = set()
 
-class Hide(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in hidden:
-            frame = sys._getframe(1)
-            while "importlib" in frame.f_code.co_filename:
-                frame = frame.f_back
-            if frame.f_code.co_filename.startswith(package):
-                asked.add(name)
-            raise ModuleNotFoundError(f"{name} is hidden", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Hide())
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in hidden:
+            return self.finder.find_spec(name, path, target)
+        frame = sys._getframe(1)
+        while "importlib" in frame.f_code.co_filename:
+            frame = frame.f_back
+        if frame.f_code.co_filename.startswith(package):
+            asked.add(name)
+        return None
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 from slotscops.train.__main__ import main
 code = main(sys.argv[2:])
 print("asked for:", *sorted(asked))
@@ -34,18 +42,36 @@ sys.exit(code)
 """
 
 
+def names(lines: list[str]) -> set[str]:
+    """The distributions that requirements name, but for those of extras and of other systems."""
+    requirements = [Requirement(line) for line in lines]
+    return {
+        canonicalize_name(requirement.name)
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    }
+
+
+def with_all_they_need(distributions: set[str]) -> set[str]:
+    found, new = set(distributions), set(distributions)
+    while new:
+        needed = set()
+        for distribution in new:
+            with suppress(PackageNotFoundError):
+                needed |= names(requires(distribution) or [])
+        new = needed - found
+        found |= new
+    return found
+
+
 def optional_modules() -> set[str]:
-    """The top-level modules of all optional packages, and of those that pyproject.toml lists only for the tests."""
+    """The top-level modules of all packages that only extras need, those of the tests included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = [
-        {re.sub(r"[-_.]+", "-", re.split(r"[\[<>=; ]", line)[0].lower()) for line in lines}
-        for lines in (project["dependencies"], *project["optional-dependencies"].values())
-    ]
-    optional = set().union(*names[1:]) - names[0] - {"slotscops"}
+    optional = set().union(*map(names, project["optional-dependencies"].values())) - {"slotscops"}
+    optional -= with_all_they_need(names(project["dependencies"]))
     modules = {name.replace("-", "_") for name in optional}  # of those that are not installed
-    for module, distributions in packages_distributions().items():
-        owners = {re.sub(r"[-_.]+", "-", name.lower()) for name in distributions}
-        if owners <= optional:
+    for module, owners in packages_distributions().items():
+        if {canonicalize_name(owner) for owner in owners} <= optional:
             modules.add(module)
     return modules
 
