@@ -2,21 +2,28 @@
 
 import ast
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 README_BYTES = 8 * 1024
 PICTURE_BYTES = 300 * 1000
 TEXTS = [
     "README.md",
+    "CONTRIBUTING.md",
     "configs/README.md",
     "launch/README.md",
     "shards/README.md",
     "slotscops/README.md",
     "slotscops/segment/README.md",
 ]
+# Longer texts lie as a README in the folder that they are about.
+TOP = {"slotscops", "launch", "shards", "configs", "tests", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+TOP |= {"CITATION.cff", "CONTRIBUTING.md", ".ci", ".github", ".gitignore"}
 
 
 def anchors(text: str) -> set[str]:
@@ -41,6 +48,34 @@ def test_the_readme_is_short_and_opens_with_a_picture() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.encode()) <= README_BYTES
     assert re.match(r"# slotscops\n\n!\[", text)
+
+
+def test_the_top_level_stays_small() -> None:
+    """What git follows; in an unpacked source without git, whatever is not hidden and not built."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert {name.partition("/")[0] for name in listed.splitlines()} <= TOP
+
+
+def test_the_citation_has_the_fields_that_the_format_requires_and_fits_the_package() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (package["version"], package["license"])
+    for reference in [citation, *citation["references"]]:
+        assert reference["title"]
+        assert all({*author} in ({"name"}, {"family-names", "given-names"}) for author in reference["authors"])
+    papers = {reference["url"] for reference in citation["references"]}
+    assert papers <= {*re.findall(r"\((https://arxiv[^)]+)\)", (ROOT / "README.md").read_text())}
+
+
+def test_the_hosted_tests_run_what_a_developer_runs_on_every_supported_python() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    [job] = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["bash launch/test.sh"]
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [line.rpartition(" ")[2] for line in package["classifiers"] if "Python :: 3." in line]
+    assert job["strategy"]["matrix"]["python"] == named == ["3.11", "3.12"]
 
 
 def test_pictures_are_small() -> None:

@@ -1,8 +1,8 @@
 """Work that several processes share.
 
 Each unit of work produces one file. The file appears whole or not at all, and its content does not depend on which
-process writes it. A process does its own units first and then all that are still missing, so if one process dies, the
-others finish its units.
+process writes it. A process begins with its own share of the units and goes on with all that nobody has begun. While it
+does a unit it holds a lease, so that no unit is done twice; if it dies, the others do its unit.
 
 A claim in the folder says what the work is. Of several starts with different settings, one makes the claim and the
 others are refused; starts with the same settings share the work.
@@ -27,14 +27,7 @@ _POLL_S = 0.2  # seconds between two looks at the units that others are doing
 _WRITING_S = 1.0  # an empty claim may be one that is just being written, where the file system has no hard links
 
 
-def units_in_turn(num_units: int) -> Iterator[int]:
-    """All unit numbers, starting with this process's own share, so that processes begin at different places."""
-    first = console.rank() * num_units // console.world_size()
-    for step in range(num_units):
-        yield (first + step) % num_units
-
-
-def leased_units(names: list[str], folder: Path, is_done: Callable[[int], bool]) -> Iterator[int]:
+def leased_units(names: list[str], folder: Path, is_done: Callable[[int], bool], what: str = "") -> Iterator[int]:
     """Yields the units that this process is to do, until all are done, by this process or another one.
 
     While a process does a unit it holds a lease, the file `.NAME.lease` in the folder, and no other process begins the
@@ -44,21 +37,38 @@ def leased_units(names: list[str], folder: Path, is_done: Callable[[int], bool])
     Args:
         names: the name of each unit.
         is_done: whether the file of a unit is there.
+        what: name of the units for a display of progress, which counts those of all processes; empty for none.
     """
-    left = list(units_in_turn(len(names)))
+    units = _finished_units(names, folder, is_done)
+    for unit, is_mine in console.track(units, len(names), what) if what else units:
+        if is_mine:
+            yield unit
+
+
+def _finished_units(names: list[str], folder: Path, is_done: Callable[[int], bool]) -> Iterator[tuple[int, bool]]:
+    """Every unit once, and whether this process is to do it now. Other units are done when they are yielded."""
+    first = console.rank() * len(names) // console.world_size()  # so that processes begin at different places
+    left = [*range(first, len(names)), *range(first)]
     while left:
         of_others = []
         for unit in left:
             if is_done(unit):
+                yield unit, False
                 continue
             with _lease(folder / f".{names[unit]}.lease") as is_mine:
                 if not is_mine:
                     of_others.append(unit)
-                elif not is_done(unit):  # looked at again: it may have been finished before the lease was taken
-                    yield unit
+                else:  # looked at again: it may have been finished before the lease was taken
+                    yield unit, not is_done(unit)
         left = of_others
         if left:
             time.sleep(_POLL_S)
+
+
+def remove_leases(folder: Path) -> None:
+    """Removes the leases of processes that were killed just before they gave them back. No unit may be left to do."""
+    for left in folder.glob(".*.lease"):
+        left.unlink(missing_ok=True)
 
 
 @contextmanager

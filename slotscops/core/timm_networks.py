@@ -57,6 +57,11 @@ def usual_size(network: str) -> int:
     return int(_settings(network).input_size[-1])
 
 
+def licence_of(network: str) -> str:
+    """The licence of the network's own weights, as timm says; empty if it does not. Raises UserError without timm."""
+    return str(_settings(network).license or "")
+
+
 class TimmWeights:
     """The network's own weights: what timm downloads for it."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slotscops.core import console
-from slotscops.core.claims import claim, leased_units
+from slotscops.core.claims import claim, leased_units, remove_leases
 from slotscops.core.errors import RunError
 from slotscops.core.files import remove_abandoned, sha256_of_file, write_once
 from slotscops.core.machine import keep_freed_memory, own_device
@@ -74,9 +74,7 @@ def write_cache(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bo
     # One process reads and hashes all files.
     for _ in leased_units(["manifest.json"], folder, lambda _: (folder / "manifest.json").is_file()):
         _list_files(folder, identity, entries, shape)
-        for left in folder.glob(".*.lease"):  # of processes that were killed just before they gave it back
-            if left.name != ".manifest.json.lease":
-                left.unlink(missing_ok=True)
+        remove_leases(folder)
 
 
 def _identity(dataset: ShardDataset, teacher: Teacher, size: int, mirrored: bool) -> dict[str, Any]:

@@ -13,56 +13,15 @@ from typing import Any, Self
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from slotscops.config import to_yaml
-from slotscops.core import console, pretrained
+from slotscops.core import console
 from slotscops.core.errors import UserError, first_line
 from slotscops.segment import names as part_names
-from slotscops.segment.names import PartNames, shown_names
+from slotscops.segment.model_card import TEMPLATE, card_contents
+from slotscops.segment.names import PartNames
 from slotscops.train.build import Trained, load_model
-from slotscops.train.run.published import MODEL, SETTINGS, without_folders, write_published
+from slotscops.train.run.published import MODEL, SETTINGS, write_published
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_CARD = """---
-{{ card_data }}
----
-
-# Parts of {{ data }}
-
-Finds {{ num_parts }} parts and a background in photos of one kind of thing. No part label was used in training:
-[SCOPS](https://arxiv.org/abs/1905.01298) with [Slot Attention](https://arxiv.org/abs/2006.15055), by slotscops.
-
-```python
-import slotscops
-
-model = slotscops.load("OWNER/MODEL"{{ teacher_argument }})  # the id of this page
-parts = model.segment("photo.jpg")  # parts.labels (H, W) uint8, parts.maps (S, H, W) float32, slot 0 = background
-parts.overlay().save("parts.png")
-```
-
-Photos should show one object each, and most of it: the model was trained on square crops of {{ size }} px.
-
-## Parts
-
-{{ parts }}
-
-## Data
-
-Shards `{{ data }}`{{ shard_digest }}; {{ steps }} steps, {{ samples }} crops seen, repeats counted.
-
-## Teacher
-
-{{ teacher }}
-
-## Scores
-
-{{ scores }}
-
-## Settings
-
-```yaml
-{{ settings }}
-```
-"""
 
 
 class HubModel(
@@ -71,7 +30,10 @@ class HubModel(
     library_name="slotscops",
     pipeline_tag="image-segmentation",
     tags=["co-part-segmentation", "slot-attention", "scops"],
-    model_card_template=_CARD,
+    license="other",
+    license_name="fill-in",
+    license_link="fill-in",
+    model_card_template=TEMPLATE,
 ):
     """Gives `Segmenter` the methods of the hub's mixin: `save_pretrained`, `push_to_hub`, `from_pretrained`."""
 
@@ -103,9 +65,10 @@ class HubModel(
         return cls(load_model(folder), teacher_weights)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The model card from the template above. `model_card_kwargs` of `save_pretrained` replace its contents."""
-        parts = {"parts": _part_table(self.names, self.class_names, self.trained.config.slots.num_parts)}
-        return super().generate_model_card(*args, **(_card_contents(self.trained) | parts | kwargs))
+        """The model card. `model_card_kwargs` of `save_pretrained` replace its contents."""
+        return super().generate_model_card(
+            *args, **(card_contents(self.trained, self.names, self.class_names) | kwargs)
+        )
 
 
 def fetch(model_id: str, **download: Any) -> Path:
@@ -138,51 +101,3 @@ def _remove_old_card(path: Path) -> None:
         path.unlink()
     else:
         console.warn(f"{path}: was not written by slotscops and stays; move it away to get a card of this model")
-
-
-def _card_contents(trained: Trained) -> dict[str, Any]:
-    config, state = without_folders(trained.config), trained.state
-    if trained.network.takes_features:
-        use = "The model reads its features, so it needs the same teacher at hand (`teacher_weights=`)."
-    else:
-        use = "It was the target of training; the model itself does not need it."
-    needs_file = trained.network.takes_features and not pretrained.is_found_by_name(state.teacher_weights)
-    return {
-        "data": str(config.data.shards),
-        "shard_digest": f" (digest `{state.shard_digest[:12]}`)" if state.shard_digest else "",
-        "num_parts": config.slots.num_parts,
-        "size": config.data.size,
-        "steps": state.step,
-        "samples": state.samples_seen,
-        "teacher": f"{config.teacher.network}, `{config.teacher.layer}` at {config.teacher_size} px, weights "
-        f"`{state.teacher_weights or 'unknown'}` (sha256 `{state.teacher_sha256[:12] or 'unknown'}`). {use}",
-        "teacher_argument": f', teacher_weights="{state.teacher_weights or "FILE"}"' if needs_file else "",
-        "scores": _score_table(state.scores),
-        "settings": to_yaml(config).strip(),
-    }
-
-
-def _score_table(scores: dict[str, float]) -> str:
-    if not scores:
-        return "Not scored while training: `python -m slotscops.evaluate --checkpoint FOLDER --shards SHARDS`."
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in scores.items())
-    return f"Of the last evaluation while training, on the first images of val:\n\n| score | value |\n|---|---|\n{rows}"
-
-
-def _part_table(names: PartNames | None, class_names: list[str], num_parts: int) -> str:
-    """A table of the parts' names, one column a class, and how well the labelled photos support them."""
-    if names is None:
-        return "Parts have numbers, no names. `slotscops segment --name-from LABELLED` names them from a few labels."
-    shown = shown_names(names, class_names, num_parts)
-    lines = [["slot", *(name or "part" for name in shown)], ["---"] * (1 + len(shown))]
-    lines += [[str(slot), *of_slot] for slot, of_slot in enumerate(zip(*shown.values(), strict=True), start=1)]
-    rows = "\n".join(f"| {' | '.join(map(_in_table, line))} |" for line in lines)
-    return (
-        f"{rows}\n\nNamed from {names.num_photos} labelled photos; {100 * names.agreement:.3g} % of their labelled "
-        "pixels agree with the names."
-    )
-
-
-def _in_table(text: str) -> str:
-    """The text as a cell of a table in Markdown, without HTML."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("&", "&amp;").replace("<", "&lt;")

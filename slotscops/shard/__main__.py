@@ -5,6 +5,7 @@
     python -m slotscops.shard --toy --out shards/toy
     python -m slotscops.shard --inspect SHARDS [--out FILE.png]
     python -m slotscops.shard --verify SHARDS
+    python -m slotscops.shard --card SHARDS
 
 Runs as one process or under a launcher. If it was interrupted, start it again: it finishes what is missing.
 """
@@ -28,9 +29,8 @@ from slotscops.features.__main__ import add_teacher_options, show_cache
 from slotscops.features.teacher import Teacher
 from slotscops.features.verify import verify_shards
 from slotscops.features.writer import build_cache
-from slotscops.shard.index import ShardDataset
+from slotscops.shard.counts import count_split
 from slotscops.shard.overview import inspect_shards
-from slotscops.shard.reader import ShardReader
 from slotscops.shard.remote import check_local, is_remote, shards_argument
 from slotscops.shard.writer import Outcome, ShardSettings, claimed_drawing, write_shards
 
@@ -44,30 +44,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.verify:
         return verify_shards(options.verify, options.workers)
-    if options.images:
-        classes = [options.class_name]
-    else:
-        classes = check_class_names(options.classes.split(",")) if options.classes else list(PART_NAMES)
+    if options.card:
+        # Imported here, because it imports huggingface_hub, which the shards themselves do not need.
+        from slotscops.shard.card import check_place, write_card
+
+        check_place(options.card_folder)
+        if options.out is None:
+            write_card(options.card_folder)
+            return 0
+    settings, source = _settings(options), _source_text(options)
     # Built before any work, so that missing weights stop the command at once and not after an hour.
     teacher = None if options.no_features else Teacher(options.layer, options.teacher_weights, options.teacher)
-    root, source = options.root, "files"
+    root = options.out / "photos" if options.toy else options.root
     if options.toy:
-        root = options.out / "photos"
-        source = f"toy, seed {options.toy_seed}, {options.toy_train} + {options.toy_val} photos"
         # The plan is written after the whole tree. If a tree exists, the plan checks that these options drew it.
         numbers = {"num_train": options.toy_train, "num_val": options.toy_val, "seed": options.toy_seed}
         with claimed_drawing(options.out, numbers) as is_needed:
             if is_needed:
                 toy.write_tree(root, **numbers)
-    settings = ShardSettings(
-        classes=classes,
-        size=options.size,
-        min_box_share={split: _min_box_share(options, split) for split in SPLITS},
-        samples_per_shard=options.samples_per_shard,
-    )
     if options.images:
         folder = PhotoFolder(options.images, options.parts, options.val_share, options.class_name)
-        source = f"photos, parts {options.parts is not None}, val {options.val_share}"
         outcome = write_shards(folder, options.out, settings, options.workers, source)
     else:
         with open_pascal_part(root, options.out / ".unpacked") as pascal_part:
@@ -75,7 +71,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _show(outcome, options.out)
     if teacher is not None:
         show_cache(build_cache(outcome.dataset, teacher, options.size, options.mirrored))
+    if options.card:
+        write_card(options.out)
     return 1 if options.strict and outcome.num_damaged else 0
+
+
+def _settings(options: argparse.Namespace) -> ShardSettings:
+    if options.images:
+        classes = [options.class_name]
+    else:
+        classes = check_class_names(options.classes.split(",")) if options.classes else list(PART_NAMES)
+    return ShardSettings(
+        classes=classes,
+        size=options.size,
+        min_box_share={split: _min_box_share(options, split) for split in SPLITS},
+        samples_per_shard=options.samples_per_shard,
+    )
+
+
+def _source_text(options: argparse.Namespace) -> str:
+    """What `index/plan.json` says of the photos; `slotscops.shard.card.command_options` reads it."""
+    if options.toy:
+        return f"toy, seed {options.toy_seed}, {options.toy_train} + {options.toy_val} photos"
+    if options.images:
+        return f"photos, parts {options.parts is not None}, val {options.val_share}"
+    return "files"
 
 
 def _min_box_share(options: argparse.Namespace, split: str) -> float:
@@ -87,7 +107,15 @@ def _min_box_share(options: argparse.Namespace, split: str) -> float:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.out is None and not (options.inspect or options.verify):
+    makes_shards = bool(options.root or options.toy or options.images)
+    if not (makes_shards or options.inspect or options.verify or options.card):
+        parser.error("one of the arguments --root --toy --images --inspect --verify or --card SHARDS is required")
+    if options.card not in (None, True) and (makes_shards or options.inspect or options.verify or options.out):
+        parser.error("--card SHARDS goes alone; where shards are made, give --card without a folder")
+    if options.card is True and not makes_shards:
+        parser.error("--card needs the folder of the shards")
+    options.card_folder = check_local(options.out if options.card is True else options.card) if options.card else None
+    if options.out is None and makes_shards:
         parser.error("the following arguments are required: --out")
     if options.out is not None:
         options.out = check_local(options.out)
@@ -109,7 +137,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     sentence = "Turn annotated photos, or drawn toy photos, into WebDataset shards with an index and features."
     parser = command_parser("shard", sentence, "--toy --out shards/toy")
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--root", type=Path, help="folder that holds VOCdevkit and Annotations_Part, or their archives")
     source.add_argument("--toy", action="store_true", help="draw toy photos into OUT/photos and shard them")
     source.add_argument(
@@ -124,6 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--verify", type=shards_argument, metavar="SHARDS", help="check every hash and name what is damaged"
     )
+    parser.add_argument(
+        "--card", type=shards_argument, nargs="?", const=True, metavar="SHARDS",
+        help="write a data set card for the Hugging Face hub into SHARDS, or into the shards that are being made",
+    )  # fmt: skip
     parser.add_argument("--parts", type=Path, help="for --images: folder of label PNGs; its parts.txt names the labels")
     parser.add_argument(
         "--val-share", type=float, default=0.1, help="for --images: share of the photos in the val split (default: 0.1)"
@@ -160,7 +192,7 @@ def _show(outcome: Outcome, out: Path) -> None:
     dataset = outcome.dataset
     rows = []
     for split in SPLITS:
-        counts = _count(dataset, split)
+        counts = count_split(dataset, split)
         for name in [name for name in dataset.class_names if counts["objects", name]]:
             megabytes = counts["bytes", name] / 1e6
             cells = [f"{counts[what, name]:,}" for what in ("images", "objects", "parts")]
@@ -176,24 +208,6 @@ def _show(outcome: Outcome, out: Path) -> None:
         console.warn(f"left out {item.image}: {item.reason}")
     if len(damaged) > _LISTED:
         console.warn(f"left out {len(damaged) - _LISTED} more damaged files")
-
-
-def _count(dataset: ShardDataset, split: str) -> Counter[tuple[str, str]]:
-    """Images, objects, parts and bytes by (what, class)."""
-    counts: Counter[tuple[str, str]] = Counter()
-    images: set[tuple[str, str]] = set()
-    for entry in dataset.splits[split]:
-        reader = ShardReader(dataset, entry)
-        for row in range(len(reader.index)):
-            description = reader.read_description(row)
-            name = description["class"]
-            images.add((name, description["image"]))
-            counts["objects", name] += 1
-            counts["parts", name] += len(description["part_names"])
-            counts["bytes", name] += int(reader.index.sizes[row].sum())
-    for name, _ in images:
-        counts["images", name] += 1
-    return counts
 
 
 if __name__ == "__main__":

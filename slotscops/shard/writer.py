@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 import tarfile
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from slotscops.core import console
-from slotscops.core.claims import claim, units_in_turn
+from slotscops.core.claims import claim, leased_units, remove_leases
 from slotscops.core.errors import ClaimError, UserError
 from slotscops.core.files import remove_abandoned, sha256_of_file, sha256_of_json, write_bytes, write_json
 from slotscops.core.pool import WorkerPool
@@ -38,6 +38,7 @@ from slotscops.shard.index import (
 )
 
 _ANOTHER = "choose another --out or remove the folder"
+_WITHDRAWING_S = 1.0
 _IMAGES_PER_SCAN = 256  # a unit of the first phase: a second or two of work
 Sample = tuple[str, str, dict[str, bytes]]  # key, class, members
 
@@ -92,7 +93,7 @@ def write_shards(
         try:
             _write_all(source, out, settings, images, num_workers)
         except FileNotFoundError:
-            if plan_path(out).exists():
+            if not _is_withdrawn(out):
                 raise
             raise ClaimError(f"{out}: another process found no object to write there and says why") from None
     left_out = [LeftOut(**item) for item in json.loads(_left_out_path(out).read_text())]
@@ -106,7 +107,9 @@ def _write_all(source: Source, out: Path, settings: ShardSettings, images: list[
             _withdraw(out)
             raise UserError(_nothing_left(source, left_out))
         _write_missing(source, out, settings, candidates, pool)
-    _finish(source, out, settings, candidates, left_out)
+    for _ in leased_units(["dataset.json"], _scan_folder(out), lambda _: dataset_path(out).is_file()):
+        _finish(source, out, settings, candidates, left_out)
+        remove_leases(_scan_folder(out))
 
 
 # ---- the folder --------------------------------------------------------------------------------------------------
@@ -183,6 +186,14 @@ def _withdraw(out: Path) -> None:
             folder.rmdir()
 
 
+def _is_withdrawn(out: Path) -> bool:
+    """Whether another process is removing the index folder, the plan last, as `_withdraw` does."""
+    ends = time.monotonic() + _WITHDRAWING_S
+    while plan_path(out).exists() and time.monotonic() < ends:
+        time.sleep(0.02)
+    return not plan_path(out).exists()
+
+
 def _scan_folder(out: Path) -> Path:
     return out / "index" / "scan"
 
@@ -210,13 +221,13 @@ def _scan(
     chunks = [images[start : start + _IMAGES_PER_SCAN] for start in range(0, len(images), _IMAGES_PER_SCAN)]
     folder = _scan_folder(out)
     folder.mkdir(exist_ok=True)
-    for number in console.track(units_in_turn(len(chunks)), len(chunks), "scanning annotations, chunks"):
-        path = folder / f"{number:06d}.json"
-        if not path.is_file():
-            task = partial(source.scan, class_names=settings.classes, min_box_share=settings.min_box_share)
-            found = pool.map(task, chunks[number], [splits.of_image(image) for image in chunks[number]])
-            write_json(path, [[asdict(item) for kind in pair for item in kind] for pair in found])
-    rows = [row for number in range(len(chunks)) for row in json.loads((folder / f"{number:06d}.json").read_text())]
+    paths = [folder / f"{number:06d}.json" for number in range(len(chunks))]
+    task = partial(source.scan, class_names=settings.classes, min_box_share=settings.min_box_share)
+    names = [path.name for path in paths]
+    for number in leased_units(names, folder, lambda unit: paths[unit].is_file(), "scanning annotations, chunks"):
+        found = pool.map(task, chunks[number], [splits.of_image(image) for image in chunks[number]])
+        write_json(paths[number], [[asdict(item) for kind in pair for item in kind] for pair in found])
+    rows = [row for path in paths for row in json.loads(path.read_text())]
     flat = [item for row in rows for item in row]
     candidates = [Candidate(**{**item, "box": tuple(item["box"])}) for item in flat if "box" in item]
     return candidates, [LeftOut(**item) for item in flat if "box" not in item]
@@ -239,10 +250,11 @@ def _write_missing(
     source: Source, out: Path, settings: ShardSettings, candidates: list[Candidate], pool: WorkerPool
 ) -> None:
     shards = _shards(candidates, settings)
-    for number in console.track(units_in_turn(len(shards)), len(shards), "writing shards"):
+    names = [name for name, _ in shards]
+    for number in leased_units(
+        names, _scan_folder(out), lambda unit: index_path(out, names[unit]).is_file(), "writing shards"
+    ):
         name, objects = shards[number]
-        if index_path(out, name).is_file():
-            continue
         by_image = [list(group) for _, group in groupby(objects, key=lambda candidate: candidate.image)]
         made = pool.map(partial(_make_samples, source, settings.size), by_image)
         samples = [sample for found, _ in made for sample in found]
@@ -289,7 +301,7 @@ def _index_tar(path: Path, samples: Sequence[Sample], class_names: list[str]) ->
 def _finish(
     source: Source, out: Path, settings: ShardSettings, candidates: list[Candidate], left_out: list[LeftOut]
 ) -> None:
-    """Writes `dataset.json`. Any process may do it, because all write the same content."""
+    """Writes `dataset.json`, for which one process reads and hashes all shards."""
     splits: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     for name, objects in _shards(candidates, settings):
         path = out / f"{name}.tar"

@@ -53,7 +53,11 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="take a few steps, write nothing, say what the whole run would cost"
     )
-    parser.add_argument("--tracker", action="append", default=[], help="log here besides TensorBoard: wandb")
+    parser.add_argument(
+        "--tracker", action="append", default=[], metavar="NAME",
+        help="log here besides TensorBoard: wandb, mlflow, trackio or another tracker that Accelerate knows; may be "
+        "given several times",
+    )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings, such as train.total_steps=500")
     return parser.parse_intermixed_args(arguments)
 

@@ -24,7 +24,7 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
     Args:
         resume: `auto` continues from the run's newest complete checkpoint, `none` refuses if there is one, and anything
             else is the path of a run or checkpoint to continue from.
-        trackers: trackers to log to besides TensorBoard, such as `wandb`.
+        trackers: trackers to log to besides TensorBoard, such as `wandb` or `mlflow`.
 
     Returns:
         The exit code: 0, or 128 + the number of the signal that asked the run to stop.

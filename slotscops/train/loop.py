@@ -288,7 +288,7 @@ class Trainer:
                 self.files.write("candidates.json", lambda: write_json(self.folder.candidates, self.candidates), keep=1)
             self.damage.reload(self.step)
         self.accelerator.wait_for_everyone()
-        open_trackers(self.accelerator, self.folder, self.step)
+        open_trackers(self.accelerator, self.step)
 
     # ---- what it writes ------------------------------------------------------------------------------------------
 

@@ -3,13 +3,14 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from commands import python
+from commands import ROOT, python
 from safetensors.numpy import load_file
 from small_runs import photo, save_feature_run, save_resnet_run
 
@@ -18,6 +19,7 @@ from slotscops.config import load_config
 from slotscops.core.errors import UserError
 from slotscops.evaluate.__main__ import main as evaluate_main
 from slotscops.segment.names import PartNames, write_names
+from slotscops.segment.model_card import card_contents
 from slotscops.segment.segmenter import Segmenter
 
 COMMIT = "0123456789012345678901234567890123456789"
@@ -61,19 +63,42 @@ def test_nothing_is_pickled_and_no_folder_of_the_machine_is_told(published: Path
         assert str(published.parent).encode() not in path.read_bytes()
 
 
-def test_the_card_says_data_parts_teacher_scores_and_settings(published: Path) -> None:
+def test_the_card_says_how_to_use_it_what_it_was_told_scores_licences_and_whom_to_cite(published: Path) -> None:
     card = (published / "README.md").read_text()
     _, header, text = card.split("---\n", 2)
-    assert yaml.safe_load(header)["library_name"] == "slotscops"
+    fields = yaml.safe_load(header)
+    assert (fields["library_name"], fields["license"], fields["license_name"]) == ("slotscops", "other", "fill-in")
     for told in (
         "Parts of horse",
         r"| 1 | h&lt;ea>d\| |",
         "| 2 | part 2 |",
+        "slotscops segment --checkpoint OWNER/MODEL",
+        "No object mask was used.",
         "relu5_4` at 64 px, weights `random:0`",
-        "| nmi | 0.25 |",
+        "| NMI | full image, own background | 25.0 |",
+        "The teacher's weights: random numbers, so none.",
         "num_parts: 5",
     ):
-        assert told in text
+        assert told in text, told
+    papers = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    assert all(f"url = {{{paper['url']}}}" in text for paper in papers)
+
+
+def test_the_card_says_more_of_a_model_that_was_told_more(run: Path) -> None:
+    trained = slotscops.load(run).trained
+    overrides = ["losses.target_mask=object", "losses.background=1.0", "slots.per_class=own", "encoder.name=resnet18"]
+    timm = ["teacher.network=timm/vit_small_patch14_dinov2.lvd142m", "teacher.layer=blocks.8"]
+    scores = {"val_fg_nmi": 0.5, "val_mask_ari": 0.125}
+    best = {"score": "nmi", "value": 0.5, "step": 3}
+    state = replace(trained.state, scores=scores, best=best, class_names=["cow"], teacher_weights="imagenet")
+    contents = card_contents(trained._replace(config=load_config(None, overrides + timm), state=state))
+    for place, told in {
+        "told": "object masks were used in training (`losses.target_mask` and `losses.background`).\n- The class of",
+        "scores": "| NMI | pixels of true parts only | 50.0 |\n| ARI | full image, given the true object mask | 12.5 |",
+        "licence": "The teacher's weights: apache-2.0 (as timm says).\n- The encoder's first weights: torchvision's",
+    }.items():
+        assert told in contents[place], contents[place]
+    assert "chose the run's best checkpoint, step 3, by its nmi; this is step 1." in contents["told"]
 
 
 def test_saving_over_another_model_replaces_its_card_but_no_readme_of_the_users(

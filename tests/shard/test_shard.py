@@ -2,9 +2,13 @@ import gc
 import json
 import pickle
 import shutil
+import subprocess
 import tarfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +17,13 @@ import webdataset
 from commands import python
 from PIL import Image
 
+from slotscops.core import claims
 from slotscops.core.errors import UserError
-from slotscops.core.files import sha256_of_bytes
+from slotscops.core.files import sha256_of_bytes, writer_name
 from slotscops.core.records import MEMBERS, from_members
 from slotscops.datasets.toy import tree as toy
 from slotscops.shard import __main__ as shard
+from slotscops.shard import writer
 from slotscops.shard.index import ShardEntry, ShardTable, open_dataset
 from slotscops.shard.reader import ShardReader
 
@@ -111,10 +117,36 @@ def test_a_process_finishes_what_others_left_undone(
         (out / name).unlink()
     (out / "index" / "train-000000.safetensors").unlink()
     (out / "train-000001.tar").write_bytes(b"half")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for name in ("train-000001", "val-000000", "dataset.json"):  # what they held when they were killed
+        lease = out / "index" / "scan" / f".{name}.lease"
+        lease.write_text(f"{writer_name().partition('-')[0]}-{ended.pid}")
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert write(tree, out) == 0
     assert contents(out) == contents(shards)
+
+
+def test_two_processes_do_each_unit_of_the_work_once(
+    tree: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads stand for the processes; to a lease they are the same."""
+    done: list[str] = []
+    for name in ("_make_samples", "_index_tar", "_finish"):
+        plain = getattr(writer, name)
+
+        def counted(*arguments: Any, name: str = name, plain: Any = plain) -> Any:
+            done.append(name if name == "_finish" else f"{name} {arguments[-1][0] if name[1] == 'm' else arguments[0]}")
+            time.sleep(0.01)
+            return plain(*arguments)
+
+        monkeypatch.setattr(writer, name, counted)
+    monkeypatch.setattr(claims, "_POLL_S", 0.01)
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda _: write(tree, tmp_path / "out"), range(2))) == [0, 0]
+    assert len(done) == len(set(done)) > 10
+    assert contents(tmp_path / "out") == contents(shards)
 
 
 def test_a_finished_folder_is_left_as_it_is(tree: Path, shards: Path) -> None:

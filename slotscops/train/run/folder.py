@@ -98,10 +98,9 @@ class RunFolder:
         """The run's own page, to be opened in a browser."""
         return self.path / "report.html"
 
-    @property
-    def wandb_id(self) -> Path:
-        """Holds the id of the run at Weights & Biases."""
-        return self.path / "wandb_id"
+    def tracker_id(self, tracker: str) -> Path:
+        """Holds the id of the run at a tracker such as Weights & Biases."""
+        return self.path / f"{tracker}_id"
 
     def open(self, config: Config, step: int) -> None:
         """Makes the folder, writes the resolved settings, and drops logged steps beyond the one resumed from.

@@ -49,8 +49,8 @@ def write_page(folder: RunFolder) -> Path:
         "status": _read_json(folder.status),
         "evaluation": _read_json(folder.evaluation),
         "machine": _read_json(folder.machine),
-        "settings": _flat(to_mapping(load_config(folder.config))),
-        "defaults": _flat(to_mapping(Config())),
+        "settings": flat_settings(to_mapping(load_config(folder.config))),
+        "defaults": flat_settings(to_mapping(Config())),
         "last": {name: value for name, value in (rows[-1] if rows else {}).items() if name != "batch_digest"},
         "panels": _panels(rows),
         "pictures": _pictures(folder.pictures),
@@ -89,10 +89,11 @@ def _pictures(folder: Path) -> list[tuple[int, str]]:
     return [(step, f"pictures/step-{step}.png") for step in sorted(int(step) for step in steps if step.isdigit())]
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -1,6 +1,5 @@
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,9 @@ from browser import contrast, open_tab
 from commands import PYTHON, metrics, python, run, training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from slotscops.config import load_config
 from slotscops.core.errors import UserError
 from slotscops.train.run.folder import RunFolder
 from slotscops.train.run.page import _MAX_POINTS, write_page
-from slotscops.train.trackers import choose_trackers
 
 SETTINGS = ("train.eval_every_steps=2", "train.learning_rate=0.003")
 
@@ -99,31 +96,6 @@ def test_tensorboard_has_the_same_numbers_and_the_pictures(finished: Path) -> No
             if name in row:
                 assert logged[row["step"]] == pytest.approx(row[name], rel=1e-6)
     assert [event.step for event in events.Images("parts")] == [2, 4, 6]
-
-
-def test_wandb_gets_numbers_and_pictures_of_both_starts(toy_shards: Path, tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    command = [*training(PYTHON, toy_shards, tmp_path / "run", *SETTINGS), "--tracker", "wandb"]
-    for extra in (["train.stop_after_steps=3"], []):
-        done = run([*command, *extra], WANDB_MODE="offline")
-        assert done.returncode == 0, done.stderr
-    folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    number = (tmp_path / "run" / "wandb_id").read_text()
-    assert len(folders) == 2
-    assert all(folder.name.endswith(number) for folder in folders)
-    for folder in folders:
-        assert b"grad_norm" in (folder / f"run-{number}.wandb").read_bytes()
-    assert [path for folder in folders for path in folder.rglob("parts*.png")]
-
-
-def test_a_tracker_that_is_unknown_or_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(None)
-    with pytest.raises(UserError, match=r"--tracker paper: unknown; known are wandb"):
-        choose_trackers(["paper"], config)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("slotscops.train.trackers.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'slotscops\[wandb\]'"):
-        choose_trackers(["wandb"], config)
 
 
 # ---- in a real browser -------------------------------------------------------------------------------------------
