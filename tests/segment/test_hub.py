@@ -18,8 +18,8 @@ import slotscops
 from slotscops.config import load_config
 from slotscops.core.errors import UserError
 from slotscops.evaluate.__main__ import main as evaluate_main
-from slotscops.segment.names import PartNames, write_names
 from slotscops.segment.model_card import card_contents
+from slotscops.segment.names import PartNames, write_names
 from slotscops.segment.segmenter import Segmenter
 
 COMMIT = "0123456789012345678901234567890123456789"
