@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from slotscops.core.pixels import Box
+from slotscops.core.pixels import Box, Context
 from slotscops.core.records import Record
 
 SPLITS = ("train", "val")
@@ -69,7 +69,9 @@ class Source(Protocol):
     ) -> ImageScan:
         """Each object of the image is kept or left out with the reason."""
 
-    def read(self, image: str, candidates: list[Candidate], size: int) -> tuple[list[Record], list[LeftOut]]:
+    def read(
+        self, image: str, candidates: list[Candidate], size: int, context: Context
+    ) -> tuple[list[Record], list[LeftOut]]:
         """Crops the kept objects of one image to `size` x `size`; what turns out to be damaged is left out."""
 
     def part_names(self, class_name: str, candidates: list[Candidate]) -> list[str]:

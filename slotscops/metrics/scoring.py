@@ -13,7 +13,6 @@ from torch import Tensor
 
 from slotscops.core.errors import RunError
 from slotscops.core.pictures import comparison
-from slotscops.core.pixels import SIDE_PER_BOX
 from slotscops.core.records import Batch
 from slotscops.loader.batches import evaluation_batches
 from slotscops.loader.split import Split
@@ -103,7 +102,7 @@ def landmark_errors(
     predict: Predictor, train: Split, split: Split, num_predicted: int, accelerator: Accelerator | None = None
 ) -> dict[str, float]:
     """The landmark error by class on `split`, with the regression fit on `train`. See `metrics.landmarks`."""
-    regression = LandmarkRegression(_part_names(split.dataset), num_predicted, SIDE_PER_BOX)
+    regression = LandmarkRegression(_part_names(split.dataset), num_predicted, split.dataset.context.side_per_box)
     for batch in scored_batches(train, accelerator, _MAX_LANDMARK_IMAGES):
         regression.fit(predict(batch), batch)
     regression.set_fit_counts(sum_over_processes(regression.fit_counts(), accelerator))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slotscops.core.photos import shown_name
+from slotscops.core.pixels import Context
 from slotscops.core.records import Record
 from slotscops.datasets.pascal_part.classes import PART_NAMES
 from slotscops.datasets.pascal_part.crops import read_records
@@ -38,8 +39,10 @@ class PascalPart:
             return ImageScan([], [_passed_over(name, reason) for name, reason in list_passed_over(self.tree)])
         return scan_image(self.tree, image, split_of_class, class_names, dict(min_box_share))
 
-    def read(self, image: str, candidates: list[Candidate], size: int) -> tuple[list[Record], list[LeftOut]]:
-        return read_records(self.tree, image, candidates, size)
+    def read(
+        self, image: str, candidates: list[Candidate], size: int, context: Context
+    ) -> tuple[list[Record], list[LeftOut]]:
+        return read_records(self.tree, image, candidates, size, context)
 
     def part_names(self, class_name: str, candidates: list[Candidate]) -> list[str]:
         return list(PART_NAMES[class_name])
