@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from slotscops.core.photos import NO_PHOTO, PHOTO_SUFFIXES, read_image, real_pat
 from slotscops.core.pixels import Box, Context, box_of, crop_labels, crop_photo, square_crop, whole_square
 from slotscops.core.records import Record
 from slotscops.datasets.label_maps import NAMES_FILE, LabelMap, LabelMapError, read_label_map, read_part_names
-from slotscops.datasets.sources import SPLITS, WHOLE_FOLDER, Candidate, ImageScan, LeftOut
+from slotscops.datasets.sources import SPLITS, WHOLE_FOLDER, Candidate, ImageScan, LeftOut, WholePhoto
 
 _SPLIT_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _TEST_FOLDERS = {"test", "testing"}  # they are the val split if there is a train folder and no val folder
@@ -164,6 +164,12 @@ class PhotoFolder:
             return [self._record(candidate, photo, labels, size, context) for candidate in candidates], []
         except UserError as error:
             return [], [self._fault(image, item.split, error) for item in candidates]
+
+    def read_whole(self, image: str, class_name: str, ignored: Sequence[str]) -> WholePhoto:
+        photo, labels = self._read(image)
+        if labels is None:
+            raise UserError(f"{shown_name(image)}: {self._why_no_label_map(image)}")
+        return WholePhoto(photo, labels.part_labels, labels.part_labels)
 
     def part_names(self, class_name: str, candidates: list[Candidate]) -> list[str]:
         """From `parts.txt` where there is one, else `part_1` and so on up to the highest label."""

@@ -9,6 +9,7 @@ from typing import get_args
 from slotscops.config import BaselineTransform, Refinement
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError, suggest
+from slotscops.datasets.merging import PRESETS
 from slotscops.evaluate import baselines
 from slotscops.shard.remote import shards_argument
 
@@ -38,6 +39,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         _check_writable(options.json)
     if not (options.checkpoint or options.shards):
         raise UserError("a baseline alone needs data; give --shards SHARDS")
+    if options.parts and not options.photos:
+        raise UserError("--parts goes with --photos: it names the label maps of a folder of photos")
     if options.clusters is not None and not 2 <= options.clusters <= 255:
         raise UserError(f"--clusters is {options.clusters}, needed 2 to 255: a background and at least one part")
     return options
@@ -74,6 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", default="val", help="split to score (default: %(default)s)")
     parser.add_argument(
+        "--photos", type=Path, metavar="ROOT",
+        help="also score the uncropped photos, found in what shard was given as --root or --images (for the toy, "
+        "SHARDS/photos)",
+    )  # fmt: skip
+    parser.add_argument("--parts", type=Path, metavar="DIR", help="for --photos: what shard was given as --parts")
+    parser.add_argument(
+        "--merge", metavar="NAME_OR_FILE",
+        help=f"score several true parts as one: {', '.join(PRESETS)}, or a YAML file 'CLASS: {{NEW: [PART, ...]}}'",
+    )  # fmt: skip
+    parser.add_argument(
         "--full", action="store_true", help="print every protocol, score and class, not the small table"
     )
     parser.add_argument("--json", type=Path, help="file for the scores, not multiplied by 100")
@@ -85,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--teacher", help="network whose features the baselines use (default: the first run's, or vgg19)"
+    )
+    parser.add_argument(
+        "--teacher-weights",
+        help="for --photos: weights of that network, if they came from a file (default: those of the training)",
     )
     parser.add_argument("--layer", help="layer of that network (default: the first run's, or relu5_4)")
     parser.add_argument(

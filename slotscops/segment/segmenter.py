@@ -80,16 +80,19 @@ class FoundParts:
 class Segmenter(HubModel):
     """A trained network that takes photos. Made by `slotscops.load` or `Segmenter.from_pretrained`."""
 
-    def __init__(self, trained: Trained, teacher_weights: str | None = None) -> None:
+    def __init__(
+        self, trained: Trained, teacher_weights: str | None = None, device: torch.device | None = None
+    ) -> None:
         """
         Args:
             teacher_weights: see `load`.
+            device: where network and teacher compute. By default it is the GPU if there is one.
 
         Raises:
             UserError: if these are not the teacher weights of the training; see `load`.
         """
         self.trained = trained
-        self.network = trained.network.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.network = trained.network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.size = trained.config.data.size  # pixels, side of the crops that the network was trained on
         self.teacher = None  # a teacher, if the network reads its features
         if self.network.takes_features:

@@ -84,6 +84,11 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def scores(self) -> Path:
+        """What `evaluate --json` wrote here, which the run's page shows."""
+        return self.path / "scores.json"
+
+    @property
     def machine(self) -> Path:
         """Describes the machine on which the run was last started."""
         return self.path / "machine.json"
