@@ -33,6 +33,7 @@ from slotscops.datasets.photo_folder import PhotoFolder
 from slotscops.datasets.sources import Source
 from slotscops.evaluate import baselines, ceiling, scoreboard
 from slotscops.evaluate.options import parse_options
+from slotscops.evaluate.results_page import write_results_page
 from slotscops.evaluate.scoreboard import Row, Scored
 from slotscops.features.cache import FeatureCache, open_cache, warn_if_random
 from slotscops.features.teacher import Teacher, compute_features
@@ -64,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [method for path in options.read for method in scoreboard.read(path)],
             options.full,
         )
+        if options.page and console.is_main():
+            write_results_page(options.page, options.read)
+            console.say(f"page: {options.page}")
         return 0
     with ExitStack() as stack:
         harness = _open_harness(options, stack)

@@ -31,12 +31,15 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--baseline: unknown '{name}'{suggest(name, _BASELINES) or f'; known are {_KNOWN}'}")
     if options.read and (options.checkpoint or options.baseline):
         raise UserError("--read shows what was scored before; give it without --checkpoint and --baseline")
+    if options.page and not options.read:
+        raise UserError("--page makes a page of scores that were written before; give it with --read FILE...")
+    for option in ("page", "json"):
+        if getattr(options, option) is not None:
+            _check_writable(getattr(options, option), option)
     if options.read:
         return options
     if not (options.checkpoint or options.baseline):
         raise UserError("nothing to score; give --checkpoint RUN, --baseline NAME or both")
-    if options.json is not None:
-        _check_writable(options.json)
     if not (options.checkpoint or options.shards):
         raise UserError("a baseline alone needs data; give --shards SHARDS")
     if options.parts and not options.photos:
@@ -46,14 +49,16 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(path: Path, option: str) -> None:
     """Refuses a file that could not be written after the scoring, which may take hours."""
     if not path.parent.is_dir():
-        raise UserError(f"--json {path}: no such folder; make it first")
+        raise UserError(f"--{option} {path}: no such folder; make it first")
     if path.is_dir():
-        raise UserError(f"--json {path}: is a folder; give the name of a file")
+        raise UserError(f"--{option} {path}: is a folder; give the name of a file")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--json {path}: its folder cannot be written; check its permissions, or name another place")
+        raise UserError(
+            f"--{option} {path}: its folder cannot be written; check its permissions, or name another place"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="file for the scores, not multiplied by 100")
     parser.add_argument(
         "--read", type=Path, nargs="+", default=[], metavar="FILE", help="show the scores that --json wrote earlier"
+    )
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE.html", help="for --read: file for a page with the scores, costs and pictures"
     )
     parser.add_argument(
         "--landmarks", action="store_true", help="also score regressed part centres; this reads the training split"

@@ -146,18 +146,19 @@ def _with_merge(method: Scored) -> str:
     return method.name if method.merge is None else f"{method.name}, parts merged by {method.merge}"
 
 
-def _protocols(methods: list[Scored]) -> list[str]:
+def protocols_of(methods: list[Scored]) -> list[str]:
     """The protocols of which any method has scores."""
     return [name for name in ALL_PROTOCOLS if any(row.protocol == name for method in methods for row in method.rows)]
 
 
-def _title(protocol: str) -> str:
+def protocol_title(protocol: str) -> str:
+    """What the protocol scores, and what it tells every method."""
     return f"{_TITLES[protocol]}; told: {', '.join(TOLD[protocol]) or 'nothing'}"
 
 
 def _show_brief(methods: list[Scored]) -> None:
     averaged = means(methods)
-    protocols = _protocols(methods)
+    protocols = protocols_of(methods)
     places = {place: protocol for place, protocol in _BRIEF_PLACES.items() if protocol in protocols}
     columns = [f"{place}\n{_HEADINGS[score]}" for place in places for score in _BRIEF_SCORES]
     rows = _rows(methods, averaged, _class_of_all, partial(_brief_cells, list(places.values())))
@@ -180,13 +181,13 @@ def _brief_cells(protocols: list[str], method: Scored, class_name: str) -> list[
 
 def _show_all(methods: list[Scored]) -> None:
     averaged = means(methods)
-    for protocol in _protocols(methods):
+    for protocol in protocols_of(methods):
         prefix = "FG-" if protocol == "foreground" else ""
         columns = [f"{prefix}{_HEADINGS[score]}\n{order}" for order in ORDERS for score in _SCORES]
         rows = _rows(methods, averaged, lambda method: method.class_names, partial(_cells, protocol))
         if protocol == literature.PROTOCOL:
             rows += _published_cells(methods)
-        console.show_table(_title(protocol), ("method", "class", *columns), rows, num_names=2)
+        console.show_table(protocol_title(protocol), ("method", "class", *columns), rows, num_names=2)
     _show_landmarks(methods, averaged)
     console.say(
         "Scores are x 100. Where true masks overlap, the part listed first (first) or the smallest one (small) is on "
@@ -307,7 +308,7 @@ def _numbers(row: dict[str, float | None]) -> dict[str, float]:
 
 
 def _to_json(method: Scored) -> dict[str, Any]:
-    protocols = _protocols([method])
+    protocols = protocols_of([method])
     scores: dict[str, dict[str, dict[str, Any]]] = {protocol: {order: {} for order in ORDERS} for protocol in protocols}
     for row, numbers in method.rows.items():
         scores[row.protocol][row.order][row.class_name] = json_numbers(numbers)
