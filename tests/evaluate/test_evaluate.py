@@ -346,7 +346,7 @@ def test_one_and_two_processes_give_the_same_numbers(toy_shards: Path, tmp_path:
         out = tmp_path / f"{len(contents)}.json"
         # The shards and the baselines' features are those of the run; given twice, it deviates from itself by nothing.
         runs = ["--checkpoint", str(tmp_path / "run"), str(tmp_path / "run"), "--baseline", "kmeans"]
-        runs += ["--shards", str(toy_shards)]
+        runs += ["--shards", str(toy_shards), "--photos", str(toy_shards / "photos"), "--merge", "left-right"]
         options = ["--split", "train", "--landmarks", "--full", "--json", str(out)]
         done = run([*launcher, "-m", "slotscops.evaluate", *runs, *options])
         assert done.returncode == 0, done.stderr
@@ -355,6 +355,7 @@ def test_one_and_two_processes_give_the_same_numbers(toy_shards: Path, tmp_path:
     assert contents[0] == contents[1]
     assert contents[0]["means"][0]["deviation"]["scores"]["own"]["first"]["cow"]["nmi"] == 0
     assert contents[0]["methods"][0] == contents[0]["methods"][1]
+    assert contents[0]["methods"][0]["scores"]["photo"]["small"]["cow"]["nmi"] > 0
     assert contents[0]["methods"][2]["name"] == "kmeans relu5_4 64 px"
 
 
