@@ -10,7 +10,7 @@ parts; see `metrics.protocols`. It runs as a single process or under a launcher.
 import math
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,12 +162,17 @@ def _open_harness(options: Namespace, stack: ExitStack) -> _Harness:
         return harness
     # Opened before any work, so that missing photos or weights stop the command at once.
     source = _open_source(options, dataset, stack)
-    return replace(
-        harness,
-        photos=PhotoSet(harness.open_split(options.split, None), source),
-        segmenters=[Segmenter(trained, options.teacher_weights, harness.device) for trained in runs],
-        teacher=_teacher_of_baselines(harness, options),
-    )
+    photos = PhotoSet(harness.open_split(options.split, None), source)
+    teachers: dict[tuple[str, str, str], Teacher] = {}  # loaded once for all methods, by network, layer and sha256
+    segmenters = []
+    for trained in runs:
+        teacher = trained.config.teacher
+        name = (teacher.network, teacher.layer, trained.state.teacher_sha256)
+        segmenters.append(Segmenter(trained, options.teacher_weights, harness.device, teachers.get(name)))
+        if segmenters[-1].teacher is not None and trained.state.teacher_sha256:
+            teachers[name] = segmenters[-1].teacher
+    own_teacher = _teacher_of_baselines(harness, options, teachers)
+    return replace(harness, photos=photos, segmenters=segmenters, teacher=own_teacher)
 
 
 def _open_source(options: Namespace, dataset: ShardDataset, stack: ExitStack) -> Source:
@@ -178,7 +183,9 @@ def _open_source(options: Namespace, dataset: ShardDataset, stack: ExitStack) ->
     return stack.enter_context(open_pascal_part(options.photos, Path(scratch)))
 
 
-def _teacher_of_baselines(harness: _Harness, options: Namespace) -> Teacher | None:
+def _teacher_of_baselines(
+    harness: _Harness, options: Namespace, loaded: Mapping[tuple[str, str, str], Teacher]
+) -> Teacher | None:
     """The network that computes the baselines' features of whole photos. None if no baseline needs it.
 
     Raises:
@@ -188,6 +195,9 @@ def _teacher_of_baselines(harness: _Harness, options: Namespace) -> Teacher | No
         return None
     settings = harness.baseline
     made_with = open_cache(harness.dataset, settings.layer, settings.size, network=settings.teacher).manifest
+    name = (settings.teacher, settings.layer, made_with["weights_sha256"])
+    if name in loaded:
+        return loaded[name]
     if options.teacher_weights is None and not pretrained.is_found_by_name(made_with["weights"]):
         raise UserError(
             f"--photos: the features of the shards were made with the weights {made_with['weights']}; give that file "

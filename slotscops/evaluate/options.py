@@ -81,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
         help="shards to score on (default: those of the first run's training, if they lie below this folder)",
     )
     parser.add_argument("--split", default="val", help="split to score (default: %(default)s)")
+    _add_output_options(parser)
+    _add_protocol_options(parser)
+    _add_baseline_options(parser)
+    return parser
+
+
+def _add_protocol_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--photos", type=Path, metavar="ROOT",
         help="also score the uncropped photos, found in what shard was given as --root or --images (for the toy, "
@@ -92,6 +99,17 @@ def _parser() -> argparse.ArgumentParser:
         help=f"score several true parts as one: {', '.join(PRESETS)}, or a YAML file 'CLASS: {{NEW: [PART, ...]}}'",
     )  # fmt: skip
     parser.add_argument(
+        "--teacher-weights",
+        help="for --photos: weights of the network whose features the methods read, if they came from a file (default: "
+        "those of the training)",
+    )
+    parser.add_argument(
+        "--landmarks", action="store_true", help="also score regressed part centres; this reads the training split"
+    )
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--full", action="store_true", help="print every protocol, score and class, not the small table"
     )
     parser.add_argument("--json", type=Path, help="file for the scores, not multiplied by 100")
@@ -101,15 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--page", type=Path, metavar="FILE.html", help="for --read: file for a page with the scores, costs and pictures"
     )
-    parser.add_argument(
-        "--landmarks", action="store_true", help="also score regressed part centres; this reads the training split"
-    )
+
+
+def _add_baseline_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", help="network whose features the baselines use (default: the first run's, or vgg19)"
-    )
-    parser.add_argument(
-        "--teacher-weights",
-        help="for --photos: weights of that network, if they came from a file (default: those of the training)",
     )
     parser.add_argument("--layer", help="layer of that network (default: the first run's, or relu5_4)")
     parser.add_argument(
@@ -133,4 +147,3 @@ def _parser() -> argparse.ArgumentParser:
         help="clusters of each baseline, with the background (default: the first run's slots, or 6)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the baselines (default: %(default)s)")
-    return parser

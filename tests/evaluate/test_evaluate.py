@@ -355,7 +355,7 @@ def test_one_and_two_processes_give_the_same_numbers(toy_shards: Path, tmp_path:
     assert contents[0] == contents[1]
     assert contents[0]["means"][0]["deviation"]["scores"]["own"]["first"]["cow"]["nmi"] == 0
     assert contents[0]["methods"][0] == contents[0]["methods"][1]
-    assert contents[0]["methods"][0]["scores"]["photo"]["small"]["cow"]["nmi"] > 0
+    assert contents[0]["methods"][2]["scores"]["photo"]["small"]["cow"]["nmi"] > 0
     assert contents[0]["methods"][2]["name"] == "kmeans relu5_4 64 px"
 
 
