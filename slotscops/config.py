@@ -257,7 +257,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: no such file, not YAML, an unknown setting (with the closest known one), a value of a wrong type.
     """
-    settings: dict[str, Any] = {} if path is None else _read_yaml(path)
+    settings: dict[str, Any] = {} if path is None else read_yaml(path)
     origin = "command line" if path is None else str(path)
     config = _build(settings, origin)  # before the overrides, so that an error is blamed on the right place
     if not overrides:
@@ -286,7 +286,15 @@ def write_config(config: Config, path: Path) -> None:
     write_bytes(path, to_yaml(config).encode())
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
+    """The mapping in a YAML file; empty for an empty file.
+
+    Args:
+        option: of the command that names the file.
+
+    Raises:
+        UserError: no such file, not YAML, no mapping, or larger than any settings.
+    """
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(_MAX_SETTINGS_BYTES + 1)
@@ -298,7 +306,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: is nested too deeply; settings have two levels, such as 'train: {{total_steps: 500}}'"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give --config an existing YAML file") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give {option} an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: is not YAML: {reason}") from None

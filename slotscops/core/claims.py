@@ -121,9 +121,10 @@ def claim(path: Path, content: dict[str, Any], remedy: str) -> None:
     except (ValueError, TypeError, RecursionError):
         raise ClaimError(f"{path}: is damaged; {remedy}") from None
     for name in differences(present, content):
-        before, now = present, content
+        before: Any = present
+        now: Any = content
         for step in name.split("."):
-            before, now = before.get(step, {}), now.get(step, {})
+            before, now = ((found or {}).get(step) for found in (before, now))
         values = f"({before}, now {now})" if len(f"{before}{now}") < _SHORT else "(too long to print)"
         raise ClaimError(f"{path.parent}: was made with another {name.removeprefix('settings.')} {values}; {remedy}")
 

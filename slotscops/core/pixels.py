@@ -5,7 +5,9 @@ Channel order, value range and the colour of padding are defined here.
 Shapes: B images, H x W pixels of a photo, S side of a resized crop.
 """
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,26 @@ _XYZ_OF_RGB = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.07217
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
 
-_MARGIN = 0.05  # of the box's longer side, on every side of the crop
-SIDE_PER_BOX = 1 + 2 * _MARGIN  # a crop's side over its box's longer side, up to a pixel of the photo
 _LARGE_SIDE = 4096  # pixels of the photo; the padding of a larger square is not resized
 _STRIP_PIXELS = 4_000_000  # so many pixels of a crop's square are resized at a time
 # Colour of padding beyond the photo's edge; it is zero after normalisation.
 PADDING = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+
+
+@dataclass(frozen=True)
+class Context:
+    """How much of its surroundings a crop shows around an object's box, as shares of the box's longer side."""
+
+    share: float = 0.05  # on every side of the box, if the box lies in the middle
+    jitter: float = 0.0  # the crop is moved by up to this much, across and down
+
+    @property
+    def side_per_box(self) -> float:
+        """A crop's side over its box's longer side, up to a pixel of the photo."""
+        return 1 + 2 * self.share
+
+
+DEFAULT_CONTEXT = Context()
 
 
 def box_of(mask: NDArray[np.bool_]) -> Box:
@@ -38,13 +54,27 @@ def box_of(mask: NDArray[np.bool_]) -> Box:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def square_crop(box: Box) -> Box:
-    """The square around the box with 5 % of its longer side on every side; it may reach beyond the photo."""
+def square_crop(box: Box, key: str = "", context: Context = DEFAULT_CONTEXT) -> Box:
+    """The square around the box with some of its surroundings on every side; it may reach beyond the photo.
+
+    Args:
+        key: of the sample. It alone decides by which share of `context.jitter` the square is moved, so that a sample
+            has the same crop in every data set and on every machine.
+    """
     left, top, right, bottom = box
     longer = max(right - left, bottom - top)
-    side = longer + 2 * max(1, round(_MARGIN * longer))
-    x, y = (left + right - side) // 2, (top + bottom - side) // 2
+    margin = max(1, round(context.share * longer))
+    side = longer + 2 * margin
+    across, down = (max(-margin, min(margin, round(share * context.jitter * longer))) for share in _shifts(key))
+    x, y = (left + right - side) // 2 + across, (top + bottom - side) // 2 + down
     return x, y, x + side, y + side
+
+
+def _shifts(key: str) -> tuple[float, float]:
+    """Two numbers in -1..1 that look random and depend on the key alone."""
+    digest = hashlib.sha256(key.encode()).digest()
+    across, down = (int.from_bytes(digest[start : start + 8], "big") for start in (0, 8))
+    return across / 2**63 - 1, down / 2**63 - 1
 
 
 def whole_square(size: tuple[int, int]) -> Box:

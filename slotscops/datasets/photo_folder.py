@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,10 @@ from PIL import Image
 
 from slotscops.core.errors import UserError
 from slotscops.core.photos import NO_PHOTO, PHOTO_SUFFIXES, read_image, real_path, shown_name, to_rgb, walk_folder
-from slotscops.core.pixels import Box, box_of, crop_labels, crop_photo, square_crop, whole_square
+from slotscops.core.pixels import Box, Context, box_of, crop_labels, crop_photo, square_crop, whole_square
 from slotscops.core.records import Record
 from slotscops.datasets.label_maps import NAMES_FILE, LabelMap, LabelMapError, read_label_map, read_part_names
-from slotscops.datasets.sources import SPLITS, WHOLE_FOLDER, Candidate, ImageScan, LeftOut, count_kinds
+from slotscops.datasets.sources import SPLITS, WHOLE_FOLDER, Candidate, ImageScan, LeftOut, WholePhoto, count_kinds
 
 _SPLIT_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _TEST_FOLDERS = {"test", "testing"}  # they are the val split if there is a train folder and no val folder
@@ -160,12 +160,20 @@ class PhotoFolder:
         highest = 0 if labels is None else max(labels.of_parts(), default=0)
         return ImageScan([Candidate(image, 0, self.class_name, split, box, highest)], [])
 
-    def read(self, image: str, candidates: list[Candidate], size: int) -> tuple[list[Record], list[LeftOut]]:
+    def read(
+        self, image: str, candidates: list[Candidate], size: int, context: Context
+    ) -> tuple[list[Record], list[LeftOut]]:
         try:
             photo, labels = self._read(image)
-            return [self._record(candidate, photo, labels, size) for candidate in candidates], []
+            return [self._record(candidate, photo, labels, size, context) for candidate in candidates], []
         except UserError as error:
             return [], [self._fault(image, item.split, error) for item in candidates]
+
+    def read_whole(self, image: str, class_name: str, ignored: Sequence[str]) -> WholePhoto:
+        photo, labels = self._read(image)
+        if labels is None:
+            raise UserError(f"{shown_name(image)}: {self._why_no_label_map(image)}")
+        return WholePhoto(photo, labels.part_labels, labels.part_labels)
 
     def part_names(self, class_name: str, candidates: list[Candidate]) -> list[str]:
         """From `parts.txt` where there is one, else `part_1` and so on up to the highest label."""
@@ -222,18 +230,21 @@ class PhotoFolder:
             return f"no {name} in {folder}; it must lie there because other photos have the same name"
         return f"no {name} in {self.label_folder}"
 
-    def _record(self, candidate: Candidate, photo: Image.Image, labels: LabelMap | None, size: int) -> Record:
+    def _record(
+        self, candidate: Candidate, photo: Image.Image, labels: LabelMap | None, size: int, context: Context
+    ) -> Record:
+        key = f"{self._key(candidate.image)}_0"
         if labels is None:
             crop = whole_square(photo.size)
             labels = LabelMap(np.zeros(photo.size[::-1], np.uint8), np.ones(photo.size[::-1], np.bool_))
         else:
-            crop = square_crop(candidate.box)
+            crop = square_crop(candidate.box, key, context)
         seen = labels.of_parts()
         names = self._part_names_of_file or self._names_up_to(max(seen, default=0))
         part_labels = crop_labels(Image.fromarray(labels.part_labels), crop, size)
         mask = Image.fromarray(labels.object_mask.astype(np.uint8))
         return Record(
-            key=f"{self._key(candidate.image)}_0",
+            key=key,
             image=crop_photo(photo, crop, size),
             part_labels=part_labels,
             part_labels_small=part_labels,  # nothing overlaps in a label map

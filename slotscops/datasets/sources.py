@@ -1,12 +1,16 @@
 """What every source of objects has in common: it lists its images, sorts their objects, and crops the kept ones."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from slotscops.core.pixels import Box
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from slotscops.core.pixels import Box, Context
 from slotscops.core.records import Record
 
 SPLITS = ("train", "val")
@@ -50,6 +54,15 @@ class ImageScan(NamedTuple):
     left_out: list[LeftOut]
 
 
+@dataclass(frozen=True)
+class WholePhoto:
+    """An uncropped photo and the true parts of all objects of one class in it. H x W are the photo's pixels."""
+
+    photo: Image.Image  # RGB
+    part_labels: NDArray[np.uint8]  # (H, W) part label, 0 = no part, or IGNORED; first listed on top
+    part_labels_small: NDArray[np.uint8]  # (H, W) the same with the smallest part on top
+
+
 class SplitAssignment(Protocol):
     """Which split an object belongs to: by its class and its image."""
 
@@ -75,8 +88,21 @@ class Source(Protocol):
     ) -> ImageScan:
         """Each object of the image is kept or left out with the reason."""
 
-    def read(self, image: str, candidates: list[Candidate], size: int) -> tuple[list[Record], list[LeftOut]]:
+    def read(
+        self, image: str, candidates: list[Candidate], size: int, context: Context
+    ) -> tuple[list[Record], list[LeftOut]]:
         """Crops the kept objects of one image to `size` x `size`; what turns out to be damaged is left out."""
+
+    def read_whole(self, image: str, class_name: str, ignored: Sequence[str]) -> WholePhoto:
+        """An uncropped photo with the true parts of every object of a class, however small the object is.
+
+        Args:
+            image: one of `list_images`.
+            ignored: classes whose objects are to be ignored.
+
+        Raises:
+            UserError: the photo or its annotation cannot be read, or there is none.
+        """
 
     def part_names(self, class_name: str, candidates: list[Candidate]) -> list[str]:
         """The class's part table; part label = position + 1."""

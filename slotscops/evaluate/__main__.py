@@ -1,29 +1,45 @@
 """Scores trained networks and baselines on shards with the same code.
 
     python -m slotscops.evaluate --checkpoint RUN... --baseline position,kmeans,dff [--shards SHARDS] [--json FILE]
+    python -m slotscops.evaluate --checkpoint RUN --shards SHARDS --photos ROOT [--merge left-right]
 
-Computes three protocols, each with two paint orders of overlapping parts; see `metrics.protocols`. It runs as a single
-process or under a launcher.
+Computes three protocols for crops and, with --photos, one for whole photos, each with two paint orders of overlapping
+parts; see `metrics.protocols`. It runs as a single process or under a launcher.
 """
 
 import math
+import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
+from PIL import Image
 
 from slotscops.config import BaselineTransform, to_mapping
-from slotscops.core import console
+from slotscops.core import console, pretrained
 from slotscops.core.errors import UserError
+from slotscops.core.photos import to_array
+from slotscops.core.pixels import crop_photo, whole_square
+from slotscops.core.records import Batch
+from slotscops.datasets.merging import PartMerge, open_merge
+from slotscops.datasets.pascal_part.source import open_pascal_part
+from slotscops.datasets.photo_folder import PhotoFolder
+from slotscops.datasets.sources import Source
 from slotscops.evaluate import baselines, ceiling, scoreboard
 from slotscops.evaluate.options import parse_options
+from slotscops.evaluate.results_page import write_results_page
 from slotscops.evaluate.scoreboard import Row, Scored
-from slotscops.features.cache import open_cache, warn_if_random
+from slotscops.features.cache import FeatureCache, open_cache, warn_if_random
+from slotscops.features.teacher import Teacher, compute_features
 from slotscops.loader.split import Split
-from slotscops.metrics.protocols import ORDERS, PROTOCOLS, Predictor
+from slotscops.metrics.photos import PhotoLabeller, PhotoSet
+from slotscops.metrics.protocols import ORDERS, PHOTO, PROTOCOLS, Predictor
 from slotscops.metrics.scoring import (
     BATCH_SIZE,
     landmark_errors,
@@ -32,9 +48,12 @@ from slotscops.metrics.scoring import (
     scored_batches,
     sum_over_processes,
 )
+from slotscops.segment.segmenter import FoundParts, Segmenter
 from slotscops.shard.index import ShardDataset, open_dataset
 from slotscops.train.build import Trained, load_model
 from slotscops.train.processes import join_processes
+from slotscops.train.run.folder import RunFolder
+from slotscops.train.run.page import write_page
 from slotscops.train.run.published import is_published
 
 
@@ -46,12 +65,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [method for path in options.read for method in scoreboard.read(path)],
             options.full,
         )
+        if options.page and console.is_main():
+            write_results_page(options.page, options.read)
+            console.say(f"page: {options.page}")
         return 0
-    harness = _open_harness(options)
-    methods = [
-        _score_run(harness, trained, path) for trained, path in zip(harness.runs, options.checkpoint, strict=True)
-    ]
-    methods += [_score_baseline(harness, name) for name in options.baseline]
+    with ExitStack() as stack:
+        harness = _open_harness(options, stack)
+        methods = [
+            _score_run(harness, trained, path) for trained, path in zip(harness.runs, options.checkpoint, strict=True)
+        ]
+        methods += [_score_baseline(harness, name) for name in options.baseline]
+    _report(options, harness, methods)
+    return 0
+
+
+def _report(options: Namespace, harness: "_Harness", methods: list[Scored]) -> None:
     if console.is_main() and not any(method.has_scores for method in methods):
         console.warn(
             f"{harness.dataset.location}: the photos of '{options.split}' have no true parts, so there are no scores; "
@@ -61,11 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "shards": harness.dataset.location,
         "split": options.split,
         "num_crops": harness.dataset.num_samples(options.split),
+        "num_photos": len(harness.photos) if harness.photos else 0,
+        "merge": harness.merge and {"name": harness.merge.name, "groups": harness.merge.groups},
     }
-    scoreboard.show(f"{about['split']} of {about['shards']}, {about['num_crops']} crops", methods, options.full)
+    photos = f", {about['num_photos']} whole photos" if harness.photos else ""
+    title = f"{about['split']} of {about['shards']}, {about['num_crops']} crops{photos}"
+    scoreboard.show(title, methods, options.full)
     if options.json and console.is_main():
         scoreboard.write(options.json, about, methods)
-    return 0
+        folder = RunFolder(options.json.parent)
+        if options.json == folder.scores and folder.config.is_file():
+            write_page(folder)
 
 
 @dataclass(frozen=True)
@@ -91,17 +125,91 @@ class _Harness:
     baseline: _BaselineSettings
     runs: list[Trained]
     accelerator: Accelerator | None  # None: a single process
+    merge: PartMerge | None  # None: every true part counts for itself
+    photos: PhotoSet | None  # None: crops only
+    segmenters: list[Segmenter]  # one for each run if there are photos
+    teacher: Teacher | None  # of the baselines, if there are photos
+
+    def open_split(self, name: str, cache: FeatureCache | None) -> Split:
+        return Split(self.dataset, name, cache, with_labels=True, merge=self.merge)
+
+    @property
+    def device(self) -> torch.device:
+        if self.accelerator is not None:
+            return torch.device(self.accelerator.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _open_harness(options: Namespace) -> _Harness:
+def _open_harness(options: Namespace, stack: ExitStack) -> _Harness:
     accelerator = join_processes() if console.world_size() > 1 else None
     runs = [load_model(path) for path in options.checkpoint]
     dataset = open_dataset(options.shards or shards_of_run(runs[0], options.checkpoint[0]))
     if not dataset.num_samples(options.split):
         raise UserError(f"{dataset.location}: the split '{options.split}' holds no samples; there is nothing to score")
-    return _Harness(
-        dataset, options.split, options.landmarks, _baseline_settings(options, runs, dataset), runs, accelerator
+    harness = _Harness(
+        dataset=dataset,
+        split=options.split,
+        landmarks=options.landmarks,
+        baseline=_baseline_settings(options, runs, dataset),
+        runs=runs,
+        accelerator=accelerator,
+        merge=open_merge(options.merge, dataset.part_names) if options.merge else None,
+        photos=None,
+        segmenters=[],
+        teacher=None,
     )
+    if options.photos is None:
+        return harness
+    # Opened before any work, so that missing photos or weights stop the command at once.
+    source = _open_source(options, dataset, stack)
+    photos = PhotoSet(harness.open_split(options.split, None), source)
+    teachers: dict[tuple[str, str, str], Teacher] = {}  # loaded once for all methods, by network, layer and sha256
+    segmenters = []
+    for trained in runs:
+        teacher = trained.config.teacher
+        name = (teacher.network, teacher.layer, trained.state.teacher_sha256)
+        segmenters.append(Segmenter(trained, options.teacher_weights, harness.device, teachers.get(name)))
+        if segmenters[-1].teacher is not None and trained.state.teacher_sha256:
+            teachers[name] = segmenters[-1].teacher
+    own_teacher = _teacher_of_baselines(harness, options, teachers)
+    return replace(harness, photos=photos, segmenters=segmenters, teacher=own_teacher)
+
+
+def _open_source(options: Namespace, dataset: ShardDataset, stack: ExitStack) -> Source:
+    """The photos that the shards were made of: a PASCAL-Part tree, or a folder of photos if --parts is given."""
+    if options.parts is not None:
+        return PhotoFolder(options.photos, options.parts, 0.0, dataset.class_names[0])
+    scratch = stack.enter_context(tempfile.TemporaryDirectory())
+    return stack.enter_context(open_pascal_part(options.photos, Path(scratch)))
+
+
+def _teacher_of_baselines(
+    harness: _Harness, options: Namespace, loaded: Mapping[tuple[str, str, str], Teacher]
+) -> Teacher | None:
+    """The network that computes the baselines' features of whole photos. None if no baseline needs it.
+
+    Raises:
+        UserError: its weights cannot be found, or are not those that the cached features were made with.
+    """
+    if not {"kmeans", "dff"} & set(options.baseline):
+        return None
+    settings = harness.baseline
+    made_with = open_cache(harness.dataset, settings.layer, settings.size, network=settings.teacher).manifest
+    name = (settings.teacher, settings.layer, made_with["weights_sha256"])
+    if name in loaded:
+        return loaded[name]
+    if options.teacher_weights is None and not pretrained.is_found_by_name(made_with["weights"]):
+        raise UserError(
+            f"--photos: the features of the shards were made with the weights {made_with['weights']}; give that file "
+            "with --teacher-weights"
+        )
+    teacher = Teacher(settings.layer, options.teacher_weights or made_with["weights"], settings.teacher)
+    if teacher.fingerprint != made_with["weights_sha256"]:
+        raise UserError(
+            f"--teacher-weights: the features of the shards were made with the weights {made_with['weights']} (sha256 "
+            f"{made_with['weights_sha256'][:12]}), came {teacher.weights_name} ({teacher.fingerprint[:12]})"
+        )
+    return teacher.to(harness.device)
 
 
 def shards_of_run(trained: Trained, path: Path) -> Path:
@@ -141,10 +249,7 @@ def _baseline_settings(options: Namespace, runs: list[Trained], dataset: ShardDa
 
 
 def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
-    if harness.accelerator is not None:
-        device = harness.accelerator.device
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = harness.device
     network = trained.network.to(device)
     cache, config = None, trained.config
     if harness.dataset.size != config.data.size:
@@ -156,11 +261,40 @@ def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
         teacher, sha256 = config.teacher, trained.state.teacher_sha256
         cache = open_cache(harness.dataset, teacher.layer, config.teacher_size, sha256, teacher.network)
         warn_if_random(cache)
-    train, split = (Split(harness.dataset, name, cache, with_labels=True) for name in ("train", harness.split))
+    train, split = (harness.open_split(name, cache) for name in ("train", harness.split))
     classes = _classes_of_network(trained, harness.dataset, path) if network.num_classes is not None else None
     predict = network_predictor(network, device, classes)
-    scored = _score(harness, str(path), predict, train, split, network.num_slots, classes is not None)
-    return replace(scored, kind="run", settings=to_mapping(config))
+    segmenter = next((one for one in harness.segmenters if one.trained is trained), None)
+    label = None if segmenter is None else _labeller_of_run(segmenter)
+    scored = _score(harness, str(path), predict, train, split, network.num_slots, classes is not None, label)
+    return replace(scored, kind="run", settings=to_mapping(config), step=trained.state.step)
+
+
+def _labeller_of_run(segmenter: Segmenter) -> PhotoLabeller:
+    """Finds parts as `segment` does. A network with parts of their own for each class is told the class."""
+
+    def label(photos: Sequence[Image.Image], class_name: str) -> list[NDArray[np.uint8]]:
+        told = class_name if segmenter.class_names else None
+        return [found.labels for found in segmenter.segment_batch(photos, told)]
+
+    return label
+
+
+def _labeller_of_baseline(harness: _Harness, baseline: baselines.Baseline, needs_features: bool) -> PhotoLabeller:
+    """Clusters whole photos as `segment` gives them to a network: padded to a square, then at the photo's own size."""
+
+    def label(photos: Sequence[Image.Image], class_name: str) -> list[NDArray[np.uint8]]:
+        squares = [crop_photo(photo, whole_square(photo.size), harness.dataset.size) for photo in photos]
+        images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+        features = None
+        if needs_features:
+            assert harness.teacher is not None
+            features = compute_features(harness.teacher, images, harness.baseline.size).cpu()
+        unknown = torch.zeros(len(photos), dtype=torch.int64)
+        logits = baseline.logits(Batch(images, features, None, None, unknown, [""] * len(photos))).numpy()
+        return [FoundParts(to_array(photo), maps).labels for photo, maps in zip(photos, logits, strict=True)]
+
+    return label
 
 
 def _classes_of_network(trained: Trained, dataset: ShardDataset, path: Path) -> list[int]:
@@ -190,13 +324,14 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
         transform = "" if settings.transform == "none" else f" {settings.transform}"
         title = f"{name} {network}{settings.layer} {settings.size} px{transform}"
     title += " pamr" if settings.refine else ""
-    train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", harness.split))
+    train, split = (harness.open_split(part, cache) for part in ("train", harness.split))
     # Every process fits the same model, because samples and starts are drawn from the seed.
     if name == "supervised":
         predict = ceiling.fit(train, settings.seed, settings.transform, settings.refine)
         return _score(harness, title, predict, train, split, ceiling.num_predicted(split), own_parts=True)
-    predict = baselines.fit(name, train, settings.clusters, settings.seed, settings.transform, settings.refine)
-    return _score(harness, title, predict, train, split, settings.clusters)
+    baseline = baselines.fit(name, train, settings.clusters, settings.seed, settings.transform, settings.refine)
+    label = _labeller_of_baseline(harness, baseline, name != "position")
+    return _score(harness, title, baseline, train, split, settings.clusters, label=label)
 
 
 def _score(
@@ -207,21 +342,28 @@ def _score(
     split: Split,
     num_predicted: int,
     own_parts: bool = False,
+    label: PhotoLabeller | None = None,
 ) -> Scored:
     total = math.ceil(len(split) / BATCH_SIZE / console.world_size())
     batches = console.track(scored_batches(split, harness.accelerator), total, f"scoring {name}, batches")
-    scores = score_predictions(predict, batches, split.dataset, num_predicted, own_parts)
+    scores = score_predictions(predict, batches, split.part_names, num_predicted, own_parts)
+    protocols: tuple[str, ...] = PROTOCOLS
+    if harness.photos is not None and label is not None:
+        mine = harness.photos.batches()[console.rank() :: console.world_size()]
+        harness.photos.score(label, console.track(mine, len(mine), f"scoring {name}, batches of whole photos"), scores)
+        protocols = (*PROTOCOLS, PHOTO)
     scores.set_counts(sum_over_processes(scores.counts(), harness.accelerator))
     landmarks = {}
     if harness.landmarks:
         landmarks = landmark_errors(predict, train, split, num_predicted, harness.accelerator)
     rows = {
         Row(protocol, order, class_name): row
-        for protocol in PROTOCOLS
+        for protocol in protocols
         for order in ORDERS
         for class_name, row in scores.scores(protocol, order).items()
     }
-    return Scored(name, "baseline", num_predicted - 1, rows, landmarks)
+    merge = harness.merge.name if harness.merge else None
+    return Scored(name, "baseline", num_predicted - 1, rows, landmarks, told_class=own_parts, merge=merge)
 
 
 if __name__ == "__main__":

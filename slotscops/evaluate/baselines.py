@@ -12,6 +12,7 @@ Shapes: B images, C channels on an h x w grid, H x W pixels, G clusters.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn import functional
 from slotscops.config import BaselineTransform
 from slotscops.core.records import Batch
 from slotscops.loader.split import Split
-from slotscops.metrics.protocols import Prediction, Predictor
+from slotscops.metrics.protocols import Prediction
 from slotscops.model.clusters import cached_features, find_centres, find_factors, sample_vectors
 from slotscops.model.refinement import refine_maps
 from slotscops.model.target import TargetTransform
@@ -30,6 +31,33 @@ NAMES = ("position", "kmeans", "dff")
 _POSITION_GRID = 16
 _NNLS_STEPS = 50  # on real faces, after 30 steps fewer than 1 in 2,000 cells change their largest factor
 _EPSILON = 1e-9
+_LEAST_SHARE = 1e-8  # keeps the log of a share of 0 finite
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A fitted baseline. Called with a batch, it predicts its labels; see `Prediction`."""
+
+    vectors_of: Callable[[Batch], Tensor]  # (B, C, h, w) of a batch
+    own: Callable[[Tensor], Tensor]  # vectors -> (B, G, h, w) scores; the cluster with the largest one wins
+    without_background: Callable[[Tensor], Tensor]  # the same for G - 1 clusters of objects alone
+    refine: bool
+
+    def __call__(self, batch: Batch) -> Prediction:
+        labels, best = (self._maps(score, batch).argmax(dim=1) for score in (self.own, self.without_background))
+        return Prediction(labels, best + 1)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, G, h, w) scores of the clusters before they are upsampled, or logs of the refined shares of pixels."""
+        if self.refine:
+            return self._maps(self.own, batch).clamp_min(_LEAST_SHARE).log()
+        return self.own(self.vectors_of(batch))
+
+    def _maps(self, score: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+        """(B, G, H, W) scores, or shares if they are refined."""
+        size = batch.images.shape[-2:]
+        maps = functional.interpolate(score(self.vectors_of(batch)), size, mode="bilinear", align_corners=True)
+        return refine_maps(_one_hot(maps), batch.images) if self.refine else maps
 
 
 def fit(
@@ -39,7 +67,7 @@ def fit(
     seed: int = 0,
     transform: BaselineTransform = "none",
     refine: bool = False,
-) -> Predictor:
+) -> Baseline:
     """Fits a baseline on the training split.
 
     Args:
@@ -49,27 +77,12 @@ def fit(
         seed: for the sampled vectors and the starts of the clusters.
         transform: applied to the features, see `TargetTransform`. `sqrt` reduces the weight of a few strong channels.
         refine: refine the labels with `refine_maps`, as networks do with `decoder.refinement: pamr`.
-
-    Returns:
-        A function that predicts the labels of a batch; see `Prediction`.
     """
     vectors_of = _positions if name == "position" else partial(transformed_features, transform=transform)
     own, without_background = (
         _score_maps(name, train, num_clusters - int(inside), seed, vectors_of, inside) for inside in (False, True)
     )
-
-    def predict(batch: Batch) -> Prediction:
-        size = batch.images.shape[-2:]
-        scores = (
-            functional.interpolate(maps(vectors_of(batch)), size, mode="bilinear", align_corners=True)
-            for maps in (own, without_background)
-        )
-        if refine:
-            scores = (refine_maps(_one_hot(maps), batch.images) for maps in scores)
-        labels, best = (maps.argmax(dim=1) for maps in scores)
-        return Prediction(labels, best + 1)
-
-    return predict
+    return Baseline(vectors_of, own, without_background, refine)
 
 
 def _score_maps(

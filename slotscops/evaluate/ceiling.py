@@ -74,7 +74,7 @@ def fit(train: Split, seed: int = 0, transform: BaselineTransform = "none", refi
 
 def num_predicted(split: Split) -> int:
     """Number of labels that the predictor of `fit` uses: the largest number of parts of a class, plus 1 for no part."""
-    return 1 + max(1, *(len(names) for names in split.dataset.part_names.values()))
+    return 1 + max(1, *(len(names) for names in split.part_names.values()))
 
 
 def _classifier(cells: NDArray[np.float32], labels: NDArray[np.int64], seed: int) -> Any:

@@ -9,6 +9,7 @@ from slotscops.config import BaselineTransform, Refinement
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError, suggest
 from slotscops.core.files import why_not_writable
+from slotscops.datasets.merging import PRESETS
 from slotscops.evaluate import baselines
 from slotscops.shard.remote import shards_argument
 
@@ -30,14 +31,20 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--baseline: unknown '{name}'{suggest(name, _BASELINES) or f'; known are {_KNOWN}'}")
     if options.read and (options.checkpoint or options.baseline):
         raise UserError("--read shows what was scored before; give it without --checkpoint and --baseline")
+    if options.page and not options.read:
+        raise UserError("--page makes a page of scores that were written before; give it with --read FILE...")
+    for option in ("page", "json"):
+        path = getattr(options, option)
+        if path is not None and (refusal := why_not_writable(path)):  # the scoring may take hours
+            raise UserError(f"--{option} {path}: {refusal}")
     if options.read:
         return options
     if not (options.checkpoint or options.baseline):
         raise UserError("nothing to score; give --checkpoint RUN, --baseline NAME or both")
-    if options.json is not None and (refusal := why_not_writable(options.json)):  # the scoring may take hours
-        raise UserError(f"--json {options.json}: {refusal}")
     if not (options.checkpoint or options.shards):
         raise UserError("a baseline alone needs data; give --shards SHARDS")
+    if options.parts and not options.photos:
+        raise UserError("--parts goes with --photos: it names the label maps of a folder of photos")
     if options.clusters is not None and not 2 <= options.clusters <= 255:
         raise UserError(f"--clusters is {options.clusters}, needed 2 to 255: a background and at least one part")
     return options
@@ -63,6 +70,34 @@ def _parser() -> argparse.ArgumentParser:
         help="shards to score on (default: those of the first run's training, if they lie below this folder)",
     )
     parser.add_argument("--split", default="val", help="split to score (default: %(default)s)")
+    _add_output_options(parser)
+    _add_protocol_options(parser)
+    _add_baseline_options(parser)
+    return parser
+
+
+def _add_protocol_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--photos", type=Path, metavar="ROOT",
+        help="also score the uncropped photos, found in what shard was given as --root or --images (for the toy, "
+        "SHARDS/photos)",
+    )  # fmt: skip
+    parser.add_argument("--parts", type=Path, metavar="DIR", help="for --photos: what shard was given as --parts")
+    parser.add_argument(
+        "--merge", metavar="NAME_OR_FILE",
+        help=f"score several true parts as one: {', '.join(PRESETS)}, or a YAML file 'CLASS: {{NEW: [PART, ...]}}'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--teacher-weights",
+        help="for --photos: weights of the network whose features the methods read, if they came from a file (default: "
+        "those of the training)",
+    )
+    parser.add_argument(
+        "--landmarks", action="store_true", help="also score regressed part centres; this reads the training split"
+    )
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full", action="store_true", help="print every protocol, score and class, not the small table"
     )
@@ -71,8 +106,11 @@ def _parser() -> argparse.ArgumentParser:
         "--read", type=Path, nargs="+", default=[], metavar="FILE", help="show the scores that --json wrote earlier"
     )
     parser.add_argument(
-        "--landmarks", action="store_true", help="also score regressed part centres; this reads the training split"
+        "--page", type=Path, metavar="FILE.html", help="for --read: file for a page with the scores, costs and pictures"
     )
+
+
+def _add_baseline_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", help="network whose features the baselines use (default: the first run's, or vgg19)"
     )
@@ -98,4 +136,3 @@ def _parser() -> argparse.ArgumentParser:
         help="clusters of each baseline, with the background (default: the first run's slots, or 6)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the baselines (default: %(default)s)")
-    return parser

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,25 +15,27 @@ from slotscops.core.claims import differences
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import json_numbers, write_json
 from slotscops.evaluate import published_numbers as literature
-from slotscops.metrics.protocols import ALL_CLASSES, ORDERS, PROTOCOLS
+from slotscops.metrics.protocols import ALL_CLASSES, ALL_PROTOCOLS, ORDERS, PHOTO, TOLD
 
 _SCORES = ("nmi", "ari", "miou", "majority_miou")
 _HEADINGS = {"nmi": "NMI", "ari": "ARI", "miou": "mIoU", "majority_miou": "mIoU maj."}
 _TITLES = {
-    "own": "full image, own background",
-    "mask": "full image, given object mask (not comparable with the method's own background)",
+    "own": "whole crop, own background",
+    "mask": "whole crop, given object mask (not comparable with the method's own background)",
     "foreground": "foreground only: pixels of true parts",
+    PHOTO: "whole photo, own background",
 }
 # The small table: which numbers of which protocols.
 _BRIEF_SCORES = ("nmi", "ari")
-_BRIEF_PLACES = {"own background": "own", "given mask": "mask"}
+_BRIEF_PLACES = {"own background": "own", "given mask": "mask", "whole photo": PHOTO}
 _BRIEF_ORDER = "small"
 _BRIEF_LEGEND = (
     "Scores are x 100: 100 means that found and true parts are the same, 0 that they agree no more than by chance. "
-    "`own background` is the whole crop as the method sees it; `given mask` tells the method where the object is. A "
-    "method that finds parts is well above `position`, which only knows where in the crop a pixel lies. --full prints "
-    "every protocol, score and class."
+    "`own background` is the whole crop as the method sees it; `given mask` tells the method where the object is. Both "
+    "tell it the box, because crops are made around the true box. A method that finds parts is well above `position`, "
+    "which only knows where in the crop a pixel lies. --full prints every protocol, score and class."
 )
+_PHOTO_LEGEND = "`whole photo` gives the method the uncropped photo and tells it nothing."
 _MAY_DIFFER = {"seed", "run_dir"}  # settings in which the runs of one mean may differ
 
 
@@ -55,6 +57,9 @@ class Scored:
     rows: dict[Row, dict[str, float]]  # scores by name, each in its own unit interval; NaN if there was no pixel
     landmarks: dict[str, float]  # error by class, as a share of the box's longer side; empty if not asked for
     settings: dict[str, Any] | None = None  # of a run; None for other kinds
+    told_class: bool = False  # whether the method was told the class of each photo
+    merge: str | None = None  # which true parts count as one; None: every part counts for itself
+    step: int | None = None  # of a run's checkpoint
 
     @property
     def has_scores(self) -> bool:
@@ -65,6 +70,11 @@ class Scored:
     def class_names(self) -> list[str]:
         """The classes that were scored, and all of them together, in the order of the tables."""
         return list(dict.fromkeys(row.class_name for row in self.rows))
+
+    @property
+    def shown_name(self) -> str:
+        """The name, with what the method was told beyond what its table says."""
+        return f"{self.name}, told the class" if self.told_class else self.name
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ def _mean(group: list[Scored]) -> Mean:
         landmarks = {
             class_name: function([method.landmarks[class_name] for method in group]) for class_name in first.landmarks
         }
-        return Scored(name, "mean", first.num_parts, rows, landmarks)
+        return Scored(name, "mean", first.num_parts, rows, landmarks, None, first.told_class, first.merge)
 
     name = f"mean of {len(group)} as {group[0].name}"
     return Mean([method.name for method in group], combine(_average, name), combine(_deviation, name))
@@ -121,18 +131,41 @@ def _mean(group: list[Scored]) -> Mean:
 
 def show(title: str, methods: list[Scored], full: bool = False) -> None:
     """Prints one small table, or with `full` a wide table for each protocol."""
-    console.say(title)
+    merges = {method.merge for method in methods}
+    if merges == {None}:
+        console.say(title)
+    elif len(merges) == 1:
+        console.say(f"{title}, true parts merged by {merges.pop()}")
+    else:  # of several files
+        console.say(title)
+        methods = [replace(method, name=_with_merge(method)) for method in methods]
     (_show_all if full else _show_brief)(methods)
+
+
+def _with_merge(method: Scored) -> str:
+    return method.name if method.merge is None else f"{method.name}, parts merged by {method.merge}"
+
+
+def protocols_of(methods: list[Scored]) -> list[str]:
+    """The protocols of which any method has scores."""
+    return [name for name in ALL_PROTOCOLS if any(row.protocol == name for method in methods for row in method.rows)]
+
+
+def protocol_title(protocol: str) -> str:
+    """What the protocol scores, and what it tells every method."""
+    return f"{_TITLES[protocol]}; told: {', '.join(TOLD[protocol]) or 'nothing'}"
 
 
 def _show_brief(methods: list[Scored]) -> None:
     averaged = means(methods)
-    columns = [f"{place}\n{_HEADINGS[score]}" for place in _BRIEF_PLACES for score in _BRIEF_SCORES]
-    rows = _rows(methods, averaged, _class_of_all, _brief_cells)
+    protocols = protocols_of(methods)
+    places = {place: protocol for place, protocol in _BRIEF_PLACES.items() if protocol in protocols}
+    columns = [f"{place}\n{_HEADINGS[score]}" for place in places for score in _BRIEF_SCORES]
+    rows = _rows(methods, averaged, _class_of_all, partial(_brief_cells, list(places.values())))
     without_class = [(name, *cells) for name, _, *cells in rows]
     console.show_table("agreement of found and true parts", ("method", *columns), without_class)
     _show_landmarks(methods, averaged)
-    console.say(_BRIEF_LEGEND)
+    console.say(f"{_BRIEF_LEGEND} {_PHOTO_LEGEND}" if PHOTO in protocols else _BRIEF_LEGEND)
 
 
 def _class_of_all(method: Scored) -> list[str]:
@@ -140,21 +173,21 @@ def _class_of_all(method: Scored) -> list[str]:
     return [ALL_CLASSES] if ALL_CLASSES in method.class_names else method.class_names[:1]
 
 
-def _brief_cells(method: Scored, class_name: str) -> list[str]:
-    """NMI and ARI, with the method's own background and inside given object masks."""
-    rows = [method.rows[Row(protocol, _BRIEF_ORDER, class_name)] for protocol in _BRIEF_PLACES.values()]
-    return [_percent(row[score]) for row in rows for score in _BRIEF_SCORES]
+def _brief_cells(protocols: list[str], method: Scored, class_name: str) -> list[str]:
+    """NMI and ARI of each of these protocols."""
+    rows = [method.rows.get(Row(protocol, _BRIEF_ORDER, class_name), {}) for protocol in protocols]
+    return [_percent(row.get(score, math.nan)) for row in rows for score in _BRIEF_SCORES]
 
 
 def _show_all(methods: list[Scored]) -> None:
     averaged = means(methods)
-    for protocol in PROTOCOLS:
+    for protocol in protocols_of(methods):
         prefix = "FG-" if protocol == "foreground" else ""
         columns = [f"{prefix}{_HEADINGS[score]}\n{order}" for order in ORDERS for score in _SCORES]
         rows = _rows(methods, averaged, lambda method: method.class_names, partial(_cells, protocol))
         if protocol == literature.PROTOCOL:
             rows += _published_cells(methods)
-        console.show_table(_TITLES[protocol], ("method", "class", *columns), rows, num_names=2)
+        console.show_table(protocol_title(protocol), ("method", "class", *columns), rows, num_names=2)
     _show_landmarks(methods, averaged)
     console.say(
         "Scores are x 100. Where true masks overlap, the part listed first (first) or the smallest one (small) is on "
@@ -175,7 +208,7 @@ def _rows(
     """Name, class and cells of the runs, of their means with deviations, and of all other methods, in that order."""
     runs, others = (
         [
-            (method.name, name, *cells_of(method, name))
+            (method.shown_name, name, *cells_of(method, name))
             for method in methods
             if (method.kind == "run") == is_run
             for name in classes_of(method)
@@ -185,12 +218,13 @@ def _rows(
     for mean in averaged:
         for name in classes_of(mean.mean):
             pairs = zip(cells_of(mean.mean, name), cells_of(mean.deviation, name), strict=True)
-            runs.append((mean.mean.name, name, *(f"{value} ± {off}" for value, off in pairs)))
+            runs.append((mean.mean.shown_name, name, *(f"{value} ± {off}" for value, off in pairs)))
     return runs + others
 
 
 def _cells(protocol: str, method: Scored, class_name: str) -> list[str]:
-    return [_percent(method.rows[Row(protocol, order, class_name)][score]) for order in ORDERS for score in _SCORES]
+    rows = [method.rows.get(Row(protocol, order, class_name), {}) for order in ORDERS]
+    return [_percent(row.get(score, math.nan)) for row in rows for score in _SCORES]
 
 
 def _percent(value: float) -> str:
@@ -198,8 +232,11 @@ def _percent(value: float) -> str:
 
 
 def _published(methods: list[Scored]) -> list[tuple[str, literature.Published]]:
-    """Pairs of a class and its published scores, for each class and number of parts that was scored."""
-    wanted = {(name, method.num_parts): None for method in methods for name in method.class_names}
+    """Pairs of a class and its published scores, for each class and number of parts that was scored.
+
+    They were scored with all true parts apart, so they stand beside no scores of merged parts.
+    """
+    wanted = {(name, method.num_parts): None for method in methods if not method.merge for name in method.class_names}
     return [(name, row) for name, num_parts in wanted for row in literature.published_scores(name, num_parts)]
 
 
@@ -256,11 +293,14 @@ def read(path: Path) -> list[Scored]:
 def _from_json(method: dict[str, Any]) -> Scored:
     rows = {
         Row(protocol, order, name): _numbers(scores)
-        for protocol in PROTOCOLS
+        for protocol in ALL_PROTOCOLS
+        if protocol != PHOTO or PHOTO in method["scores"]
         for order in ORDERS
         for name, scores in method["scores"][protocol][order].items()
     }
-    return Scored(method["name"], method["kind"], method["num_parts"], rows, _numbers(method["landmark_error"]))
+    landmarks = _numbers(method["landmark_error"])
+    told_class, merge, step = method.get("told_class", False), method.get("merge"), method.get("step")
+    return Scored(method["name"], method["kind"], method["num_parts"], rows, landmarks, None, told_class, merge, step)
 
 
 def _numbers(row: dict[str, float | None]) -> dict[str, float]:
@@ -268,13 +308,18 @@ def _numbers(row: dict[str, float | None]) -> dict[str, float]:
 
 
 def _to_json(method: Scored) -> dict[str, Any]:
-    scores: dict[str, dict[str, dict[str, Any]]] = {protocol: {order: {} for order in ORDERS} for protocol in PROTOCOLS}
+    protocols = protocols_of([method])
+    scores: dict[str, dict[str, dict[str, Any]]] = {protocol: {order: {} for order in ORDERS} for protocol in protocols}
     for row, numbers in method.rows.items():
         scores[row.protocol][row.order][row.class_name] = json_numbers(numbers)
     return {
         "name": method.name,
         "kind": method.kind,
         "num_parts": method.num_parts,
+        "step": method.step,
+        "merge": method.merge,
+        "told_class": method.told_class,
+        "told": {protocol: [*TOLD[protocol], *["class"] * method.told_class] for protocol in protocols},
         "scores": scores,
         "landmark_error": json_numbers(method.landmarks),
     }

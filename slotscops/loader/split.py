@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from slotscops.core.errors import DamageError, RunError
 from slotscops.core.records import Batch
+from slotscops.datasets.merging import PartMerge
 from slotscops.features.cache import FeatureCache
 from slotscops.features.rows import FeatureShard
 from slotscops.loader.plan import NUM_SUBSTITUTES, substitutes
@@ -44,9 +45,16 @@ class Split(Dataset[Batch]):
     replace_damaged: bool = False  # for training; evaluation must fail, as its scores would change
     with_object_masks: bool = False  # read object masks without part labels, for target_mask=object
     sparse_features: bool = False  # give values and places where the cache is sparse; `Batch.to` makes them dense
+    merge: PartMerge | None = None  # true parts that count as one; None: all parts as they are in the shards
 
     def __len__(self) -> int:
         return int(self._shard_starts[-1])
+
+    @property
+    def part_names(self) -> dict[str, list[str]]:
+        """Names of the true parts by class, in the order of class ids, as the labels of this split number them."""
+        names = self.dataset.part_names if self.merge is None else self.merge.part_names
+        return {name: names[name] for name in self.dataset.class_names}
 
     def batch_bytes(self, batch_size: int) -> dict[str, int]:
         """The bytes of each tensor of a batch, by a name of its own."""
@@ -142,7 +150,7 @@ class Split(Dataset[Batch]):
             reader = self._readers[shard]
             reader.read_image_into(pixels[place], row)
             for member, labels in maps.items():
-                labels[place] = _read_map(reader, member, row)
+                labels[place] = self._merged(_read_map(reader, member, row), member, shard, row)
         arrays: list[NDArray[Any]] = [pixels, *maps.values()]
         for array in arrays:
             array[mirrored] = array[mirrored, :, ::-1]
@@ -156,6 +164,11 @@ class Split(Dataset[Batch]):
             part_labels_small=tensors.get("parts_small.png"),
             **self._read_features(shards, rows, mirrored),
         )
+
+    def _merged(self, labels: NDArray[Any], member: str, shard: int, row: int) -> NDArray[Any]:
+        if self.merge is None or member == "object.png":
+            return labels
+        return self.merge.apply(labels, self.dataset.class_names[self._index(shard).class_ids[row]])
 
     @property
     def _map_members(self) -> tuple[str, ...]:

@@ -137,22 +137,7 @@ def compute_terms(
     masks = batch.object_masks if config.losses.target_mask == "object" else None
     if object_guess is not None:
         masks = object_guess(features, size)
-    terms: dict[str, Tensor] = {}
-    if "semantic" in wanted:
-        basis = output.basis if class_ids is None else output.basis[:num_images]
-        terms["semantic"] = semantic_consistency(logits, features, basis, size, masks)
-    if "mixture" in wanted:
-        assert output.directions is not None
-        parts, background = output.directions
-        if class_ids is not None:
-            parts, background = parts[:num_images], background[:num_images]
-        kappa = config.losses.mixture_kappa
-        terms["mixture"] = mixture_loss(logits, features, parts, background, size, kappa)
-    if "background" in wanted:
-        assert masks is not None
-        terms["background"] = background_cross_entropy(logits, masks)
-    if "orthonormality" in wanted:
-        terms["orthonormality"] = orthonormality(output.basis)
+    terms = _terms_of_features(wanted, output, features, masks, batch, config)
     if output.class_logits is not None:
         terms["classification"] = cross_entropy(output.class_logits[:num_images].float(), batch.class_ids)
     gather = _gather_of(config)
@@ -193,6 +178,36 @@ def _gather_of(config: Config) -> Gather:
 
 def _needs_warp(wanted: Mapping[str, float]) -> bool:
     return "equivariance" in wanted or "landmark_equivariance" in wanted
+
+
+def _terms_of_features(
+    wanted: Mapping[str, float],
+    output: ModelOutput,
+    features: Tensor,
+    masks: Tensor | None,
+    batch: Batch,
+    config: Config,
+) -> dict[str, Tensor]:
+    """The terms that compare logits and basis with the target features (B, C, h, w), or with masks (B, H, W)."""
+    num_images, size = len(batch), (config.data.size, config.data.size)
+    logits, has_own_rows = output.logits[:num_images], config.slots.per_class == "own"
+    terms: dict[str, Tensor] = {}
+    if "semantic" in wanted:
+        basis = output.basis[:num_images] if has_own_rows else output.basis
+        terms["semantic"] = semantic_consistency(logits, features, basis, size, masks)
+    if "mixture" in wanted:
+        assert output.directions is not None
+        parts, background = output.directions
+        if has_own_rows:
+            parts, background = parts[:num_images], background[:num_images]
+        kappa = config.losses.mixture_kappa
+        terms["mixture"] = mixture_loss(logits, features, parts, background, size, kappa)
+    if "background" in wanted:
+        assert masks is not None
+        terms["background"] = background_cross_entropy(logits, masks)
+    if "orthonormality" in wanted:
+        terms["orthonormality"] = orthonormality(output.basis)
+    return terms
 
 
 def _terms_of_maps(

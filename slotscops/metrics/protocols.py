@@ -1,10 +1,16 @@
-"""Three protocols that compare found parts with true parts, each with two paint orders. Do not mix their numbers.
+"""Four protocols that compare found parts with true parts, each with two paint orders. Do not mix their numbers.
 
-- `own`: full image, own background. Every pixel of every crop counts, and label 0 of the prediction is its background.
-- `mask`: full image, given object mask, as Choudhury et al. (NeurIPS 2021) score. Inside the true mask a pixel takes
-  the best part label, outside it is background. The method is given the true background, so these numbers are far
-  higher. Pixels of the object that belong to no true part have the true label "no part".
-- `foreground`: only pixels of true parts count, with the labels of `own`. This gives FG-NMI and FG-ARI.
+- `own`: whole crop, own background. Every pixel of every crop counts, and label 0 of the prediction is its background.
+  The crop is made around the true box, so the method is told the box.
+- `mask`: whole crop, given object mask, as Choudhury et al. (NeurIPS 2021) score. Inside the true mask a pixel takes
+  the best part label, outside it is background. The method is told the box and the true background, so these numbers
+  are far higher. Pixels of the object that belong to no true part have the true label "no part".
+- `foreground`: only pixels of true parts count, with the labels of `own`. This gives FG-NMI and FG-ARI. The method is
+  told the box, and background that it takes for a part costs nothing.
+- `photo`: the uncropped photo, own background, at the photo's own size. The method is told nothing. Every pixel counts,
+  but for those that `metrics.photos` names. This protocol needs the photos themselves and is computed on request.
+
+A method whose classes have parts of their own is told the class as well, in all four.
 
 The paint order decides which part a pixel belongs to if true masks overlap. `first` takes the part listed first in the
 file, as Choudhury et al. do. `small` takes the part with the fewest pixels, so that eyes lie on top of the head.
@@ -15,7 +21,7 @@ Shapes: B images, H x W pixels, P predicted labels, T true labels of a class.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +32,13 @@ from torch import Tensor
 from slotscops.core.records import Batch
 from slotscops.metrics.scores import PartScores, score_table
 
-PROTOCOLS = ("own", "mask", "foreground")
+PROTOCOLS = ("own", "mask", "foreground")  # of crops
+PHOTO = "photo"
+ALL_PROTOCOLS = (*PROTOCOLS, PHOTO)
+TOLD = {"own": ("box",), "mask": ("box", "mask"), "foreground": ("box",), PHOTO: ()}
 ORDERS = ("first", "small")
 ALL_CLASSES = "all classes"
-_COUNTED = ("own", "mask")  # the table of foreground is part of own's
+_COUNTED = ("own", "mask", PHOTO)  # the table of foreground is part of own's
 
 
 class Prediction(NamedTuple):
@@ -73,8 +82,19 @@ class ProtocolScores:
         true = {"first": batch.part_labels, "small": batch.part_labels_small}
         for class_id in sorted(set(batch.class_ids.tolist())):
             chosen = batch.class_ids == class_id
-            for (protocol, order), tables in self._tables.items():
-                tables[class_id].update(predicted[protocol][chosen], true[order][chosen])
+            for protocol, found in predicted.items():
+                for order, truth in true.items():
+                    self._tables[protocol, order][class_id].update(found[chosen], truth[chosen])
+
+    def update_photo(self, class_name: str, found: NDArray[np.uint8], true: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Adds the pixels of one whole photo to the protocol `photo` of a class.
+
+        Args:
+            found: (H, W) predicted labels.
+            true: by paint order, (H, W) labels of the class's true parts.
+        """
+        for order in ORDERS:
+            self._tables[PHOTO, order][self.class_names.index(class_name)].update(found, true[order])
 
     def counts(self) -> Tensor:
         """(N,) int64: all tables in one vector. Processes sum it, so that all of them get the same scores."""
@@ -103,9 +123,10 @@ class ProtocolScores:
             table = tables[self.class_names.index(class_name)]
         return table[:, int(protocol == "foreground") :].numpy()
 
-    def seen_classes(self) -> list[str]:
+    def seen_classes(self, protocol: str = "own") -> list[str]:
         """Names of the classes of which at least one pixel was counted."""
-        return [name for name in self.class_names if self.table("own", "first", name).any()]
+        counted = "own" if protocol == "foreground" else protocol
+        return [name for name in self.class_names if self.table(counted, "first", name).any()]
 
     def scores(self, protocol: str, order: str) -> dict[str, dict[str, float]]:
         """`nmi`, `ari`, `miou` and `majority_miou` by class, and pooled over all classes if there are several.
@@ -113,14 +134,18 @@ class ProtocolScores:
         All but `ari` lie in 0..1; `ari` lies in -0.5..1. All are NaN for a class without any pixel of a true part,
         because there is nothing to compare with.
         """
-        names = self.seen_classes()
+        names = self.seen_classes(protocol)
         rows = names if len(names) == 1 else [*names, ALL_CLASSES]
         scores = {name: score_table(self.table(protocol, order, name)) for name in rows}
-        return {name: row if self.has_truth(name) else dict.fromkeys(row, math.nan) for name, row in scores.items()}
+        return {
+            name: row if self.has_truth(name, protocol) else dict.fromkeys(row, math.nan)
+            for name, row in scores.items()
+        }
 
-    def has_truth(self, class_name: str = ALL_CLASSES) -> bool:
+    def has_truth(self, class_name: str = ALL_CLASSES, protocol: str = "own") -> bool:
         """True if at least one counted pixel belongs to a true part. Otherwise there are no scores."""
-        return bool(self.table("foreground", "first", class_name).any())
+        counted = PHOTO if protocol == PHOTO else "own"
+        return bool(self.table(counted, "first", class_name)[:, 1:].any())
 
     def confusion(self) -> dict[str, dict[str, Any]]:
         """By class: `parts`, the names of the true labels, and the (P, T) pixel counts of each paint order."""

@@ -13,14 +13,12 @@ from torch import Tensor
 
 from slotscops.core.errors import RunError
 from slotscops.core.pictures import comparison
-from slotscops.core.pixels import SIDE_PER_BOX
 from slotscops.core.records import Batch
 from slotscops.loader.batches import evaluation_batches
 from slotscops.loader.split import Split
 from slotscops.metrics.landmarks import LandmarkRegression
 from slotscops.metrics.protocols import Prediction, Predictor, ProtocolScores
 from slotscops.model.network import SlotScops
-from slotscops.shard.index import ShardDataset
 
 BATCH_SIZE = 16
 _PICTURED_IMAGES = 8
@@ -59,10 +57,14 @@ def network_predictor(network: SlotScops, device: torch.device, classes: Sequenc
 
 
 def score_predictions(
-    predict: Predictor, batches: Iterable[Batch], dataset: ShardDataset, num_predicted: int, own_parts: bool = False
+    predict: Predictor,
+    batches: Iterable[Batch],
+    part_names: dict[str, list[str]],
+    num_predicted: int,
+    own_parts: bool = False,
 ) -> ProtocolScores:
     """Compares predicted and true labels over all batches, at the size of the crops. See `ProtocolScores`."""
-    scores = ProtocolScores(_part_names(dataset), num_predicted, own_parts)
+    scores = ProtocolScores(part_names, num_predicted, own_parts)
     for batch in batches:
         scores.update(predict(batch), batch)
     return scores
@@ -91,7 +93,7 @@ def evaluate_split(
     predict = network_predictor(network, device)
     batches = takewhile(lambda _: not should_stop(), scored_batches(split, accelerator, limit))
     own_parts = network.num_classes is not None
-    scores = score_predictions(predict, batches, split.dataset, network.num_slots, own_parts)
+    scores = score_predictions(predict, batches, split.part_names, network.num_slots, own_parts)
     network.train(was_training)
     if sum_over_processes(torch.tensor([int(should_stop())]), accelerator).item():
         return None
@@ -103,7 +105,7 @@ def landmark_errors(
     predict: Predictor, train: Split, split: Split, num_predicted: int, accelerator: Accelerator | None = None
 ) -> dict[str, float]:
     """The landmark error by class on `split`, with the regression fit on `train`. See `metrics.landmarks`."""
-    regression = LandmarkRegression(_part_names(split.dataset), num_predicted, SIDE_PER_BOX)
+    regression = LandmarkRegression(split.part_names, num_predicted, split.dataset.context.side_per_box)
     for batch in scored_batches(train, accelerator, _MAX_LANDMARK_IMAGES):
         regression.fit(predict(batch), batch)
     regression.set_fit_counts(sum_over_processes(regression.fit_counts(), accelerator))
@@ -118,11 +120,6 @@ def picture_of_split(network: SlotScops, split: Split) -> Any:
     batch = next(iter(evaluation_batches(split, _PICTURED_IMAGES)))
     device = next(network.parameters()).device
     return comparison(batch.images, network_predictor(network, device)(batch).labels, batch.part_labels)
-
-
-def _part_names(dataset: ShardDataset) -> dict[str, list[str]]:
-    """Part names by class, in the order of class ids."""
-    return {name: dataset.part_names[name] for name in dataset.class_names}
 
 
 def scored_batches(split: Split, accelerator: Accelerator | None, limit: int | None = None) -> Iterable[Batch]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slotscops.core import console
 from slotscops.core.errors import RunError, UserError
+from slotscops.core.pixels import DEFAULT_CONTEXT
 from slotscops.core.records import IGNORED
 from slotscops.datasets.label_maps import NAMES_FILE
 from slotscops.datasets.photo_folder import PhotoFolder
@@ -243,7 +244,7 @@ def _open_photos(
         for first in range(0, len(candidates), _BATCH_SIZE):
             records = []
             for one in candidates[first : first + _BATCH_SIZE]:
-                read, faults = folder.read(one.image, [one], model.size)
+                read, faults = folder.read(one.image, [one], model.size, DEFAULT_CONTEXT)
                 records += read
                 for fault in faults:
                     console.warn(f"not used for names: {fault.image}: {fault.reason}")

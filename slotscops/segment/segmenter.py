@@ -224,20 +224,28 @@ class _Sums:
 class Segmenter(HubModel):
     """A trained network that takes photos. Made by `slotscops.load` or `Segmenter.from_pretrained`."""
 
-    def __init__(self, trained: Trained, teacher_weights: str | None = None) -> None:
+    def __init__(
+        self,
+        trained: Trained,
+        teacher_weights: str | None = None,
+        device: torch.device | None = None,
+        teacher: Teacher | None = None,
+    ) -> None:
         """
         Args:
             teacher_weights: see `load`.
+            device: where network and teacher compute. By default it is the GPU if there is one.
+            teacher: that of the training, if it is loaded already; `teacher_weights` is then not used.
 
         Raises:
             UserError: if these are not the teacher weights of the training; see `load`.
         """
         self.trained = trained
-        self.network = trained.network.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.network = trained.network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.size = trained.config.data.size  # pixels, side of the crops that the network was trained on
         self.teacher = None  # a teacher, if the network reads its features
         if self.network.takes_features:
-            self.teacher = _load_teacher(trained, teacher_weights).to(self.device)
+            self.teacher = (teacher or _load_teacher(trained, teacher_weights)).to(self.device)
         self.names = read_names(trained.path, self.class_names, self.network.num_slots - 1)
 
     @property

@@ -3,6 +3,7 @@
     python -m slotscops.shard --root DIR --out SHARDS [--classes horse,cow] [--size 128] [--teacher-weights FILE]
     python -m slotscops.shard --images DIR [--parts DIR] --out SHARDS [--val-share 0.1] [--class-name NAME]
     python -m slotscops.shard --toy --out shards/toy
+    python -m slotscops.shard --root DIR --out SHARDS --context 0.5,0.5
     python -m slotscops.shard --inspect SHARDS [--out FILE.png]
     python -m slotscops.shard --verify SHARDS
     python -m slotscops.shard --card SHARDS
@@ -11,6 +12,7 @@ Runs as one process or under a launcher. If it was interrupted, start it again: 
 """
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from pathlib import Path
 from slotscops.core import console
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError
+from slotscops.core.pixels import DEFAULT_CONTEXT, Context
 from slotscops.core.pool import usable_cores
 from slotscops.datasets.pascal_part.classes import PART_NAMES, check_class_names
 from slotscops.datasets.pascal_part.scan import BOX_SHARE
@@ -34,6 +37,7 @@ from slotscops.shard.overview import inspect_shards
 from slotscops.shard.remote import check_local, is_remote, shards_argument
 from slotscops.shard.writer import Outcome, ShardSettings, claimed_drawing, write_shards
 
+_MAX_CONTEXT = 10.0  # box sides; the object is then 1/21 of the crop's side
 _LISTED = 20  # damaged files named at the end; all are in index/left_out.json
 
 
@@ -86,6 +90,7 @@ def _settings(options: argparse.Namespace) -> ShardSettings:
         size=options.size,
         min_box_share={split: _min_box_share(options, split) for split in SPLITS},
         samples_per_shard=options.samples_per_shard,
+        context=options.context,
     )
 
 
@@ -102,6 +107,26 @@ def _min_box_share(options: argparse.Namespace, split: str) -> float:
     """The option if it was given; otherwise 0 for --images, which keeps all photos, and the default for the split."""
     asked: float | None = getattr(options, f"min_box_{split}")
     return asked if asked is not None else 0.0 if options.images else BOX_SHARE[split]
+
+
+def _context(text: str) -> Context:
+    """SHARE or SHARE,JITTER.
+
+    Raises:
+        UserError: no such numbers, or the object would be cut off.
+    """
+    try:
+        share, jitter = (float(number) for number in f"{text},0".split(",")[:2])
+        is_good = text.count(",") <= 1 and 0 <= share <= _MAX_CONTEXT and not math.isnan(jitter)
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise UserError(f"--context is {text!r}, needed SHARE or SHARE,JITTER, such as 0.5,0.5: 0 to {_MAX_CONTEXT:g}")
+    if not 0 <= jitter <= share:
+        raise UserError(
+            f"--context is {text!r}, needed a jitter of 0 to {share:g}, which is SHARE: the object would be cut off"
+        )
+    return Context(share, jitter)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -126,6 +151,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--class-name is {options.class_name!r}, needed a name in printable characters")
     if options.parts and not options.images:
         parser.error("--parts goes with --images")
+    options.context = _context(options.context)
+    if options.images and not options.parts and options.context != DEFAULT_CONTEXT:
+        raise UserError("--context needs the boxes of objects; photos without --parts are taken whole")
     if not 0 <= options.val_share <= 1:
         raise UserError(f"--val-share is {options.val_share}, needed 0 to 1")
     for name, least in (("size", 32), ("samples_per_shard", 1), ("workers", 1)):
@@ -164,6 +192,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=shards_argument, help="folder for the shards")
     parser.add_argument("--classes", help="VOC classes to shard, separated by commas (default: all 20)")
     parser.add_argument("--size", type=int, default=128, help="side of the crops, pixels (default: 128)")
+    parser.add_argument(
+        "--context", default=f"{DEFAULT_CONTEXT.share:g}", metavar="SHARE[,JITTER]",
+        help="surroundings on every side of an object's box, as a share of its longer side, and by how much the crop "
+        "is moved at random (default: %(default)s); a sample's crop is always the same",
+    )  # fmt: skip
     add_teacher_options(parser)
     parser.add_argument(
         "--no-features", action="store_true", help="write shards without features, which slotscops features adds later"

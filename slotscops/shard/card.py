@@ -18,7 +18,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from yaml import YAMLError
 
 from slotscops.core import console
-from slotscops.core.errors import UserError
+from slotscops.core.errors import UserError, visible
 from slotscops.core.files import write_bytes
 from slotscops.core.records import MEMBERS
 from slotscops.datasets.pascal_part.classes import PART_NAMES
@@ -231,6 +231,8 @@ def command_options(source: str, settings: Mapping[str, Any]) -> list[str]:
     options += ["--size", str(settings["size"]), "--samples-per-shard", str(settings["samples_per_shard"])]
     for split, share in sorted(settings["min_box_share"].items()):
         options += [f"--min-box-{split}", str(share)]
+    if context := settings.get("context"):
+        options += ["--context", f"{context['share']},{context['jitter']}"]
     return [*options, "--no-features", "--out", "SHARDS"]
 
 
@@ -241,7 +243,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _safe(name: str) -> str:
     """A name from elsewhere as text of Markdown: it begins no link, no tag and no other column."""
-    shown = html.escape(console.visible(name), quote=False)
+    shown = html.escape(visible(name), quote=False)
     return re.sub(r"[|\[\]`*]", lambda found: f"&#{ord(found[0])};", shown)
 
 

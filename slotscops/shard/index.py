@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 from slotscops.core.address import Address
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import sha256_of_bytes, sha256_of_json, size_of_file, write_bytes, write_json
+from slotscops.core.pixels import Context
 from slotscops.core.records import MEMBERS
 from slotscops.shard.remote import RemoteFolder
 
@@ -166,6 +167,11 @@ class ShardDataset:
     def size(self) -> int:
         """Side of the crops, pixels."""
         return int(self.settings["size"])
+
+    @property
+    def context(self) -> Context:
+        """How much of their surroundings the crops show."""
+        return Context(**self.settings.get("context", {}))
 
     @cached_property
     def digest(self) -> str:
@@ -333,6 +339,8 @@ def _from_json(shards: Path, content: dict[str, Any]) -> ShardDataset:
     )
     if not 1 <= dataset.size <= _MAX_SIZE or not {*dataset.class_names} <= {*dataset.part_names}:
         raise ValueError("its settings and tables do not fit each other")
+    if not all(isinstance(number, int | float) for number in vars(dataset.context).values()):
+        raise ValueError("its context must be numbers")
     return dataset
 
 

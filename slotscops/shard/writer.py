@@ -24,6 +24,7 @@ import numpy as np
 from slotscops.core.claims import claim, leased_units, remove_leases
 from slotscops.core.errors import ClaimError, UserError
 from slotscops.core.files import remove_abandoned, sha256_of_file, sha256_of_json, write_bytes, write_json
+from slotscops.core.pixels import DEFAULT_CONTEXT, Context
 from slotscops.core.pool import WorkerPool
 from slotscops.core.records import MEMBERS, to_members
 from slotscops.datasets.sources import SPLITS, Candidate, LeftOut, Source, count_kinds
@@ -51,6 +52,14 @@ class ShardSettings:
     size: int  # side of the crops, pixels
     min_box_share: dict[str, float]  # by split: an object's box must cover more of its image than this
     samples_per_shard: int
+    context: Context = DEFAULT_CONTEXT
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values. The default context is left out, so that shards keep the bytes of earlier versions."""
+        settings = asdict(self)
+        if self.context == DEFAULT_CONTEXT:
+            del settings["context"]
+        return settings
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def write_shards(
     images = source.list_images()
     plan = {
         "source": description,
-        "settings": asdict(settings),
+        "settings": settings.to_json(),
         "images": len(images),
         "images_sha256": sha256_of_json(images),
     }
@@ -256,7 +265,7 @@ def _write_missing(
     ):
         name, objects = shards[number]
         by_image = [list(group) for _, group in groupby(objects, key=lambda candidate: candidate.image)]
-        made = pool.map(partial(_make_samples, source, settings.size), by_image)
+        made = pool.map(partial(_make_samples, source, settings.size, settings.context), by_image)
         samples = [sample for found, _ in made for sample in found]
         write_bytes(out / f"{name}.tar", _tar_bytes(samples))
         write_json(_shard_left_out_path(out, name), [asdict(item) for _, missing in made for item in missing])
@@ -267,9 +276,11 @@ def _shard_left_out_path(out: Path, shard: str) -> Path:
     return _scan_folder(out) / f"{shard}.json"
 
 
-def _make_samples(source: Source, size: int, candidates: list[Candidate]) -> tuple[list[Sample], list[LeftOut]]:
+def _make_samples(
+    source: Source, size: int, context: Context, candidates: list[Candidate]
+) -> tuple[list[Sample], list[LeftOut]]:
     """Crops and encodes the objects of one image."""
-    records, left_out = source.read(candidates[0].image, candidates, size)
+    records, left_out = source.read(candidates[0].image, candidates, size, context)
     return [(record.key, record.description["class"], to_members(record)) for record in records], left_out
 
 
@@ -324,7 +335,7 @@ def _finish(
     write_dataset(
         ShardDataset(
             folder=out,
-            settings=asdict(settings),
+            settings=settings.to_json(),
             class_names=settings.classes,
             part_names={name: source.part_names(name, candidates) for name in settings.classes},
             splits=splits,

@@ -77,7 +77,7 @@ def test_pooled_scores_keep_the_parts_of_different_classes_apart(split: Split) -
         labels = guess[[places[key] for key in batch.keys]]
         return Prediction(labels, labels.clamp(min=1))
 
-    scores = score_predictions(predict, evaluation_batches(split, 4), split.dataset, 4)
+    scores = score_predictions(predict, evaluation_batches(split, 4), split.part_names, 4)
     joint = np.where(true > 0, true + 100 * classes[:, None, None], 0)
     assert scores.pooled()["nmi"] == pytest.approx(normalized_mutual_info_score(joint.ravel(), guess.numpy().ravel()))
 
@@ -87,7 +87,7 @@ def test_a_perfect_prediction_scores_1(split: Split) -> None:
         assert batch.part_labels is not None
         return Prediction(batch.part_labels, batch.part_labels)
 
-    scores = score_predictions(predict, evaluation_batches(split, 4), split.dataset, 30)
+    scores = score_predictions(predict, evaluation_batches(split, 4), split.part_names, 30)
     for protocol in PROTOCOLS:
         row = scores.scores(protocol, "first")["cow"]
         assert row == pytest.approx(dict.fromkeys(row, 1.0))
@@ -116,7 +116,7 @@ def test_a_baseline_finds_g_labels_and_one_fewer_on_the_object_and_the_same_agai
 def test_a_classifier_taught_the_true_parts_beats_clusters_of_the_same_features(split: Split) -> None:
     def score(predict: Predictor, num_predicted: int, own_parts: bool) -> float:
         batches = evaluation_batches(split, 16)
-        scores = score_predictions(predict, batches, split.dataset, num_predicted, own_parts)
+        scores = score_predictions(predict, batches, split.part_names, num_predicted, own_parts)
         return scores.scores("own", "small")["all classes"]["nmi"]
 
     taught, again = (supervised.fit(split, seed=1) for _ in range(2))
@@ -346,7 +346,7 @@ def test_one_and_two_processes_give_the_same_numbers(toy_shards: Path, tmp_path:
         out = tmp_path / f"{len(contents)}.json"
         # The shards and the baselines' features are those of the run; given twice, it deviates from itself by nothing.
         runs = ["--checkpoint", str(tmp_path / "run"), str(tmp_path / "run"), "--baseline", "kmeans"]
-        runs += ["--shards", str(toy_shards)]
+        runs += ["--shards", str(toy_shards), "--photos", str(toy_shards / "photos"), "--merge", "left-right"]
         options = ["--split", "train", "--landmarks", "--full", "--json", str(out)]
         done = run([*launcher, "-m", "slotscops.evaluate", *runs, *options])
         assert done.returncode == 0, done.stderr
@@ -355,6 +355,7 @@ def test_one_and_two_processes_give_the_same_numbers(toy_shards: Path, tmp_path:
     assert contents[0] == contents[1]
     assert contents[0]["means"][0]["deviation"]["scores"]["own"]["first"]["cow"]["nmi"] == 0
     assert contents[0]["methods"][0] == contents[0]["methods"][1]
+    assert contents[0]["methods"][2]["scores"]["photo"]["small"]["cow"]["nmi"] > 0
     assert contents[0]["methods"][2]["name"] == "kmeans relu5_4 64 px"
 
 

@@ -123,7 +123,7 @@ def test_a_card_written_again_keeps_the_licence_that_was_filled_in_and_no_readme
     "options",
     [
         ["--toy", "--toy-train", "6", "--toy-val", "2", "--toy-seed", "3", "--samples-per-shard", "5"],
-        ["--root", "DIR", "--classes", "cow,horse", "--min-box-val", "0.3"],
+        ["--root", "DIR", "--classes", "cow,horse", "--min-box-val", "0.3", "--context", "0.5,0.25"],
         ["--images", "DIR", "--parts", "DIR", "--val-share", "0.25", "--class-name", "my horse"],
         ["--images", "DIR"],
     ],

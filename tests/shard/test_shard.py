@@ -155,7 +155,10 @@ def test_a_finished_folder_is_left_as_it_is(tree: Path, shards: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in shards.rglob("*")} == before
 
 
-@pytest.mark.parametrize(("more", "field"), [(["--size", "40"], "size"), (["--classes", "cow"], "classes")])
+OTHER = [(["--size", "40"], "size"), (["--classes", "cow"], "classes"), (["--context", "0.5,0.2"], "context")]
+
+
+@pytest.mark.parametrize(("more", "field"), OTHER)
 def test_a_folder_of_other_shards_is_refused_by_the_setting(
     tree: Path, shards: Path, more: list[str], field: str
 ) -> None:
@@ -163,6 +166,42 @@ def test_a_folder_of_other_shards_is_refused_by_the_setting(
     with pytest.raises(UserError, match=f"another {field}"):
         write(tree, shards, *more)
     assert contents(shards) == before
+
+
+def test_without_context_the_settings_and_crops_are_those_of_earlier_versions(tree: Path, shards: Path) -> None:
+    assert write(tree, shards, "--context", "0.05") == 0  # the default, so the folder is finished already
+    dataset = open_dataset(shards)
+    assert set(dataset.settings) == {"classes", "size", "min_box_share", "samples_per_shard"}
+    reader = ShardReader(dataset, dataset.splits["train"][0])
+    for row in range(len(reader.index)):
+        description = reader.read_description(row)
+        (left, top, right, bottom), crop = description["box"], description["crop"]
+        side = max(right - left, bottom - top) + 2 * max(1, round(0.05 * max(right - left, bottom - top)))
+        assert crop[:2] == [(left + right - side) // 2, (top + bottom - side) // 2]
+        assert crop[2:] == [crop[0] + side, crop[1] + side]
+
+
+def test_with_context_the_object_is_smaller_and_not_in_the_middle_and_the_digest_is_another(
+    tree: Path, shards: Path, tmp_path: Path
+) -> None:
+    assert write(tree, tmp_path / "out", "--context", "0.5,0.5") == 0
+    plain, loose = open_dataset(shards), open_dataset(tmp_path / "out")
+    assert loose.settings == plain.settings | {"context": {"share": 0.5, "jitter": 0.5}}
+    assert loose.context.side_per_box == 2
+    assert loose.digest != plain.digest
+    masks = [
+        from_members("x", {name: bytes(reader.read_member(0, name)) for name in MEMBERS}).object_mask
+        for reader in (ShardReader(dataset, dataset.splits["train"][0]) for dataset in (plain, loose))
+    ]
+    assert masks[0].mean() > 2.5 * masks[1].mean() > 0
+    centre = np.argwhere(masks[1]).mean(axis=0)
+    assert abs(centre - 24).max() > 3
+
+
+@pytest.mark.parametrize("context", ["0.1,0.2", "x", "1,2,3", "-1", "nan", "11"])
+def test_a_context_that_cuts_the_object_off_or_is_no_number_is_one_line(tmp_path: Path, context: str) -> None:
+    with pytest.raises(UserError, match=r"--context is .*, needed"):
+        shard.main(["--root", str(tmp_path), "--out", str(tmp_path / "out"), "--context", context])
 
 
 def test_a_toy_of_other_numbers_is_refused_and_the_drawn_photos_stay(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from slotscops.core.errors import UserError
-from slotscops.core.pixels import box_of, crop_labels, crop_photo, square_crop
+from slotscops.core.pixels import DEFAULT_CONTEXT, Context, box_of, crop_labels, crop_photo, square_crop
 from slotscops.core.records import Record
 from slotscops.datasets.pascal_part.annotation import read_annotation
 from slotscops.datasets.pascal_part.classes import PART_NAMES, AnnotatedObject, paint_parts, part_label
@@ -17,7 +17,7 @@ from slotscops.datasets.sources import Candidate, LeftOut
 
 
 def read_records(
-    tree: PascalPartTree, image: str, candidates: list[Candidate], size: int
+    tree: PascalPartTree, image: str, candidates: list[Candidate], size: int, context: Context = DEFAULT_CONTEXT
 ) -> tuple[list[Record], list[LeftOut]]:
     """Crops the candidates of one image to `size` x `size`. Damage that shows only now leaves objects out."""
     if not candidates:
@@ -34,7 +34,7 @@ def read_records(
             LeftOut(image, item.object_number, item.class_name, item.split, "damaged file", str(error), damaged=True)
             for item in candidates
         ]
-    return [_make_record(item, objects[item.object_number], photo, size) for item in candidates], []
+    return [_make_record(item, objects[item.object_number], photo, size, context) for item in candidates], []
 
 
 def _is_unchanged(candidate: Candidate, item: AnnotatedObject) -> bool:
@@ -44,12 +44,15 @@ def _is_unchanged(candidate: Candidate, item: AnnotatedObject) -> bool:
     return known and (item.class_name, box) == (candidate.class_name, candidate.box)
 
 
-def _make_record(candidate: Candidate, item: AnnotatedObject, photo: Image.Image, size: int) -> Record:
+def _make_record(
+    candidate: Candidate, item: AnnotatedObject, photo: Image.Image, size: int, context: Context
+) -> Record:
+    key = f"{candidate.image}_{candidate.object_number}"
     labels, small = (Image.fromarray(paint_parts(item, smallest_on_top)) for smallest_on_top in (False, True))
-    crop = square_crop(candidate.box)
+    crop = square_crop(candidate.box, key, context)
     names = zip(PART_NAMES[item.class_name], labels.histogram()[1:], strict=False)
     return Record(
-        key=f"{candidate.image}_{candidate.object_number}",
+        key=key,
         image=crop_photo(photo, crop, size),
         part_labels=crop_labels(labels, crop, size),
         part_labels_small=crop_labels(small, crop, size),

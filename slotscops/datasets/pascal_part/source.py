@@ -1,17 +1,19 @@
 """PASCAL-Part as a source of objects to shard."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from slotscops.core.photos import shown_name
+from slotscops.core.pixels import Context
 from slotscops.core.records import Record
 from slotscops.datasets.pascal_part.classes import PART_NAMES
 from slotscops.datasets.pascal_part.crops import read_records
 from slotscops.datasets.pascal_part.scan import scan_image
 from slotscops.datasets.pascal_part.tree import PascalPartTree, find_splits, list_images, list_passed_over, open_tree
-from slotscops.datasets.sources import WHOLE_FOLDER, Candidate, ImageScan, LeftOut, SplitAssignment
+from slotscops.datasets.pascal_part.whole_photos import read_whole_photo
+from slotscops.datasets.sources import WHOLE_FOLDER, Candidate, ImageScan, LeftOut, SplitAssignment, WholePhoto
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,13 @@ class PascalPart:
             return ImageScan([], [_passed_over(name, reason) for name, reason in list_passed_over(self.tree)])
         return scan_image(self.tree, image, split_of_class, class_names, dict(min_box_share))
 
-    def read(self, image: str, candidates: list[Candidate], size: int) -> tuple[list[Record], list[LeftOut]]:
-        return read_records(self.tree, image, candidates, size)
+    def read(
+        self, image: str, candidates: list[Candidate], size: int, context: Context
+    ) -> tuple[list[Record], list[LeftOut]]:
+        return read_records(self.tree, image, candidates, size, context)
+
+    def read_whole(self, image: str, class_name: str, ignored: Sequence[str]) -> WholePhoto:
+        return read_whole_photo(self.tree, image, class_name, ignored)
 
     def part_names(self, class_name: str, candidates: list[Candidate]) -> list[str]:
         return list(PART_NAMES[class_name])

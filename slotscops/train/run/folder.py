@@ -89,6 +89,16 @@ class RunFolder:
         return self.path / "candidates.json"
 
     @property
+    def scores(self) -> Path:
+        """What `evaluate --json` wrote here, which the run's page shows."""
+        return self.path / "scores.json"
+
+    @property
+    def cost(self) -> Path:
+        """One line for each command of the run that a script timed: its stage and seconds."""
+        return self.path / "cost.jsonl"
+
+    @property
     def machine(self) -> Path:
         """Describes the machine on which the run was last started."""
         return self.path / "machine.json"

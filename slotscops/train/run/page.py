@@ -36,7 +36,7 @@ _PANELS = {
 
 
 def write_page(folder: RunFolder) -> Path:
-    """Writes the page from the folder's settings, logged steps, pictures, status and last evaluation.
+    """Writes the page from the folder's settings, logged steps, pictures, status, last evaluation and `scores.json`.
 
     Raises:
         UserError: the folder holds no run.
@@ -49,6 +49,7 @@ def write_page(folder: RunFolder) -> Path:
         "status": _read_json(folder.status),
         "evaluation": _read_json(folder.evaluation),
         "machine": _read_json(folder.machine),
+        "scores": _read_json(folder.scores),
         "settings": flat_settings(to_mapping(load_config(folder.config))),
         "defaults": flat_settings(to_mapping(Config())),
         "last": {name: value for name, value in (rows[-1] if rows else {}).items() if name != "batch_digest"},

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from slotscops.core.pixels import Box, square_crop
+from slotscops.core.pixels import Box, Context, square_crop
 from slotscops.datasets.pascal_part.classes import (
     PART_NAMES,
 )
@@ -44,6 +44,30 @@ def test_a_crop_is_square_about_the_box_with_a_margin_on_every_side(box: Box) ->
     assert abs(min(margins) - 0.05 * longer) <= 1
     assert abs((left + right) - (box[0] + box[2])) <= 1  # the centre, to half a pixel
     assert abs((top + bottom) - (box[1] + box[3])) <= 1
+
+
+@given(BOXES, st.text(), st.floats(0, 2), st.floats(0, 1))
+def test_a_moved_crop_holds_the_whole_box_and_has_the_side_of_one_that_was_not_moved(
+    box: Box, key: str, share: float, portion: float
+) -> None:
+    moved = square_crop(box, key, Context(share, portion * share))
+    left, top, right, _ = square_crop(box, key, Context(share))
+    longer = max(box[2] - box[0], box[3] - box[1])
+    assert moved[2] - moved[0] == moved[3] - moved[1] == right - left
+    assert abs((right - left) - longer * Context(share).side_per_box) <= 2
+    assert max(abs(moved[0] - left), abs(moved[1] - top)) <= portion * share * longer + 0.5
+    assert moved[0] <= box[0]
+    assert moved[1] <= box[1]
+    assert moved[2] >= box[2]
+    assert moved[3] >= box[3]
+
+
+def test_the_place_of_a_crop_depends_on_the_key_alone_and_spreads_evenly() -> None:
+    box, context = (0, 0, 1000, 1000), Context(0.5, 0.5)
+    assert square_crop(box, "2008_000008_0", context) == (-90, -421, 1910, 1579)  # the same for ever
+    places = np.array([square_crop(box, str(number), context)[:2] for number in range(2000)]) + 500
+    assert (abs(places.mean(axis=0)) < 25).all()
+    assert (abs(places.std(axis=0) - 1000 / 12**0.5) < 20).all()
 
 
 def lossless_tree(tmp_path: Path, objects: list[Described], photo: NDArray[np.uint8], **options: Any) -> PascalPartTree:
