@@ -34,6 +34,7 @@ from slotscops.train.processes import (
     microbatches_of_process,
     on_first_process,
     open_training_data,
+    weigh_layers,
 )
 from slotscops.train.reduction import FixedOrderReducer, take_first_process_tensors
 from slotscops.train.run import checkpoint
@@ -94,6 +95,7 @@ class Trainer:
         num_classes = len(self.dataset.class_names)
         self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes)
         if start_from is None:
+            weigh_layers(self.network.target, config)
             self._start_from_features(start_seed)
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
