@@ -81,6 +81,7 @@ class Trainer:
         self.files = SideFiles()
         self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder, self.files)
         self.candidates: dict[str, Any] = {}  # see `train.candidates`; empty if there was nothing to choose
+        self._starts: dict[int, list[dict[str, Tensor]]] = {}  # by seed: the tensors of basis and target
         self.stopwatch = Stopwatch()
         self.begin(config.seed, start_from)
 
@@ -123,9 +124,11 @@ class Trainer:
 
         def start() -> list[dict[str, Tensor]]:
             start_from_features(*parts, self.split, replace(self.config, seed=seed))
-            return [part.state_dict() for part in parts]
+            return [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in parts]
 
-        for part, state in zip(parts, on_first_process(start), strict=True):
+        if seed not in self._starts:
+            self._starts[seed] = on_first_process(start)
+        for part, state in zip(parts, self._starts[seed], strict=True):
             part.load_state_dict(state)
 
     def _wrap(self, compiled: bool) -> None:
