@@ -77,6 +77,9 @@ class TeacherSettings:
     # The layer whose features are the target. "relu5_2+relu5_4" joins the channels of both. Of a transformer of timm,
     # "blocks.8" gives the tokens of a block and "blocks.10.attn.k" its keys.
     layer: PlainName = "relu5_4"
+    # Of joined layers, what the features of each are multiplied by in the target, after sqrt or channel_standardised
+    # and before l2. null weighs all alike.
+    layer_weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
     size: Annotated[int, Field(gt=0, le=8192)] | None = (
         None  # The side of the crops that the teacher saw, in pixels. null takes data.size.
     )

@@ -42,8 +42,7 @@ class Teacher(nn.Module):
         """
         super().__init__()
         self.layer, self.network = layer, network
-        names = layer.split("+")
-        self.layers = TimmLayers(network, names) if is_timm(network) else TorchvisionLayers(network, names)
+        self.layers = _build_layers(network, layer)
         self.mean, self.std = self.layers.mean, self.layers.std
         self.num_channels = sum(channels for channels, *_ in self._check_grids())
         self.weights_name = pretrained.display_name(weights, "pretrained" if is_timm(network) else "imagenet")
@@ -91,11 +90,7 @@ class Teacher(nn.Module):
         return self.num_channels, *self.grid_size(size)
 
     def _shapes(self, size: int) -> list[tuple[int, int, int]]:
-        """(C, h, w) of each layer for one photo. It runs on the meta device and takes milliseconds."""
-        tensors = dict(self.layers.named_parameters()) | dict(self.layers.named_buffers())
-        state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        maps = functional_call(self.layers, state, (torch.empty(1, 3, size, size, device="meta"),))
-        return [tuple(one.shape[1:]) for one in maps]
+        return _layer_shapes(self.layers, size)
 
     def _check_grids(self) -> list[tuple[int, int, int]]:
         size = self.layers.usual_size
@@ -123,6 +118,29 @@ class Teacher(nn.Module):
                 continue
             return f"too small for {self.layer}; give at least {enough} pixels"
         return f"{self.network} does not take it; give {self.layers.usual_size} pixels"
+
+
+def channels_of_layers(network: str, layer: str) -> list[int]:
+    """The number of channels of each of the layers that `layer` joins, in order. It needs no weights.
+
+    Raises:
+        UserError: there is no such network or layer.
+    """
+    layers = _build_layers(network, layer)
+    return [channels for channels, *_ in _layer_shapes(layers, layers.usual_size)]
+
+
+def _build_layers(network: str, layer: str) -> TimmLayers | TorchvisionLayers:
+    names = layer.split("+")
+    return TimmLayers(network, names) if is_timm(network) else TorchvisionLayers(network, names)
+
+
+def _layer_shapes(layers: TimmLayers | TorchvisionLayers, size: int) -> list[tuple[int, int, int]]:
+    """(C, h, w) of each layer for one photo. It runs on the meta device and takes milliseconds."""
+    tensors = dict(layers.named_parameters()) | dict(layers.named_buffers())
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    maps = functional_call(layers, state, (torch.empty(1, 3, size, size, device="meta"),))
+    return [tuple(one.shape[1:]) for one in maps]
 
 
 def _resize(maps: Tensor, grid: tuple[int, ...]) -> Tensor:

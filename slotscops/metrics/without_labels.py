@@ -73,7 +73,9 @@ def score_without_labels(
         losses[number] = sums
     network.train(was_training)
     table = sum_over_processes(table, accelerator)
-    totals = sum_over_processes(losses, accelerator).sum(0)  # (terms + 1,)
+    if num_ranks > 1:  # not every device of a single process knows float64
+        losses = sum_over_processes(losses, accelerator)
+    totals = losses.sum(0)  # (terms + 1,)
     means = dict(zip(names, (totals[:-1] / max(1, len(samples))).tolist(), strict=True))
     if not totals.isfinite().all():
         return dict.fromkeys(["agreement", "agreement_nmi", "likelihood", *(f"loss_{name}" for name in names)], np.nan)
@@ -106,15 +108,15 @@ def _score_batch(
     only_data |= {name: getattr(config.losses, name) for name in DATA_TERMS}
     config = replace(config, losses=replace(config.losses, **only_data))
     # Shared-Gaussian slots draw numbers. They are the same for every network, and training draws on as if none were.
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         output, terms = compute_terms(network, network.target, batch, config, 0, network.object_guess)
         views = _label_views(network, split, batch, samples, output)
     scores = PartScores(network.num_slots, network.num_slots)
     scores.update(*views)
     values = [terms[name] for name in DATA_TERMS if name in terms]
-    sums = [value.double().cpu() * len(batch) for value in values]
-    return scores.table, torch.stack([*sums, output.logits.double().sum().cpu()])
+    sums = [value.cpu().double() * len(batch) for value in values]
+    return scores.table, torch.stack([*sums, output.logits.sum().cpu().double()])
 
 
 def _label_views(

@@ -150,8 +150,8 @@ def build_network(encoder: Encoder, config: Config, feature_channels: int, num_c
     """Builds the network of the settings around an encoder. Its random weights come from the global generator.
 
     Args:
-        config: of these settings, the sections slots, decoder and basis, teacher.transform, losses.mixture and
-            losses.target_mask are used.
+        config: of these settings, the sections slots, decoder and basis, teacher.transform, teacher.layer_weights,
+            losses.mixture and losses.target_mask are used.
         feature_channels: C, the number of channels of the teacher's features.
         num_classes: N_c, if each class of objects has slot starts and basis rows of its own. None if all share them.
 
@@ -188,7 +188,7 @@ def build_network(encoder: Encoder, config: Config, feature_channels: int, num_c
         num_each,
         num_background if config.losses.mixture else 0,
     )
-    target = TargetTransform(config.teacher.transform, feature_channels)
+    target = TargetTransform(config.teacher.transform, feature_channels, config.teacher.layer_weights)
     class_head = None if num_classes is None else nn.Linear(slots.dim, num_classes)
     object_guess = ObjectGuess(feature_channels) if config.losses.target_mask == "guessed" else None
     return SlotScops(encoder, tokens, part_logits, basis, target, class_head, decoder.refinement, object_guess)

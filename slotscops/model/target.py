@@ -3,6 +3,8 @@
 Shapes: B images, C teacher channels on an h x w grid, M sampled vectors.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,15 +23,31 @@ class TargetTransform(nn.Module):
                           non-negative features stay non-negative and a ReLU basis can rebuild them
     l2                    f / |f| at each position
     sqrt_l2               sqrt first, then l2
+
+    If the features are those of several layers, each layer may have a weight, by which they are multiplied before l2.
     """
 
     scale: Tensor  # (C,) 1 / std of each channel; a buffer, so that it is saved and loaded with the model
+    channel_weights: Tensor  # (C,) the weight of each channel's layer; likewise
 
-    def __init__(self, kind: Transform, num_channels: int) -> None:
+    def __init__(self, kind: Transform, num_channels: int, layer_weights: Sequence[float] | None = None) -> None:
+        """
+        Args:
+            layer_weights: the weight of each layer. They act once `weigh_layers` was told which channels are whose.
+        """
         super().__init__()
         self.kind = kind
+        self.layer_weights = layer_weights
+        if layer_weights is not None:
+            self.register_buffer("channel_weights", torch.ones(num_channels))
         if kind == "channel_standardised":
             self.register_buffer("scale", torch.ones(num_channels))
+
+    def weigh_layers(self, channels_of_layers: Sequence[int]) -> None:
+        """Sets the weight of each channel, for the number of channels of each layer, in order."""
+        assert self.layer_weights is not None
+        weights = torch.tensor(self.layer_weights).repeat_interleave(torch.tensor(channels_of_layers))  # (C,)
+        self.channel_weights.copy_(weights)
 
     @torch.no_grad()
     def measure(self, vectors: Tensor) -> None:
@@ -47,7 +65,14 @@ class TargetTransform(nn.Module):
         if self.kind in ("sqrt", "sqrt_l2"):
             features = features.sign() * features.abs().sqrt()
         if self.kind == "channel_standardised":
-            return features * self.scale.view(-1, *[1] * (features.ndim - 2))
+            features = features * _along_channels(self.scale, features)
+        if self.layer_weights is not None:
+            features = features * _along_channels(self.channel_weights, features)
         if self.kind in ("l2", "sqrt_l2"):
             return functional.normalize(features, dim=1, eps=_EPSILON)
         return features
+
+
+def _along_channels(numbers: Tensor, features: Tensor) -> Tensor:
+    """(C,) -> a view that is multiplied with the channels of features (B, C, h, w) or (M, C)."""
+    return numbers.view(-1, *[1] * (features.ndim - 2))

@@ -55,7 +55,7 @@ def choose_start(trainer: Trainer) -> None:
     same learning rates. All processes train each candidate together, as they train the run. All must call this.
 
     Raises:
-        UserError: if the training split is too small to hold any photo out.
+        UserError: if the training split is too small to hold any photo out, or the run's folder cannot be written.
         RunError: if no candidate has finite numbers.
     """
     config, accelerator = trainer.config, trainer.accelerator
@@ -66,6 +66,8 @@ def choose_start(trainer: Trainer) -> None:
             f"{trainer.dataset.location}: has {num_samples} photos to train on, too few to hold any out for "
             "basis.candidates; set basis.candidates=1"
         )
+    # Before the work, not after it, is when to find out that the folder cannot be written.
+    on_first_process(lambda: trainer.folder.open(config, step=0))
     held_out = held_out_samples(num_samples, num_held_out, config.seed)
     num_steps = min(config.basis.candidate_steps, config.train.total_steps)
     rows: list[dict[str, Any]] = []

@@ -34,6 +34,7 @@ from slotscops.train.processes import (
     microbatches_of_process,
     on_first_process,
     open_training_data,
+    weigh_layers,
 )
 from slotscops.train.reduction import FixedOrderReducer, take_first_process_tensors
 from slotscops.train.run import checkpoint
@@ -80,6 +81,7 @@ class Trainer:
         self.files = SideFiles()
         self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder, self.files)
         self.candidates: dict[str, Any] = {}  # see `train.candidates`; empty if there was nothing to choose
+        self._starts: dict[int, list[dict[str, Tensor]]] = {}  # by seed: the tensors of basis and target
         self.stopwatch = Stopwatch()
         self.begin(config.seed, start_from)
 
@@ -94,6 +96,7 @@ class Trainer:
         num_classes = len(self.dataset.class_names)
         self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes)
         if start_from is None:
+            weigh_layers(self.network.target, config)
             self._start_from_features(start_seed)
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
@@ -122,9 +125,11 @@ class Trainer:
 
         def start() -> list[dict[str, Tensor]]:
             start_from_features(basis, target, self.split, replace(self.config, seed=seed), guess)
-            return [part.state_dict() for part in parts]
+            return [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in parts]
 
-        for part, state in zip(parts, on_first_process(start), strict=True):
+        if seed not in self._starts:
+            self._starts[seed] = on_first_process(start)
+        for part, state in zip(parts, self._starts[seed], strict=True):
             part.load_state_dict(state)
 
     def _wrap(self, compiled: bool) -> None:

@@ -17,8 +17,9 @@ from slotscops.core.errors import RunError, UserError
 from slotscops.core.files import sha256_of_json
 from slotscops.core.machine import keep_freed_memory
 from slotscops.features.cache import FeatureCache, check_feature_files, open_cache, warn_if_random
-from slotscops.features.teacher import Teacher
+from slotscops.features.teacher import Teacher, channels_of_layers
 from slotscops.loader import plan
+from slotscops.model.target import TargetTransform
 from slotscops.shard.index import ShardDataset, check_tars, open_dataset
 from slotscops.train.reduction import choose_kernels
 from slotscops.train.run.checkpoint import Checkpoint
@@ -230,6 +231,7 @@ def open_training_data(config: Config) -> tuple[ShardDataset, FeatureCache]:
         UserError: no or unfinished shards, another crop size, a cache that does not fit.
     """
     dataset = open_dataset_of_size(config)
+    _check_layer_weights(config)
     network, layer, weights = config.teacher.network, config.teacher.layer, config.teacher.weights
     sha256 = None if weights is None else Teacher(layer, weights, network).fingerprint
     # If the cache cannot follow an augmentation, this raises an error that names it.
@@ -237,6 +239,21 @@ def open_training_data(config: Config) -> tuple[ShardDataset, FeatureCache]:
     warn_if_random(cache)
     _warn_if_fetched_again_and_again(dataset, cache)
     return dataset, cache
+
+
+def _check_layer_weights(config: Config) -> None:
+    weights, layers = config.teacher.layer_weights, config.teacher.layer.split("+")
+    if weights is not None and len(weights) != len(layers):
+        raise UserError(
+            f"teacher.layer_weights has {len(weights)} number(s), but teacher.layer joins {len(layers)}, "
+            f"{config.teacher.layer}; give one number for each layer"
+        )
+
+
+def weigh_layers(target: TargetTransform, config: Config) -> None:
+    """Tells the target which channels belong to which layer, if `teacher.layer_weights` is set."""
+    if config.teacher.layer_weights is not None:
+        target.weigh_layers(channels_of_layers(config.teacher.network, config.teacher.layer))
 
 
 def _warn_if_fetched_again_and_again(dataset: ShardDataset, cache: FeatureCache) -> None:

@@ -15,7 +15,7 @@ from slotscops.core.errors import UserError
 from slotscops.core.machine import own_device
 from slotscops.core.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from slotscops.core.pretrained import draw
-from slotscops.features.teacher import Teacher, compute_features
+from slotscops.features.teacher import Teacher, channels_of_layers, compute_features
 
 MEAN = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
 STD = torch.tensor(IMAGENET_STD).view(3, 1, 1)
@@ -89,6 +89,7 @@ def test_layers_of_unlike_grids_are_joined_on_the_finest_grid(weight_files: dict
     torch.testing.assert_close(joined(images), torch.cat([fine(images), resized], dim=1))
     assert joined.output_shape(64) == (1024, 8, 8)
     assert joined.layer_shapes(64) == [(512, 8, 8), (512, 4, 4)]
+    assert channels_of_layers("vgg19", "relu3_2+relu5_4") == [256, 512]
 
 
 def test_shapes_at_128_and_224_pixels() -> None:

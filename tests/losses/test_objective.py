@@ -38,7 +38,7 @@ CHOICES = [
     {"losses": {"equivariance": 1.0, "landmark_equivariance": 1.0}} | RESNET,
     {"teacher": {"transform": "sqrt"}, "basis": {"init": "kmeans"}},
     {"basis": {"init": "uneven_kmeans"}, "slots": {"token_hidden": 32}},
-    {"teacher": {"transform": "channel_standardised"}},
+    {"teacher": {"transform": "channel_standardised", "layer_weights": [0.5]}},
     {"teacher": {"transform": "l2"}, "basis": {"kind": "free"}},
     {"slots": {"init": "image_conditioned"}, "decoder": {"maps": "attention"}},
     {"slots": {"gradient": "last_iteration"}},

@@ -266,3 +266,17 @@ def test_transforms_by_hand_and_of_nothing_but_zeros() -> None:
     scaled.measure(features[:, :, 0, 0])  # deviations 2 and 0: a channel that never fires keeps its scale
     assert scaled(features).flatten().tolist() == [2, 0, 0, 0]
     assert "scale" in scaled.state_dict()
+
+
+def test_each_layer_is_multiplied_by_its_weight_before_vectors_are_scaled() -> None:
+    vectors = torch.tensor([[16.0, 9.0, 4.0]])  # (M, C): two channels of the first layer, one of the second
+    wanted = {"none": [8, 4.5, 8], "sqrt": [2, 1.5, 4], "l2": [0.657, 0.370, 0.657], "sqrt_l2": [0.424, 0.318, 0.848]}
+    for kind, numbers in wanted.items():
+        target = TargetTransform(kind, 3, (0.5, 2.0))  # type: ignore[arg-type]
+        target.weigh_layers([2, 1])
+        assert target(vectors).flatten().tolist() == pytest.approx(numbers, abs=1e-3)
+        assert target(vectors[:, :, None, None]).flatten().tolist() == pytest.approx(numbers, abs=1e-3)
+        loaded = TargetTransform(kind, 3, (0.5, 2.0))  # type: ignore[arg-type]
+        loaded.load_state_dict(target.state_dict())
+        assert torch.equal(loaded(vectors), target(vectors))
+    assert "channel_weights" not in TargetTransform("l2", 3).state_dict()

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import assert_same_tensors, metrics, train
+from commands import PYTHON, assert_same_tensors, metrics, train
 from forks import ranks
 
 from slotscops.config import Config, config_from_mapping
@@ -26,7 +26,11 @@ CHOICES: dict[str, dict[str, Any]] = {
         "decoder": {"maps": "head_only"},
         "basis": {"kind": "free", "choose_by": "likelihood"},
     },
-    "photos": {"encoder": {"name": "resnet18", "weights": "random:0"}, "slots": {"per_class": "own"}},
+    "photos, slots of each class": {
+        "encoder": {"name": "resnet18", "weights": "random:0"},
+        "slots": {"per_class": "own"},
+        "basis": {"candidates": 2, "candidate_steps": 1},
+    },
 }
 
 
@@ -66,7 +70,7 @@ def test_the_run_begins_from_the_best_candidate_and_reads_no_part_label(
 
     found = json.loads((tmp_path / "run" / "candidates.json").read_text())
     rows, chosen = found["candidates"], found["chosen"]
-    assert [row["seed"] for row in rows] == candidate_seeds(config.seed, 3)
+    assert [row["seed"] for row in rows] == candidate_seeds(config.seed, config.basis.candidates)
     assert found["held_out_images"] == 17 // 4
     values = [row[config.basis.choose_by] for row in rows]
     assert len(set(values)) > 1
@@ -120,7 +124,7 @@ def test_a_run_killed_while_choosing_chooses_the_same_and_one_that_goes_on_choos
 def test_two_processes_choose_what_one_chooses(toy_shards: Path, tmp_path: Path) -> None:
     settings = ["basis.init=kmeans", "basis.candidates=2", "basis.candidate_steps=1", "train.total_steps=1"]
     settings += ["train.reduction=deterministic", "train.microbatches=2"]
-    for name, launcher in (("one", ["python"]), ("two", ranks(2))):
+    for name, launcher in (("one", PYTHON), ("two", ranks(2))):
         done = train(launcher, toy_shards, tmp_path / name, *settings)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("candidate 2 of 2") + done.stdout.count("candidate 2 of 2") == 1
@@ -144,8 +148,7 @@ def test_candidates_are_scored_on_photos_that_they_did_not_train_on(
 
     config = small_config(toy_shards, tmp_path / "run", {"basis": {"candidate_steps": 6}}, total_steps=6)
     trainer = Trainer(config, start_accelerator(config))
-    monkeypatch.setattr(candidates, "candidate_seeds", lambda seed, number: [seed])
-    monkeypatch.setattr(Trainer, "_start_from_features", lambda *_: None)  # clusters are of all photos
+    monkeypatch.setattr(candidates, "candidate_seeds", lambda seed, number: [seed])  # its clusters were found above
     monkeypatch.setattr(Split, "read", note)
     candidates.choose_start(trainer)
     assert len(scored) == 4
@@ -188,6 +191,17 @@ def test_candidates_that_are_not_finite_are_never_chosen() -> None:
 def test_settings_that_leave_nothing_to_choose_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_candidates(config_from_mapping(settings, "test"))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = small_config(toy_shards, tmp_path / "file" / "run", {})
+    trainer = Trainer(config, start_accelerator(config))
+    monkeypatch.setattr(Trainer, "take_step", None)
+    with pytest.raises(UserError, match=r"choose another folder with run_dir=DIR"):
+        candidates.choose_start(trainer)
 
 
 def test_a_split_too_small_to_hold_photos_out_is_refused(

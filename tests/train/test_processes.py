@@ -125,3 +125,9 @@ def test_a_precision_from_the_launcher_that_training_does_not_do_is_refused(
         UserError, match=rf"asks for {asked}, needed one of no, bf16; launch with --mixed_precision bf16"
     ):
         start_accelerator(load_config(None))
+
+
+def test_weights_of_another_number_of_layers_are_refused(toy_shards: Path) -> None:
+    config = load_config(None, [f"data.shards={toy_shards}", "data.size=64", "teacher.layer_weights=[0.33,1]"])
+    with pytest.raises(UserError, match=r"has 2 number\(s\), but teacher\.layer joins 1, relu5_4"):
+        open_training_data(config)
