@@ -30,6 +30,7 @@ timed() {
     printf '{"stage": "%s", "seconds": %d.%06d}\n' "$stage" $((microseconds / 1000000)) $((microseconds % 1000000)) \
       >>"$run/cost.jsonl"
   fi
+  rm "$run/.started"
   return $status
 }
 
