@@ -44,7 +44,7 @@ MapsFrom = Literal["head", "attention", "head_only"]
 DecoderKind = Literal["scops", "mlp_broadcast", "conv"]
 Refinement = Literal["none", "pamr"]
 BasisKind = Literal["relu", "free"]
-BasisInit = Literal["random", "kmeans", "uneven_kmeans"]
+BasisInit = Literal["random", "kmeans", "uneven_kmeans", "single_kmeans"]
 CandidateCriterion = Literal["agreement", "likelihood"]
 TargetMask = Literal["none", "object", "guessed"]
 OptimizerName = Literal["adamw", "sgd"]
@@ -135,7 +135,8 @@ class Decoder:
 class Basis:
     kind: BasisKind = "relu"  # "relu" allows no negative numbers, as in the teacher's features.
     # "random" is |N(0,1)|. "kmeans" takes K clusters of a sample of the cached features, those of the lowest inertia.
-    # "uneven_kmeans" takes, among clusters of nearly the lowest inertia, those whose sizes differ most.
+    # "uneven_kmeans" takes, among clusters of nearly the lowest inertia, those whose sizes differ most. "single_kmeans"
+    # takes the clusters of one start, whatever their inertia: with every seed others.
     init: BasisInit = "random"
     # So many starts of k-means are tried: each is trained for candidate_steps steps, and the run then begins from the
     # best one. Nothing of this reads a part label.

@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from slotscops.config import BasisKind, Config
 from slotscops.loader.split import Split
-from slotscops.model.clusters import find_centres, find_uneven_centres, sample_vectors
+from slotscops.model.clusters import find_centres, find_single_centres, find_uneven_centres, sample_vectors
 from slotscops.model.directions import Numbers, find_directions, sample_cells, unit_vectors
 from slotscops.model.object_guess import ObjectGuess, find_background
 from slotscops.model.starts import rows_of_classes
 from slotscops.model.target import TargetTransform
 
-_FIND = {"kmeans": find_centres, "uneven_kmeans": find_uneven_centres}
+_FIND = {"kmeans": find_centres, "uneven_kmeans": find_uneven_centres, "single_kmeans": find_single_centres}
 
 
 class Directions(NamedTuple):

@@ -115,6 +115,17 @@ def find_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
     return torch.from_numpy(centres).float()
 
 
+def find_single_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
+    """(G, C) float32 centres of k-means on (M, C) vectors from a single start.
+
+    The best of ten starts is nearly the same for every seed. A single one differs from seed to seed.
+    """
+    from sklearn.cluster import KMeans  # imported here, as above
+
+    centres = KMeans(num_clusters, n_init=1, random_state=seed).fit(thin_out(vectors).numpy()).cluster_centers_
+    return torch.from_numpy(centres).float()
+
+
 def find_uneven_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
     """(G, C) float32 centres of the run of k-means on (M, C) vectors whose clusters differ most in size.
 
