@@ -124,13 +124,22 @@ class Trainer:
         parts = [part for part in (basis, target, guess) if part is not None]
 
         def start() -> list[dict[str, Tensor]]:
-            start_from_features(basis, target, self.split, replace(self.config, seed=seed), guess)
+            start_from_features(basis, target, self.split, self._config_of_start(seed), guess)
             return [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in parts]
 
         if seed not in self._starts:
             self._starts[seed] = on_first_process(start)
         for part, state in zip(parts, self._starts[seed], strict=True):
             part.load_state_dict(state)
+
+    def _config_of_start(self, seed: int) -> Config:
+        """The settings of a start. Others than the run's own are single starts of k-means.
+
+        The best of ten starts, which `kmeans` takes, is nearly the same for every seed.
+        """
+        if seed == self.config.seed:
+            return self.config
+        return replace(self.config, seed=seed, basis=replace(self.config.basis, init="single_kmeans"))
 
     def _wrap(self, compiled: bool) -> None:
         """Sets up DDP or fixed-order summing, mixed precision, compilation and weight averaging."""
