@@ -3,8 +3,7 @@
     slotscops app --checkpoint RUN
 
 The page is served on this machine only, unless `--host` says otherwise. It asks nothing of any other address and keeps
-no photo. It is one file of ours, served by Starlette and uvicorn. We do not use Gradio, which refuses Pillow 13, and
-whose page with its packages is a hundred times as large.
+no photo. It is one file of ours, served by Starlette and uvicorn. We do not use Gradio, which refuses Pillow 13.
 """
 
 import argparse
