@@ -17,10 +17,12 @@ COMMANDS = {
     "train": "Train a model, alone or under accelerate launch.",
     "evaluate": "Score runs and baselines against the true parts.",
     "segment": "Find the parts in photos and make a page that shows them.",
+    "app": "Show the parts of photos that are dropped onto a local page.",
     "export": "Write a trained model as ONNX or as PyTorch's exported program.",
     "report": "Write the HTML page of a run again.",
     "benchmark": "Measure speed and memory on this machine.",
 }
+_SINGLE_FILES = ("app", "export", "report")  # the other commands are packages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, *rest = given
         # The command's parser takes the name that its help shows from here.
         sys.argv = [f"{prog} {name}", *rest]
-        # `slotscops.export` and `slotscops.report` are single files, the other commands are packages.
-        module = f"slotscops.{name}" if name in ("export", "report") else f"slotscops.{name}.__main__"
+        module = f"slotscops.{name}" if name in _SINGLE_FILES else f"slotscops.{name}.__main__"
         code: int = import_module(module).main(rest)
         return code
     if given and not given[0].startswith("-"):

@@ -17,7 +17,16 @@ TOY = ["--toy", "--toy-train", "14", "--toy-val", "6", "--size", "64", "--sample
 
 
 # Their tests start processes, wait for them, and take the longest.
-LONG_FIRST = ("long", "benchmark", "train", "evaluate", "shard/test_remote", "segment/test_export", "test_wheel")
+LONG_FIRST = (
+    "long",
+    "benchmark",
+    "train",
+    "evaluate",
+    "shard/test_remote",
+    "segment/test_export",
+    "test_wheel",
+    "test_tour",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

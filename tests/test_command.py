@@ -23,7 +23,7 @@ INTRODUCED = list(command.COMMANDS)
 
 
 def module_of(name: str) -> ModuleType:
-    return import_module(f"slotscops.{name}" if name in ("export", "report") else f"slotscops.{name}.__main__")
+    return import_module(f"slotscops.{name}" if name in ("app", "export", "report") else f"slotscops.{name}.__main__")
 
 
 def modules_after(code: str) -> set[str]:

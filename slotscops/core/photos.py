@@ -34,7 +34,15 @@ _LITTER = {
 }  # fmt: skip
 _MAX_NAME_BYTES = 255  # of a file's name on common file systems
 _RESULT_ENDINGS = (".parts.png", ".overlay.jpg", ".maps.safetensors")
-_RESULTS = ("gallery", "index.html", "coco.json", "coco_polygons.json", "labelme", "part_features.safetensors")
+_RESULTS = (
+    "gallery",
+    "videos",
+    "index.html",
+    "coco.json",
+    "coco_polygons.json",
+    "labelme",
+    "part_features.safetensors",
+)
 _MAX_PIXELS = 100_000_000  # a larger photo is refused before it is decoded
 _MAX_SIDE = 100_000  # its padded square is resized in strips, which takes time by the square's area
 _ORIENTATION = 0x0112  # Exif's entry that says how to turn a photo

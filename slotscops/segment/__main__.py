@@ -1,15 +1,15 @@
-"""Finds the parts in photos and makes a page that shows them all.
+"""Finds the parts in photos and makes a page that shows them all. Finds the parts in clips, too.
 
-    python -m slotscops.segment --checkpoint RUN --out DIR PHOTO_OR_FOLDER...
+    python -m slotscops.segment --checkpoint RUN --out DIR PHOTO_OR_FOLDER_OR_CLIP...
 
 For each photo it writes `NAME.parts.png` (indexed, pixel value = part label, VOC colours), `NAME.overlay.jpg`, and with
 `--soft` also `NAME.maps.safetensors` (`maps`: (S, H, W) float32). `DIR/index.html` shows all of them and opens from
 disk. `--format` and `--features` add files for other programs, and `--name-from` names the parts; see README.md beside
-this file.
+this file. The results of a clip lie in `DIR/videos`, see `video`.
 
-The exit code is 0 if at least one photo was segmented. It is 1 if no photo could be segmented, or with `--strict` if
-any file was passed over. It is 2 for a mistake in the command. Files that were passed over are listed with the reason,
-on stderr and in the page. Hidden files and files of operating systems are only counted.
+The exit code is 0 if at least one photo or clip was segmented. It is 1 if none could be segmented, or with `--strict`
+if any file was passed over. It is 2 for a mistake in the command. Files that were passed over are listed with the
+reason, on stderr and in the page. Hidden files and files of operating systems are only counted.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from slotscops.segment.gallery import Entry, Gallery, Skipped, write_pictures
 from slotscops.segment.names import joined_names, shown_names, write_names
 from slotscops.segment.naming import name_parts
 from slotscops.segment.segmenter import FoundParts, Segmenter, load
+from slotscops.segment.video import check_smooth, is_clip, segment_clips
 
 _BATCH_PIXELS = 50_000_000  # pixels of a batch of several photos, so that huge photos fit into memory
 _LONGEST_COMMAND = 2000  # characters; a shell writes out every photo of photos/*.jpg
@@ -184,6 +185,23 @@ def _tell_passed_over(passed_over: Sequence[PassedOver]) -> list[Skipped]:
     return [Skipped(str(item.path), f"{shown_name(item.path)}: {item.reason}") for item in passed_over if item.is_fault]
 
 
+def _clips(options: argparse.Namespace) -> list[Path]:
+    """The clips among the given files, each once. A clip inside a folder of photos is not taken.
+
+    Raises:
+        UserError: if there are clips that cannot be read here, or options that go with photos only.
+    """
+    clips = list(dict.fromkeys(path for path in options.photos if is_clip(path)))
+    if clips:
+        check_smooth(options.smooth)
+        of_photos = {"--soft": options.soft, "--format": options.formats, "--features": options.features}
+        for option in (name for name, is_given in of_photos.items() if is_given):
+            raise UserError(
+                f"{option}: is for photos only; leave it out, or give {shown_name(clips[0])} a call of its own"
+            )
+    return clips
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "segment",
@@ -225,7 +243,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--teacher-weights", help="weights of the teacher, for a model that was trained on cached features"
     )
-    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO_OR_FOLDER", help="photos, or folders of photos")
+    parser.add_argument(
+        "--smooth", type=float, default=0.5, metavar="SHARE",
+        help="for clips: share of the earlier frames in the soft maps of each; 0 takes each frame alone (default: 0.5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "photos", type=Path, nargs="+", metavar="PHOTO_OR_FOLDER_OR_CLIP", help="photos, folders of photos, or clips"
+    )
     return parser
 
 
@@ -236,14 +260,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.parts and not options.name_from:
         raise UserError(f"--parts {options.parts}: goes with --name-from, which names the labelled photos")
     formats = read_formats(options.formats)
-    photos, passed_over = find_photos(options.photos, options.out)
+    clips = _clips(options)
+    photos, passed_over = find_photos([path for path in options.photos if path not in clips], options.out)
     not_taken = _tell_passed_over(passed_over)
-    if not photos:
+    if not photos and not clips:
         raise UserError(
             f"no photos in {', '.join(map(str, options.photos))}; needed {', '.join(sorted(PHOTO_SUFFIXES))}"
         )
     model = load(options.checkpoint, options.teacher_weights)
     part_names = _part_names(model, options)
+    not_taken += segment_clips(model, clips, options.out, options.smooth, options.batch_size, options.class_name)
+    if not photos:
+        if len(not_taken) >= len(clips):
+            raise RunError("no clip could be read")
+        return 1 if options.strict and not_taken else 0
     name = Path(options.checkpoint).name
     shown = {options.class_name: part_names[options.class_name]} if options.class_name in part_names else part_names
     gallery = Gallery.begin(options.out, name, joined_names(shown), options.soft)

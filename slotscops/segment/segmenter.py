@@ -52,14 +52,14 @@ class FoundParts:
     @cached_property
     def maps(self) -> NDArray[np.float32]:
         """(S, H, W) float32 share of each slot in each pixel, in 0..1, summing to 1 over slots. Slot 0: background."""
-        return np.concatenate(list(self._strips()), axis=1)
+        return np.concatenate(list(self.strips()), axis=1)
 
     @cached_property
     def labels(self) -> NDArray[np.uint8]:
         """(H, W) uint8 slot with the largest share of each pixel: 0 = background, k = part k."""
         labels = np.empty(self.photo.shape[:2], np.uint8)
         first = 0
-        for strip in self._strips():
+        for strip in self.strips():
             rows = strip.argmax(axis=0)
             labels[first : first + len(rows)] = rows
             first += len(rows)
@@ -125,7 +125,7 @@ class FoundParts:
         down, across = self._matrices(grid)
         pulled = torch.zeros(num_slots, *grid, dtype=torch.float64)  # U^T p
         first = 0
-        for strip in self._strips():
+        for strip in self.strips():
             sums.add(strip, first)
             last = first + strip.shape[1]
             pulled += (down[first:last].T @ (torch.from_numpy(strip) @ across)).double()
@@ -144,7 +144,7 @@ class FoundParts:
         """
         return overlay(self.photo, self.labels, opacity)
 
-    def _strips(self) -> Iterator[NDArray[np.float32]]:
+    def strips(self) -> Iterator[NDArray[np.float32]]:
         """Yields (S, rows, W) strips of the soft maps, from top to bottom."""
         height, width = self.photo.shape[:2]
         down, across = self._matrices(self.logits.shape[1:])
