@@ -21,7 +21,8 @@ from slotscops.core.errors import UserError
 from slotscops.evaluate import baselines, ceiling, scoreboard
 from slotscops.evaluate.options import parse_options
 from slotscops.evaluate.scoreboard import Row, Scored
-from slotscops.features.cache import open_cache, warn_if_random
+from slotscops.features.cache import FeatureCache, open_cache, warn_if_random
+from slotscops.features.compact import Compact
 from slotscops.loader.split import Split
 from slotscops.metrics.protocols import ORDERS, PROTOCOLS, Predictor
 from slotscops.metrics.scoring import (
@@ -32,6 +33,8 @@ from slotscops.metrics.scoring import (
     scored_batches,
     sum_over_processes,
 )
+from slotscops.model.encoder import FeatureEncoder
+from slotscops.model.network import SlotScops
 from slotscops.shard.index import ShardDataset, open_dataset
 from slotscops.train.build import Trained, load_model
 from slotscops.train.processes import join_processes
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 0
     harness = _open_harness(options)
+    if "dff" in options.baseline:  # before the other methods are scored, which may take long
+        check_dff(harness)
     methods = [
         _score_run(harness, trained, path) for trained, path in zip(harness.runs, options.checkpoint, strict=True)
     ]
@@ -75,6 +80,7 @@ class _BaselineSettings:
     teacher: str
     layer: str
     size: int  # of the photos that the teacher reads, pixels
+    compact: Compact  # the form of the cache
     clusters: int  # G, background included
     transform: BaselineTransform
     refine: bool
@@ -127,12 +133,16 @@ def _baseline_settings(options: Namespace, runs: list[Trained], dataset: ShardDa
     """Settings of the baselines. Missing options come from the first run, or are defaults if no run is scored."""
     first = runs[0].config if runs else None
     size = options.size
+    compact = Compact(options.components, options.store or "float16")
     if options.layer is None and first:
         size = size or first.teacher_size
+        if options.components is None and options.store is None:
+            compact = Compact.of(first.teacher)
     return _BaselineSettings(
         teacher=options.teacher or (first.teacher.network if first else "vgg19"),
         layer=options.layer or (first.teacher.layer if first else "relu5_4"),
         size=size or dataset.size,
+        compact=compact,
         clusters=options.clusters or (runs[0].network.num_slots if runs else 6),
         transform=options.transform,
         refine=options.refinement != "none",
@@ -154,13 +164,46 @@ def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
         )
     if network.takes_features:
         teacher, sha256 = config.teacher, trained.state.teacher_sha256
-        cache = open_cache(harness.dataset, teacher.layer, config.teacher_size, sha256, teacher.network)
+        compact = Compact.of(teacher)
+        cache = open_cache(
+            harness.dataset, teacher.layer, config.teacher_size, sha256, teacher.network, compact=compact
+        )
+        check_same_projection(cache, network, path)
         warn_if_random(cache)
     train, split = (Split(harness.dataset, name, cache, with_labels=True) for name in ("train", harness.split))
     classes = _classes_of_network(trained, harness.dataset, path) if network.num_classes is not None else None
     predict = network_predictor(network, device, classes)
     scored = _score(harness, str(path), predict, train, split, network.num_slots, classes is not None)
     return replace(scored, kind="run", settings=to_mapping(config))
+
+
+def check_same_projection(cache: FeatureCache, network: SlotScops, path: Path) -> None:
+    """Raises UserError if the network was trained on components that another matrix made than those of the cache."""
+    encoder = network.encoder
+    assert isinstance(encoder, FeatureEncoder)
+    own, matrix = encoder.projection, cache.projection
+    if own is not None and (matrix is None or not torch.equal(own.cpu(), matrix)):
+        raise UserError(
+            f"{cache.folder}: its projection is not the one that {path} was trained with, because it was fitted to "
+            "other crops; score the model on the shards of its training"
+        )
+
+
+def _open_baseline_cache(harness: _Harness) -> FeatureCache:
+    settings = harness.baseline
+    return open_cache(
+        harness.dataset, settings.layer, settings.size, network=settings.teacher, compact=settings.compact
+    )
+
+
+def check_dff(harness: _Harness) -> None:
+    """Raises UserError if the features hold negative numbers, which a non-negative factorisation cannot rebuild."""
+    cache = _open_baseline_cache(harness)
+    if cache.has_negative:
+        raise UserError(
+            f"{cache.folder}: holds negative numbers, which dff, a non-negative factorisation, cannot rebuild; leave "
+            "dff out, or name a layer after a ReLU"
+        )
 
 
 def _classes_of_network(trained: Trained, dataset: ShardDataset, path: Path) -> list[int]:
@@ -184,11 +227,12 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
     if not harness.dataset.num_samples("train"):
         raise UserError(f"{harness.dataset.location}: holds no training samples, which a baseline is fit to")
     if name != "position":
-        cache = open_cache(harness.dataset, settings.layer, settings.size, network=settings.teacher)
+        cache = _open_baseline_cache(harness)
         warn_if_random(cache)
         network = "" if settings.teacher == "vgg19" else f"{settings.teacher} "
         transform = "" if settings.transform == "none" else f" {settings.transform}"
-        title = f"{name} {network}{settings.layer} {settings.size} px{transform}"
+        form = settings.compact.name_suffix().replace("-", " ")
+        title = f"{name} {network}{settings.layer} {settings.size} px{form}{transform}"
     title += " pamr" if settings.refine else ""
     train, split = (Split(harness.dataset, part, cache, with_labels=True) for part in ("train", harness.split))
     # Every process fits the same model, because samples and starts are drawn from the seed.

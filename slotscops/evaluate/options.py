@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from slotscops.config import BaselineTransform, Refinement
+from slotscops.config import BaselineTransform, FeatureStore, Refinement
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError, suggest
 from slotscops.evaluate import baselines
@@ -83,12 +83,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--landmarks", action="store_true", help="also score regressed part centres; this reads the training split"
     )
+    _add_baseline_options(parser)
+    return parser
+
+
+def _add_baseline_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which features the baselines use, and how."""
     parser.add_argument(
         "--teacher", help="network whose features the baselines use (default: the first run's, or vgg19)"
     )
     parser.add_argument("--layer", help="layer of that network (default: the first run's, or relu5_4)")
     parser.add_argument(
         "--size", type=int, help="side of the crops for that network, pixels (default: the first run's)"
+    )
+    parser.add_argument(
+        "--components",
+        type=int,
+        metavar="D",
+        help="the baselines read the cache of so many components (default: the first run's)",
+    )
+    parser.add_argument(
+        "--store",
+        choices=get_args(FeatureStore),
+        help="the baselines read the cache that is stored in this way (default: the first run's)",
     )
     parser.add_argument(
         "--transform",
@@ -108,4 +125,3 @@ def _parser() -> argparse.ArgumentParser:
         help="clusters of each baseline, with the background (default: the first run's slots, or 6)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the baselines (default: %(default)s)")
-    return parser

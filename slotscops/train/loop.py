@@ -71,7 +71,8 @@ class Trainer:
         self.dataset, self.cache = open_training_data(config)
         check_same_on_all_ranks(config, self.dataset, self.cache, start_from)
         num_classes = len(self.dataset.class_names)
-        self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes)
+        projection = self.cache.projection if config.encoder.name == "features" else None
+        self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes, projection)
         # Part labels are never read. Object masks are read only if the target is masked by them.
         needs_masks = config.losses.target_mask == "object"
         self._split = Split(
