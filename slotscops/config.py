@@ -33,6 +33,7 @@ NetworkName = Annotated[str, Field(pattern=PLAIN_NAME.replace("^", "^(timm/)?"),
 # Each choice stands here once; every other module imports it from here.
 BaselineTransform = Literal["none", "sqrt", "l2", "sqrt_l2"]  # transforms that need no measurement of the whole cache
 Transform = Literal[BaselineTransform, "channel_standardised"]
+FeatureStore = Literal["float16", "int8"]
 EncoderName = (
     Literal["resnet18", "resnet34", "resnet50", "resnet101", "features"]
     | Annotated[str, Field(pattern=r"^timm/[\w.-]+$")]
@@ -84,6 +85,10 @@ class TeacherSettings:
         None  # The side of the crops that the teacher saw, in pixels. null takes data.size.
     )
     weights: str | None = None  # A cache made with other weights than these is refused. null accepts any cache.
+    # Which cache is read: one of features --components D, and of features --store. null and float16 are the features
+    # themselves. A compact cache is 6 to 12 times smaller.
+    components: Width | None = None
+    store: FeatureStore = "float16"
     transform: Transform = "none"  # What is done to the features before the parts rebuild them.
 
 

@@ -36,6 +36,7 @@ from slotscops.evaluate.options import parse_options
 from slotscops.evaluate.results_page import write_results_page
 from slotscops.evaluate.scoreboard import Row, Scored
 from slotscops.features.cache import FeatureCache, open_cache, warn_if_random
+from slotscops.features.compact import Compact, project
 from slotscops.features.teacher import Teacher, compute_features
 from slotscops.loader.split import Split
 from slotscops.metrics.photos import PhotoLabeller, PhotoSet
@@ -48,6 +49,8 @@ from slotscops.metrics.scoring import (
     scored_batches,
     sum_over_processes,
 )
+from slotscops.model.encoder import FeatureEncoder
+from slotscops.model.network import SlotScops
 from slotscops.segment.segmenter import FoundParts, Segmenter
 from slotscops.shard.index import ShardDataset, open_dataset
 from slotscops.train.build import Trained, load_model
@@ -71,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     with ExitStack() as stack:
         harness = _open_harness(options, stack)
+        if "dff" in options.baseline:  # before the other methods are scored, which may take long
+            check_dff(harness)
         methods = [
             _score_run(harness, trained, path) for trained, path in zip(harness.runs, options.checkpoint, strict=True)
         ]
@@ -109,6 +114,7 @@ class _BaselineSettings:
     teacher: str
     layer: str
     size: int  # of the photos that the teacher reads, pixels
+    compact: Compact  # the form of the cache
     clusters: int  # G, background included
     transform: BaselineTransform
     refine: bool
@@ -235,12 +241,16 @@ def _baseline_settings(options: Namespace, runs: list[Trained], dataset: ShardDa
     """Settings of the baselines. Missing options come from the first run, or are defaults if no run is scored."""
     first = runs[0].config if runs else None
     size = options.size
+    compact = Compact(options.components, options.store or "float16")
     if options.layer is None and first:
         size = size or first.teacher_size
+        if options.components is None and options.store is None:
+            compact = Compact.of(first.teacher)
     return _BaselineSettings(
         teacher=options.teacher or (first.teacher.network if first else "vgg19"),
         layer=options.layer or (first.teacher.layer if first else "relu5_4"),
         size=size or dataset.size,
+        compact=compact,
         clusters=options.clusters or (runs[0].network.num_slots if runs else 6),
         transform=options.transform,
         refine=options.refinement != "none",
@@ -259,7 +269,11 @@ def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
         )
     if network.takes_features:
         teacher, sha256 = config.teacher, trained.state.teacher_sha256
-        cache = open_cache(harness.dataset, teacher.layer, config.teacher_size, sha256, teacher.network)
+        compact = Compact.of(teacher)
+        cache = open_cache(
+            harness.dataset, teacher.layer, config.teacher_size, sha256, teacher.network, compact=compact
+        )
+        check_same_projection(cache, network, path)
         warn_if_random(cache)
     train, split = (harness.open_split(name, cache) for name in ("train", harness.split))
     classes = _classes_of_network(trained, harness.dataset, path) if network.num_classes is not None else None
@@ -280,21 +294,50 @@ def _labeller_of_run(segmenter: Segmenter) -> PhotoLabeller:
     return label
 
 
-def _labeller_of_baseline(harness: _Harness, baseline: baselines.Baseline, needs_features: bool) -> PhotoLabeller:
+def _labeller_of_baseline(harness: _Harness, baseline: baselines.Baseline, cache: FeatureCache | None) -> PhotoLabeller:
     """Clusters whole photos as `segment` gives them to a network: padded to a square, then at the photo's own size."""
 
     def label(photos: Sequence[Image.Image], class_name: str) -> list[NDArray[np.uint8]]:
         squares = [crop_photo(photo, whole_square(photo.size), harness.dataset.size) for photo in photos]
         images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
         features = None
-        if needs_features:
+        if cache is not None:
             assert harness.teacher is not None
-            features = compute_features(harness.teacher, images, harness.baseline.size).cpu()
+            features = project(compute_features(harness.teacher, images, harness.baseline.size).cpu(), cache.projection)
         unknown = torch.zeros(len(photos), dtype=torch.int64)
         logits = baseline.logits(Batch(images, features, None, None, unknown, [""] * len(photos))).numpy()
         return [FoundParts(to_array(photo), maps).labels for photo, maps in zip(photos, logits, strict=True)]
 
     return label
+
+
+def check_same_projection(cache: FeatureCache, network: SlotScops, path: Path) -> None:
+    """Raises UserError if the network was trained on components that another matrix made than those of the cache."""
+    encoder = network.encoder
+    assert isinstance(encoder, FeatureEncoder)
+    own, matrix = encoder.projection, cache.projection
+    if own is not None and (matrix is None or not torch.equal(own.cpu(), matrix)):
+        raise UserError(
+            f"{cache.folder}: its projection is not the one that {path} was trained with, because it was fitted to "
+            "other crops; score the model on the shards of its training"
+        )
+
+
+def _open_baseline_cache(harness: _Harness) -> FeatureCache:
+    settings = harness.baseline
+    return open_cache(
+        harness.dataset, settings.layer, settings.size, network=settings.teacher, compact=settings.compact
+    )
+
+
+def check_dff(harness: _Harness) -> None:
+    """Raises UserError if the features hold negative numbers, which a non-negative factorisation cannot rebuild."""
+    cache = _open_baseline_cache(harness)
+    if cache.has_negative:
+        raise UserError(
+            f"{cache.folder}: holds negative numbers, which dff, a non-negative factorisation, cannot rebuild; leave "
+            "dff out, or name a layer after a ReLU"
+        )
 
 
 def _classes_of_network(trained: Trained, dataset: ShardDataset, path: Path) -> list[int]:
@@ -318,11 +361,12 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
     if not harness.dataset.num_samples("train"):
         raise UserError(f"{harness.dataset.location}: holds no training samples, which a baseline is fit to")
     if name != "position":
-        cache = open_cache(harness.dataset, settings.layer, settings.size, network=settings.teacher)
+        cache = _open_baseline_cache(harness)
         warn_if_random(cache)
         network = "" if settings.teacher == "vgg19" else f"{settings.teacher} "
         transform = "" if settings.transform == "none" else f" {settings.transform}"
-        title = f"{name} {network}{settings.layer} {settings.size} px{transform}"
+        form = settings.compact.name_suffix().replace("-", " ")
+        title = f"{name} {network}{settings.layer} {settings.size} px{form}{transform}"
     title += " pamr" if settings.refine else ""
     train, split = (harness.open_split(part, cache) for part in ("train", harness.split))
     # Every process fits the same model, because samples and starts are drawn from the seed.
@@ -330,7 +374,7 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
         predict = ceiling.fit(train, settings.seed, settings.transform, settings.refine)
         return _score(harness, title, predict, train, split, ceiling.num_predicted(split), own_parts=True)
     baseline = baselines.fit(name, train, settings.clusters, settings.seed, settings.transform, settings.refine)
-    label = _labeller_of_baseline(harness, baseline, name != "position")
+    label = _labeller_of_baseline(harness, baseline, cache)
     return _score(harness, title, baseline, train, split, settings.clusters, label=label)
 
 

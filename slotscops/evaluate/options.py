@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from slotscops.config import BaselineTransform, Refinement
+from slotscops.config import BaselineTransform, FeatureStore, Refinement
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError, suggest
 from slotscops.core.files import why_not_writable
@@ -111,12 +111,24 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_baseline_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which features the baselines use, and how."""
     parser.add_argument(
         "--teacher", help="network whose features the baselines use (default: the first run's, or vgg19)"
     )
     parser.add_argument("--layer", help="layer of that network (default: the first run's, or relu5_4)")
     parser.add_argument(
         "--size", type=int, help="side of the crops for that network, pixels (default: the first run's)"
+    )
+    parser.add_argument(
+        "--components",
+        type=int,
+        metavar="D",
+        help="the baselines read the cache of so many components (default: the first run's)",
+    )
+    parser.add_argument(
+        "--store",
+        choices=get_args(FeatureStore),
+        help="the baselines read the cache that is stored in this way (default: the first run's)",
     )
     parser.add_argument(
         "--transform",

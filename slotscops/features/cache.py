@@ -12,12 +12,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from slotscops.core import console
 from slotscops.core.errors import DamageError, UserError
-from slotscops.core.files import sha256_of_file, sha256_of_json, size_of_file
-from slotscops.features.manifest import REMOVE_AND_REBUILD, file_label, name_of, read_manifest, rebuild_command
+from slotscops.core.files import sha256_of_bytes, sha256_of_file, sha256_of_json, size_of_file
+from slotscops.features.compact import PROJECTION, PROJECTION_SHA256, Compact, Projection
+from slotscops.features.manifest import (
+    REMOVE_AND_REBUILD,
+    FileTable,
+    file_label,
+    name_of,
+    read_manifest,
+    rebuild_command,
+)
 from slotscops.features.rows import FeatureShard
 from slotscops.shard.index import ShardDataset, ShardEntry, open_dataset
+
+_SHARED = ("weights_sha256", PROJECTION_SHA256)  # in which the caches of plain and mirrored crops must agree
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -47,6 +59,42 @@ class FeatureCache:
     def is_random(self) -> bool:
         """True if the teacher has random weights, which are good for tests only."""
         return str(self.manifest["weights"]).startswith("random:")
+
+    @property
+    def has_negative(self) -> bool:
+        """True if any file holds negative numbers, which features after a ReLU never are."""
+        files: FileTable = self.manifest["files"]
+        return files.any_holds("negative")
+
+    @property
+    def compact(self) -> Compact:
+        """The form in which the rows are stored."""
+        return Compact.of(self.manifest)
+
+    @cached_property
+    def projection(self) -> Tensor | None:
+        """(C, D) matrix that turned teacher features into these rows; None if the rows are the features themselves.
+
+        Raises:
+            UserError: its file is missing or damaged.
+        """
+        sha256 = self.manifest.get(PROJECTION_SHA256)
+        if sha256 is None:
+            return None
+        path = self.folder / PROJECTION
+        try:
+            with self.dataset.opened(f"features/{self.folder.name}/{PROJECTION}", sha256) as path:
+                content = path.read_bytes()
+            if sha256_of_bytes(content) != sha256:
+                raise ValueError("its sha256 differs from the manifest")
+            matrix = Projection.from_bytes(content).matrix
+            if matrix.shape[1] != self.shape[0]:
+                raise ValueError(f"has {matrix.shape[1]} components, needed {self.shape[0]}")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); {REMOVE_AND_REBUILD}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: is damaged ({error}); {REMOVE_AND_REBUILD}") from None
+        return matrix
 
     def path(self, shard: str) -> Path:
         return self.folder / f"{shard}.safetensors"
@@ -82,21 +130,25 @@ def open_cache(
     network: str = "vgg19",
     mirrored: bool = False,
     check_files: bool = True,
+    compact: Compact | None = None,
 ) -> FeatureCache:
     """Opens the cache of `layer` at `size` pixels, and checks that it belongs to these shards and is complete.
 
     Args:
         mirrored: open the features of the mirrored crops too, made with the same weights.
         check_files: False if `check_feature_files` is called later, or by another process of this machine.
+        compact: the form in which the features are stored; None: the features themselves as float16.
 
     Raises:
         UserError: the cache is missing or unfinished, or a field differs; the message gives the command to rebuild it.
     """
-    wanted = {"network": network, "layer": layer, "input_size": size, "mirrored": False}
+    wanted: dict[str, Any] = {"network": network, "layer": layer, "input_size": size, "mirrored": False}
+    wanted |= (compact or Compact()).fields()
     wanted |= {} if weights_sha256 is None else {"weights_sha256": weights_sha256}
     cache = _open_one(dataset, wanted)
     if mirrored:
-        wanted |= {"mirrored": True, "weights_sha256": cache.manifest["weights_sha256"]}
+        shared = {name: cache.manifest[name] for name in _SHARED if name in cache.manifest}
+        wanted |= {"mirrored": True} | shared
         cache = replace(cache, mirrored=_open_one(dataset, wanted, cache.manifest["weights"]))
     if check_files:
         check_feature_files(cache)
@@ -115,9 +167,9 @@ def _open_one(dataset: ShardDataset, wanted: dict[str, Any], weights: str = "ima
         raise UserError(f"{dataset.location}: needs features {name}{reason}, has {state}; {build}: {command}")
     cache = FeatureCache(folder, read_manifest(folder / "manifest.json"), dataset)
     for field, value in (wanted | {"shard_digest": dataset.digest}).items():
-        if cache.manifest[field] != value:
+        if cache.manifest.get(field) != value:
             raise UserError(
-                f"{folder}: {field} is {cache.manifest[field]}, needed {value}; "
+                f"{folder}: {field} is {cache.manifest.get(field)}, needed {value}; "
                 f"remove the folder and rebuild with: {command}"
             )
     return cache
@@ -157,7 +209,7 @@ def open_features(shards: str | Path, shard: str, name: str | None = None) -> Fe
         raise UserError(f"{shards}: has no finished feature cache '{name}', only {', '.join(names) or 'none'}")
     manifest = read_manifest(dataset.folder / "features" / name / "manifest.json")
     fields = ("network", "layer", "input_size", "mirrored")
-    cache = _open_one(dataset, {field: manifest[field] for field in fields})
+    cache = _open_one(dataset, {field: manifest[field] for field in fields} | Compact.of(manifest).fields())
     for entries in dataset.splits.values():
         for entry in entries:
             if entry.name == shard:
@@ -168,6 +220,8 @@ def open_features(shards: str | Path, shard: str, name: str | None = None) -> Fe
 def check_feature_files(cache: FeatureCache) -> None:
     """Raises UserError if the manifest does not list the features of a shard, or a file has not the size it says."""
     for one in [cache] if cache.mirrored is None else [cache, cache.mirrored]:
+        if PROJECTION_SHA256 in one.manifest and one.dataset.remote is None:
+            _ = one.projection  # raises if it is damaged
         for entry in (entry for entries in one.dataset.splits.values() for entry in entries):
             path, row = one.path(entry.name), one.manifest["files"].get(entry.name)
             if row is not None and one.dataset.remote is not None:
@@ -177,6 +231,15 @@ def check_feature_files(cache: FeatureCache) -> None:
                 came = "no file" if num_bytes is None else num_bytes
                 needed = "a row in the manifest" if row is None else f"{row['bytes']} bytes"
                 raise UserError(f"{path}: came {came}, needed {needed}; {REMOVE_AND_REBUILD}")
+
+
+def find_projection_damage(cache: FeatureCache) -> list[str]:
+    """Checks the cache's projection, if it has one; returns the line that says what is damaged, usually none."""
+    try:
+        _ = replace(cache).projection  # a copy, which reads the file again
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def find_damage(cache: FeatureCache, entry: ShardEntry) -> list[str]:

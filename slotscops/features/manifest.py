@@ -11,6 +11,7 @@ import numpy as np
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import is_plain_name, sha256_of_json, write_json
 from slotscops.core.pretrained import OWN
+from slotscops.features.compact import PROJECTION_SHA256, Compact, check_fields
 
 FORMAT = 2
 # Fields that must be equal for two caches to hold the same features.
@@ -32,13 +33,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 REMOVE_AND_REBUILD = "remove the folder and rebuild it with python -m slotscops.features"
 
 
-def cache_name(layer: str, size: int, network: str = "vgg19", mirrored: bool = False) -> str:
+def cache_name(
+    layer: str, size: int, network: str = "vgg19", mirrored: bool = False, compact: Compact | None = None
+) -> str:
     """Name of the cache's folder below SHARDS/features.
 
     Raises:
         UserError: the names of network and layer would make it another folder.
     """
-    name = f"{network.replace('/', '-')}-{layer}-{size}" + ("-mirrored" if mirrored else "")
+    form = (compact or Compact()).name_suffix()
+    name = f"{network.replace('/', '-')}-{layer}-{size}{form}" + ("-mirrored" if mirrored else "")
     if not is_plain_name(name):
         raise UserError(f"'{name}' is no name of a feature cache; give the names of a network and of its layer")
     return name
@@ -46,7 +50,8 @@ def cache_name(layer: str, size: int, network: str = "vgg19", mirrored: bool = F
 
 def name_of(manifest: dict[str, Any]) -> str:
     """The cache's name for a manifest, or for the fields wanted of one."""
-    return cache_name(manifest["layer"], manifest["input_size"], manifest["network"], manifest["mirrored"])
+    compact = Compact.of(manifest)
+    return cache_name(manifest["layer"], manifest["input_size"], manifest["network"], manifest["mirrored"], compact)
 
 
 def rebuild_command(shards: str, manifest: dict[str, Any]) -> str:
@@ -57,12 +62,14 @@ def rebuild_command(shards: str, manifest: dict[str, Any]) -> str:
     command += f" --layer {manifest['layer']} --size {manifest['input_size']}"
     if manifest["weights"] not in OWN:
         command += f" --teacher-weights {manifest['weights']}"
+    command += Compact.of(manifest).options()
     return command + (" --mirrored" if manifest["mirrored"] else "")
 
 
 def file_label(identity: dict[str, Any], shard: str) -> str:
     """The label stored in each file of a cache, by which swapped files are found whatever their names."""
-    return f"{sha256_of_json({name: identity[name] for name in IDENTITY})[:16]}/{shard}"
+    compact = {name: identity[name] for name in (*Compact.of(identity).fields(), PROJECTION_SHA256) if name in identity}
+    return f"{sha256_of_json({name: identity[name] for name in IDENTITY} | compact)[:16]}/{shard}"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -79,6 +86,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     shape = manifest["shape"]
     if not _is_table(manifest["files"]) or not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
         raise UserError(f"{path}: its shape or table of files is damaged; {REMOVE_AND_REBUILD}")
+    if not check_fields(manifest):
+        raise UserError(f"{path}: what it says of its components is damaged; {REMOVE_AND_REBUILD}")
     manifest["files"] = FileTable(manifest["files"])
     return manifest
 
@@ -108,6 +117,10 @@ class FileTable(Mapping[str, dict[str, Any]]):
         own: dict[str, Any] = {"bytes": int(self._bytes[number]), "sha256": self._hashes[number].tobytes().hex()}
         own |= self._kinds[self._kind[number]]
         return own
+
+    def any_holds(self, field: str) -> bool:
+        """Whether a field that many rows share, such as `negative`, is true in any of them."""
+        return any(kind.get(field) is True for kind in self._kinds)
 
     def __iter__(self) -> Iterator[str]:
         return (name.decode() for name in self._names)

@@ -70,7 +70,8 @@ class TimmLayers(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return [self._to_map(output, len(images)) for output in outputs]
+        # `len` would fix the number of images in an exported graph.
+        return [self._to_map(output, images.shape[0]) for output in outputs]
 
     def _to_map(self, output: Any, num_images: int) -> Tensor:
         """(B, C, h, w) from a map in either order of axes, or from (B, P + N, C) tokens of a square photo.
@@ -79,7 +80,7 @@ class TimmLayers(nn.Module):
             ValueError: the output is neither.
         """
         # The batch differs where attention is computed in windows.
-        if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != num_images:
+        if not isinstance(output, Tensor) or output.ndim not in (3, 4) or output.shape[0] != num_images:
             kind = tuple(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"{kind}")
         if output.ndim == 4:

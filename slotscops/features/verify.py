@@ -14,7 +14,7 @@ from slotscops.core.errors import DamageError, RunError, UserError
 from slotscops.core.files import sha256_of_file
 from slotscops.core.pool import WorkerPool
 from slotscops.core.records import MEMBERS
-from slotscops.features.cache import FeatureCache
+from slotscops.features.cache import FeatureCache, find_projection_damage
 from slotscops.features.cache import find_damage as find_feature_damage
 from slotscops.features.manifest import REMOVE_AND_REBUILD, read_manifest
 from slotscops.shard.index import ShardDataset, ShardEntry, ShardIndex, dataset_path, open_dataset, read_dataset
@@ -56,6 +56,8 @@ def find_damage(shards: Path, num_workers: int) -> Iterator[str]:
             caches.append(_open_manifest(path, dataset))
         except UserError as error:
             yield str(error)
+    for cache in caches:
+        yield from find_projection_damage(cache)
     rounds = [entries[start : start + _FILES_PER_ROUND] for start in range(0, len(entries), _FILES_PER_ROUND)]
     with WorkerPool(num_workers, __name__) as pool:
         for part in console.track(rounds, len(rounds), f"checking {len(entries)} shards, rounds of {_FILES_PER_ROUND}"):

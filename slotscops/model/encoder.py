@@ -19,6 +19,7 @@ from slotscops.core import pretrained
 from slotscops.core.errors import UserError
 from slotscops.core.pixels import normalise_images
 from slotscops.core.timm_networks import TimmWeights, build_timm, mean_and_std
+from slotscops.features.compact import project
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 _NUM_STAGES = 4
@@ -33,12 +34,23 @@ class Encoder(nn.Module):
 
 
 class FeatureEncoder(Encoder):
-    """Uses cached teacher features as the encoding. It needs neither a backbone nor photos."""
+    """Uses cached teacher features as the encoding. It needs neither a backbone nor photos.
 
-    def __init__(self, num_channels: int) -> None:
+    If the cache holds components of the features, it also keeps the matrix that makes them. The matrix is saved with
+    the model, so that the features of a new photo can be projected as those of the cache were.
+    """
+
+    projection: Tensor | None  # (C, D); None if the features have all of the teacher's channels
+
+    def __init__(self, num_channels: int, projection: Tensor | None = None) -> None:
         super().__init__()
         self.out_channels = num_channels
         self.takes_features = True
+        self.register_buffer("projection", projection)  # one that is None is not saved
+
+    def project(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) float32 features of the teacher -> (B, D, h, w), as the cache holds them."""
+        return project(features, self.projection)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) features of any floating point type -> the same features as float32."""

@@ -23,7 +23,7 @@ from PIL import Image
 
 from slotscops.core import console, pretrained
 from slotscops.core.command_line import command_parser
-from slotscops.core.errors import RunError, UserError
+from slotscops.core.errors import RunError, UserError, visible
 from slotscops.core.photos import read_photo, shown_name
 from slotscops.core.pictures import label_image, picture_bytes, voc_palette
 from slotscops.segment.gallery import shrink_labels
@@ -134,7 +134,7 @@ def make_app(model: Segmenter, title: str, hosts: Sequence[str] = (_HOST, "local
         return JSONResponse(described, headers=_HEADERS)
 
     def refuse(reason: str, status: int) -> Response:
-        return JSONResponse({"error": console.visible(reason)}, status, headers=_HEADERS)
+        return JSONResponse({"error": visible(reason)}, status, headers=_HEADERS)
 
     async def show_page(request: Request) -> Response:
         return HTMLResponse(page, headers=_HEADERS)

@@ -29,10 +29,9 @@ from slotscops.core.command_line import command_parser
 from slotscops.core.errors import RunError, UserError, first_line
 from slotscops.core.files import why_not_writable, write_bytes
 from slotscops.core.photos import find_photos, read_photo
-from slotscops.features.teacher import compute_features
 from slotscops.model.maps import interpolation_matrix
 from slotscops.model.refinement import refine_maps
-from slotscops.segment.segmenter import Segmenter, load
+from slotscops.segment.segmenter import Segmenter, load, network_inputs
 
 TOLERANCE = 1e-3  # largest allowed difference of a share; shares lie in 0..1
 _LARGEST_CHECK = 32  # photos at most in the comparison
@@ -63,9 +62,7 @@ class WholeModel(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, size, size) uint8 images -> (B, S, size, size) float32 maps and (B, size, size) uint8 labels."""
-        inputs = images
-        if self.teacher is not None:
-            inputs = compute_features(self.teacher, images, self.teacher_size)
+        inputs = network_inputs(self.network, self.teacher, images, self.teacher_size)
         logits = self.network(inputs).logits.float()  # (B, S, h, w)
         maps = (self.down @ (logits @ self.across.T)).softmax(dim=1)
         if self.network.refinement == "pamr":

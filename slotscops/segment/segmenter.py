@@ -25,8 +25,9 @@ from slotscops.core.photos import read_photo, to_array, to_rgb
 from slotscops.core.pictures import overlay
 from slotscops.core.pixels import crop_photo, whole_square
 from slotscops.features.teacher import Teacher, compute_features
+from slotscops.model.encoder import FeatureEncoder
 from slotscops.model.maps import interpolation_matrix
-from slotscops.model.network import ModelOutput
+from slotscops.model.network import ModelOutput, SlotScops
 from slotscops.segment.hub import HubModel, fetch
 from slotscops.segment.names import PartNames, read_names
 from slotscops.train.build import Trained, load_model
@@ -324,9 +325,7 @@ class Segmenter(HubModel):
     @torch.inference_mode()
     def forward(self, crops: Tensor, class_ids: Tensor | None = None) -> ModelOutput:
         """The network's output for (B, 3, size, size) uint8 RGB crops; class_ids (B,) are guessed if not given."""
-        inputs = crops
-        if self.teacher is not None:
-            inputs = compute_features(self.teacher, crops, self.trained.config.teacher_size)
+        inputs = network_inputs(self.network, self.teacher, crops, self.trained.config.teacher_size)
         output: ModelOutput = self.network(inputs, class_ids=None if class_ids is None else class_ids.to(self.device))
         return output
 
@@ -341,6 +340,23 @@ class Segmenter(HubModel):
         """(3, size, size) uint8 crop of an RGB photo for the network, the same as `shard --images` makes."""
         pixels = crop_photo(image, whole_square(image.size), self.size)
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def network_inputs(network: SlotScops, teacher: Teacher | None, crops: Tensor, teacher_size: int) -> Tensor:
+    """What the network reads: the crops, or the teacher's features of them in the form of the cache of its training.
+
+    Args:
+        teacher: None for a network that reads photos.
+        crops: (B, 3, size, size) uint8 RGB.
+        teacher_size: side to which crops are resized for the teacher, pixels.
+
+    Returns:
+        The crops, or (B, C, h, w) float32 features. The cache's rounding to float16 or 8 bits is not repeated.
+    """
+    if teacher is None:
+        return crops
+    assert isinstance(network.encoder, FeatureEncoder)
+    return network.encoder.project(compute_features(teacher, crops, teacher_size))
 
 
 def load(run_or_checkpoint: str | Path, teacher_weights: str | None = None) -> Segmenter:

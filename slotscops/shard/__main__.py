@@ -28,7 +28,7 @@ from slotscops.datasets.pascal_part.source import open_pascal_part
 from slotscops.datasets.photo_folder import PhotoFolder
 from slotscops.datasets.sources import SPLITS
 from slotscops.datasets.toy import tree as toy
-from slotscops.features.__main__ import add_teacher_options, show_cache
+from slotscops.features.__main__ import add_teacher_options, compact_of, show_cache
 from slotscops.features.teacher import Teacher
 from slotscops.features.verify import verify_shards
 from slotscops.features.writer import build_cache
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome = write_shards(pascal_part, options.out, settings, options.workers, source)
     _show(outcome, options.out)
     if teacher is not None:
-        show_cache(build_cache(outcome.dataset, teacher, options.size, options.mirrored))
+        show_cache(build_cache(outcome.dataset, teacher, options.size, options.mirrored, compact_of(options)))
     if options.card:
         write_card(options.out)
     return 1 if options.strict and outcome.num_damaged else 0

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from slotscops.config import Config
@@ -18,8 +18,16 @@ from slotscops.train.run.checkpoint import State, restore_model
 from slotscops.train.run.folder import load_newest, read_config
 from slotscops.train.run.published import is_published, read_published
 
+_PROJECTION = "encoder.projection"  # the name under which a model's projection is saved
 
-def build_model(config: Config, feature_channels: int, pretrained: bool = True, num_classes: int = 1) -> SlotScops:
+
+def build_model(
+    config: Config,
+    feature_channels: int,
+    pretrained: bool = True,
+    num_classes: int = 1,
+    projection: Tensor | None = None,
+) -> SlotScops:
     """Builds the network of the settings on the CPU. The same settings, with their seed, give the same network.
 
     Parameters that no loss of the settings depends on are frozen, so every trainable parameter receives a gradient.
@@ -28,6 +36,7 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True, 
         feature_channels: C of the teacher's features.
         pretrained: False if a checkpoint is loaded afterwards, so that no ImageNet weights are needed.
         num_classes: number of object classes; it matters only if `slots.per_class` is `own`.
+        projection: (C, D) matrix of a cache that holds components. Only a model that reads the cache keeps it.
 
     Raises:
         UserError: if settings exclude each other, or the encoder's weights cannot be obtained or do not fit.
@@ -36,7 +45,7 @@ def build_model(config: Config, feature_channels: int, pretrained: bool = True, 
         torch.manual_seed(config.seed)
         encoder: Encoder
         if config.encoder.name == "features":
-            encoder = FeatureEncoder(feature_channels)
+            encoder = FeatureEncoder(feature_channels, projection)
         else:
             weights = config.encoder.weights if pretrained else None
             build = TimmEncoder if is_timm(config.encoder.name) else ResNetEncoder
@@ -130,6 +139,14 @@ def load_model(run_or_checkpoint: Path) -> Trained:
         raise UserError(f"{path}: its model has no part basis; it is no model of slotscops")
     rows, channels = tensors["basis_parameter"].shape
     num_classes = max(1, rows // (config.slots.num_parts * config.basis.part_directions))
-    model = build_model(config, channels, pretrained=False, num_classes=num_classes)
+    projection = tensors.get(_PROJECTION)
+    needs_projection = config.encoder.name == "features" and config.teacher.components is not None
+    if needs_projection != (projection is not None and projection.shape[1:] == (channels,)):
+        found = "none" if projection is None else f"one of shape {tuple(projection.shape)}"
+        raise UserError(
+            f"{path}: its settings name teacher.components {config.teacher.components}, its tensors hold {found} of "
+            f"the projections to {channels} channels that this needs; restore its config.yaml"
+        )
+    model = build_model(config, channels, False, num_classes, None if projection is None else projection.clone())
     restore_model(model, tensors, path)
     return Trained(model.eval(), config, path, state)

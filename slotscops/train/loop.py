@@ -94,7 +94,8 @@ class Trainer:
         """
         config = self.config
         num_classes = len(self.dataset.class_names)
-        self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes)
+        projection = self.cache.projection if config.encoder.name == "features" else None
+        self.network = build_model(config, self.cache.shape[0], start_from is None, num_classes, projection)
         if start_from is None:
             weigh_layers(self.network.target, config)
             self._start_from_features(start_seed)

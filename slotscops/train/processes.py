@@ -17,6 +17,7 @@ from slotscops.core.errors import RunError, UserError
 from slotscops.core.files import sha256_of_json
 from slotscops.core.machine import keep_freed_memory
 from slotscops.features.cache import FeatureCache, check_feature_files, open_cache, warn_if_random
+from slotscops.features.compact import Compact
 from slotscops.features.teacher import Teacher, channels_of_layers
 from slotscops.loader import plan
 from slotscops.model.target import TargetTransform
@@ -235,8 +236,13 @@ def open_training_data(config: Config) -> tuple[ShardDataset, FeatureCache]:
     network, layer, weights = config.teacher.network, config.teacher.layer, config.teacher.weights
     sha256 = None if weights is None else Teacher(layer, weights, network).fingerprint
     # If the cache cannot follow an augmentation, this raises an error that names it.
-    cache = open_cache(dataset, layer, config.teacher_size, sha256, network, config.data.mirror, check_files=False)
+    size, compact = config.teacher_size, Compact.of(config.teacher)
+    cache = open_cache(dataset, layer, size, sha256, network, config.data.mirror, check_files=False, compact=compact)
     warn_if_random(cache)
+    if cache.has_negative and config.basis.kind == "relu" and config.losses.semantic and console.is_main():
+        console.warn(
+            f"{cache.folder}: holds negative numbers, which no basis of basis.kind=relu rebuilds; set basis.kind=free"
+        )
     _warn_if_fetched_again_and_again(dataset, cache)
     return dataset, cache
 
