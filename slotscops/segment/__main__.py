@@ -39,7 +39,7 @@ from slotscops.segment.gallery import Entry, Gallery, Skipped, write_pictures
 from slotscops.segment.names import joined_names, shown_names, write_names
 from slotscops.segment.naming import name_parts
 from slotscops.segment.segmenter import FoundParts, Segmenter, load
-from slotscops.segment.video import check_smooth, is_clip, segment_clips
+from slotscops.segment.video import check_can_segment, is_clip, segment_clips
 
 _BATCH_PIXELS = 50_000_000  # pixels of a batch of several photos, so that huge photos fit into memory
 _LONGEST_COMMAND = 2000  # characters; a shell writes out every photo of photos/*.jpg
@@ -193,7 +193,7 @@ def _clips(options: argparse.Namespace) -> list[Path]:
     """
     clips = list(dict.fromkeys(path for path in options.photos if is_clip(path)))
     if clips:
-        check_smooth(options.smooth)
+        check_can_segment(options.smooth)
         of_photos = {"--soft": options.soft, "--format": options.formats, "--features": options.features}
         for option in (name for name, is_given in of_photos.items() if is_given):
             raise UserError(

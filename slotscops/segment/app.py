@@ -190,10 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with _listen(options.host, options.port) as listening:
         model = load(options.checkpoint, options.teacher_weights)
-        is_local = options.host in (_HOST, "localhost", "::1")
+        is_local = options.host in (_HOST, "localhost")
         if not is_local:
             console.warn(f"--host {options.host}: whoever reaches this machine can use the page, without a password")
-        app = make_app(model, Path(options.checkpoint).name, (_HOST, "localhost", "[::1]") if is_local else ("*",))
+        app = make_app(model, Path(options.checkpoint).name, (_HOST, "localhost") if is_local else ("*",))
         shown = f"[{options.host}]" if ":" in options.host else options.host
         console.say(f"http://{shown}:{listening.getsockname()[1]}/ shows the parts of photos; Ctrl-C ends it")
         settings = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", ws="none", loop="asyncio")

@@ -54,16 +54,22 @@ def is_clip(path: Path) -> bool:
     return path.suffix.lower() in CLIP_SUFFIXES and path.is_file()
 
 
-def check_smooth(share: float) -> None:
-    """Checks a share of earlier frames, and that clips can be read.
+def check_can_segment(share: float) -> None:
+    """Checks a share of earlier frames, and that clips can be read and written.
 
     Raises:
-        UserError: if the share is not in [0, 1), or PyAV is not installed.
+        UserError: if the share is not in [0, 1), or PyAV is not installed or was built without x264.
     """
     if not 0 <= share < 1:
         raise UserError(f"--smooth {share}: give a share of at least 0 and below 1")
     if importlib.util.find_spec("av") is None:
         raise UserError("clips need PyAV; install it with pip install 'slotscops[video]'")
+    import av
+
+    if "libx264" not in av.codecs_available:
+        raise UserError(
+            "this PyAV cannot write H.264 (libx264); install its wheel with pip install --force-reinstall av"
+        )
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -311,7 +317,7 @@ def segment_clip(
     """
     smoother = Smoother(smooth)
     with open_clip(path) as clip, _open_writer(folder, clip) as writer:
-        frames = console.track(clip.frames(), clip.num_frames(), shown_name(path.name))
+        frames = console.track(clip.frames(), clip.num_frames(), "frames")
         for batch in _batches(frames, batch_size):
             for frame, parts in zip(batch, _find_parts(model, batch, class_name), strict=True):
                 class_name = parts.class_name

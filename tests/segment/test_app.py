@@ -137,3 +137,9 @@ def test_a_port_that_is_taken_is_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}: Address already in use.*--port 0"):
             app.main(["--checkpoint", "nowhere", "--port", str(port)])
+
+
+def test_without_its_packages_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs starlette; install it with pip install 'slotscops\[app\]'"):
+        app.main(["--checkpoint", "nowhere"])

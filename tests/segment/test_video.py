@@ -9,7 +9,7 @@ from PIL import Image
 from small_runs import photo
 
 import slotscops
-from slotscops.core.errors import RunError
+from slotscops.core.errors import RunError, UserError
 from slotscops.segment import __main__ as segment
 from slotscops.segment import video
 from slotscops.segment.segmenter import FoundParts
@@ -158,3 +158,31 @@ def test_a_truncated_clip_is_one_line_and_leaves_nothing(
     assert told.count("\n") == 1
     assert told.startswith(f"slotscops: passed over: {cut}: is ")
     assert not any((tmp_path / "out").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--smooth", "1"], "--smooth 1.0: give a share of at least 0 and below 1"),
+        (["--smooth", "nan"], "--smooth nan: give a share"),
+        (["--soft"], "--soft: is for photos only"),
+        (["--format", "labelme"], "--format: is for photos only"),
+    ],
+)
+def test_a_mistake_is_told_before_the_model_is_loaded(clip: Path, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        segment.main(["--checkpoint", "nowhere", "--out", "nowhere", *options, str(clip)])
+
+
+def test_without_pyav_the_command_says_what_to_install(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"install it with pip install 'slotscops\[video\]'"):
+        segment.main(["--checkpoint", "nowhere", "--out", "nowhere", str(clip)])
+
+
+def test_a_second_call_replaces_the_results_of_the_first(clip: Path, varied_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "cow" / "parts").mkdir(parents=True)
+    (tmp_path / "cow" / "parts" / "999999.png").touch()
+    video.segment_clip(slotscops.load(varied_run), clip, tmp_path / "cow", smooth=0.5)
+    assert len(list((tmp_path / "cow" / "parts").iterdir())) == len(TIMES)
+    assert [path.name for path in tmp_path.iterdir()] == ["cow"]
