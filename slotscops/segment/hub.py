@@ -13,9 +13,10 @@ from typing import Any, Self
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from slotscops.config import to_yaml
+from slotscops.config import Config, to_yaml
 from slotscops.core import console, pretrained
 from slotscops.core.errors import UserError, first_line
+from slotscops.core.timm_networks import own_licence
 from slotscops.train.build import Trained, load_model
 from slotscops.train.run.published import MODEL, SETTINGS, without_folders, write_published
 
@@ -42,6 +43,10 @@ Photos should show one object each, and most of it: the model was trained on squ
 ## Data
 
 Shards `{{ data }}`{{ shard_digest }}; {{ steps }} steps, {{ samples }} crops seen, repeats counted.
+
+## Encoder
+
+{{ encoder }}
 
 ## Teacher
 
@@ -137,11 +142,34 @@ def _card_contents(trained: Trained) -> dict[str, Any]:
         "steps": state.step,
         "samples": state.samples_seen,
         "teacher": f"{config.teacher.network}, `{config.teacher.layer}` at {config.teacher_size} px, weights "
-        f"`{state.teacher_weights or 'unknown'}` (sha256 `{state.teacher_sha256[:12] or 'unknown'}`). {use}",
+        f"`{state.teacher_weights or 'unknown'}` (sha256 `{state.teacher_sha256[:12] or 'unknown'}`"
+        f"{_licence_note(config.teacher.network, state.teacher_weights)}){_form_note(config)}. {use}",
+        "encoder": _encoder_note(config),
         "teacher_argument": f', teacher_weights="{state.teacher_weights or "FILE"}"' if needs_file else "",
         "scores": _score_table(state.scores),
         "settings": to_yaml(config).strip(),
     }
+
+
+def _licence_note(network: str, weights: str) -> str:
+    licence = own_licence(network, weights)
+    return f", licence `{licence}`, as timm says" if licence else ""
+
+
+def _form_note(config: Config) -> str:
+    """In which form the cache held the teacher's features."""
+    teacher = config.teacher
+    components = "" if teacher.components is None else f", {teacher.components} principal components"
+    return components + ("" if teacher.store == "float16" else f", stored as {teacher.store}")
+
+
+def _encoder_note(config: Config) -> str:
+    """What the encoder started from. Its licence is that of the published weights, too."""
+    encoder = config.encoder
+    if encoder.name == "features":
+        return "None: the model reads the teacher's features."
+    weights = pretrained.display_name(encoder.weights)
+    return f"{encoder.name}, trained from weights `{weights}`{_licence_note(encoder.name, encoder.weights)}."
 
 
 def _score_table(scores: dict[str, float]) -> str:
