@@ -2,7 +2,9 @@
 # From nothing to parts on a laptop: environment, toy photos, shards, features, training, scores, pictures.
 # The teacher is EfficientNet-Lite0, whose ImageNet weights come with a Python package of 17 MB. TEACHER_WEIGHTS=imagenet
 # takes VGG19 instead: torchvision downloads 575 MB once, because its one file also holds the classifier, of which
-# nothing is used. TEACHER_WEIGHTS=FILE takes VGG19's weights from a file; 80 MB of convolutions are enough.
+# nothing is used. TEACHER_WEIGHTS=FILE takes VGG19's weights from a file; 80 MB of convolutions are enough. Of a
+# .safetensors file behind a URL only the tensors up to relu5_2 are fetched, 61 MB (needs pip install '.[remote]'):
+# TEACHER_WEIGHTS=https://huggingface.co/timm/vgg19.tv_in1k/resolve/main/model.safetensors
 # OUT chooses the folder for everything that this script makes: OUT/scores.json, OUT/pictures/ and the rest.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "[demo]"
 out=${OUT:-runs/demo}

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from slotscops.core.address import Address
+from slotscops.core.address import Address, hide_secrets
 from slotscops.core.errors import UserError, suggest
 from slotscops.core.files import PLAIN_NAME, write_bytes
 
@@ -96,7 +96,8 @@ class TeacherSettings:
 class EncoderSettings:
     # "features" reads the cached features and has no backbone. "timm/NAME" is a network of timm.
     name: EncoderName = "resnet50"
-    # imagenet or pretrained (the network's own), a .safetensors or .pth file, package:NAME, or random:SEED.
+    # imagenet or pretrained (the network's own), a .safetensors or .pth file, the URL of a .safetensors file,
+    # package:NAME, or random:SEED.
     weights: str = "imagenet"
     frozen_stages: Annotated[int, Field(ge=0, le=64)] = 0  # The first stages that do not train. 1 includes the stem.
     # Each stage or block of a timm network learns by this factor more slowly than the one after it. 1 treats all alike.
@@ -284,7 +285,11 @@ def config_from_mapping(settings: Mapping[str, Any], origin: str) -> Config:
 def to_mapping(config: Config) -> dict[str, Any]:
     """The settings as they are printed and stored: without the secrets of an address."""
     mapping = dataclasses.asdict(config)
-    return mapping | {"data": mapping["data"] | {"shards": str(config.data.shards)}}
+    mapping["data"]["shards"] = str(config.data.shards)
+    for section in ("teacher", "encoder"):
+        if mapping[section]["weights"] is not None:
+            mapping[section]["weights"] = hide_secrets(mapping[section]["weights"])
+    return mapping
 
 
 def to_yaml(config: Config) -> str:

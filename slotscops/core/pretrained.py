@@ -1,4 +1,4 @@
-"""Loads a network's tensors from its library's download, a file, an installed package or a seed; their fingerprint."""
+"""Loads a network's tensors from its library's download, a file, a URL, a package or a seed; their fingerprint."""
 
 import contextlib
 import hashlib
@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from slotscops.core.address import Address
 from slotscops.core.console import is_main
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import sha256_of_file
+from slotscops.core.remote_weights import Shapes, fetch_weights
 
 IMAGENET = "imagenet"
 PRETRAINED = "pretrained"
@@ -26,7 +28,7 @@ _PACKAGE = "package:"
 _RANDOM = "random:"
 _FILE_ENDINGS = (".safetensors", ".pth", ".pt")
 _BATCH_COUNT = "num_batches_tracked"  # BatchNorm's number of training steps, which inference does not use
-_CHOICES = "a .safetensors or .pth file, package:NAME, or random:SEED (for tests only)"
+_CHOICES = "a .safetensors or .pth file, the URL of a .safetensors file, package:NAME, or random:SEED (for tests only)"
 
 
 class Pretrained(Protocol):
@@ -58,13 +60,15 @@ def is_found_by_name(source: str) -> bool:
 
 
 def display_name(source: str, own: str = IMAGENET) -> str:
-    """The source's name in outputs: a file without its folder, because folders differ between machines.
+    """The source's name in outputs: a file without its folder or host, because folders differ between machines.
 
     Args:
         own: what the network's own weights are called, `imagenet` or `pretrained`.
     """
     if source in OWN:
         return own
+    if Address(source).is_remote:
+        return Address(source).name
     return Path(source).name if _is_file_name(source) else source
 
 
@@ -77,6 +81,7 @@ def fill(module: nn.Module, source: str, pretrained: Pretrained) -> None:
         source: one of
             `imagenet` or `pretrained`, the network's own weights, which its library downloads;
             a `.safetensors` or `.pth` state dict under the library's names;
+            the URL of a `.safetensors` state dict, of which only the tensors that the module needs are fetched;
             `package:NAME`, the one such file in the installed Python package NAME, whose tensors may have other names
             if they come in the same order;
             `random:SEED`.
@@ -86,7 +91,8 @@ def fill(module: nn.Module, source: str, pretrained: Pretrained) -> None:
         UserError: the source is none of these, cannot be downloaded or read, or lacks what the module needs.
     """
     seed = random_seed(source)
-    tensors = None if seed is not None else read_state_dict(source, pretrained)
+    needed = module.state_dict()
+    tensors = None if seed is not None else read_state_dict(source, pretrained, needed)
     if any(tensor.is_meta for tensor in module.state_dict(keep_vars=True).values()):
         module.to_empty(device="cpu")
     if tensors is None:
@@ -95,11 +101,16 @@ def fill(module: nn.Module, source: str, pretrained: Pretrained) -> None:
     elif source.startswith(_PACKAGE):
         load_tensors(module, _renamed_by_order(tensors, module), source)
     else:
-        load_tensors(module, tensors, source)
+        load_tensors(module, tensors, str(Address(source)))
 
 
-def read_state_dict(source: str, pretrained: Pretrained) -> dict[str, Tensor]:
-    """The tensors by name, of the network's own weights, of a file or of a package.
+def read_state_dict(
+    source: str, pretrained: Pretrained, needed: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors by name, of the network's own weights, of a file, a URL or a package.
+
+    Args:
+        needed: the tensors for which values are wanted. Of a URL, no others are fetched.
 
     Raises:
         UserError: no such choice; no download; a file that is missing, damaged or pickled code; no such package.
@@ -108,6 +119,8 @@ def read_state_dict(source: str, pretrained: Pretrained) -> dict[str, Tensor]:
         return _download(pretrained)
     if source.startswith(_PACKAGE):
         return _read_file(str(_file_of_package(source)))
+    if Address(source).is_remote:
+        return _fetch(Address(source), needed or {})
     if not _is_file_name(source):
         raise UserError(f"weights {source!r}: no such choice; give {' or '.join(OWN)}, {_CHOICES}")
     return _read_file(source)
@@ -120,17 +133,23 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
         UserError: naming the first tensor that is missing, of another shape or not finite.
     """
     needed = module.state_dict()
-    for name, tensor in needed.items():
-        if name not in tensors:
-            raise UserError(f"weights {source}: has no tensor {name}; give a state dict under the library's names")
-        if tensors[name].shape != tensor.shape:
-            raise UserError(
-                f"weights {source}: {name} has shape {tuple(tensors[name].shape)}, needed {tuple(tensor.shape)}; "
-                "give the state dict of the right network"
-            )
+    _check_shapes(needed, {name: tensor.shape for name, tensor in tensors.items()}, source)
+    for name in needed:
         if not tensors[name].isfinite().all():
             raise UserError(f"weights {source}: {name} holds NaN or infinity; get the file again")
     module.load_state_dict({name: tensors[name] for name in needed})
+
+
+def _check_shapes(needed: Mapping[str, Tensor], shapes: Shapes, source: str) -> None:
+    """Raises UserError that names the first tensor that is missing or of another shape."""
+    for name, tensor in needed.items():
+        if name not in shapes:
+            raise UserError(f"weights {source}: has no tensor {name}; give a state dict under the library's names")
+        if tuple(shapes[name]) != tuple(tensor.shape):
+            raise UserError(
+                f"weights {source}: {name} has shape {tuple(shapes[name])}, needed {tuple(tensor.shape)}; "
+                "give the state dict of the right network"
+            )
 
 
 def draw(module: nn.Module, seed: int) -> None:
@@ -211,6 +230,16 @@ def _download(pretrained: Pretrained) -> dict[str, Tensor]:
             f"the network's own weights: could not get {pretrained.url} ({first_line(error)}); "
             f"connect to the internet, or give {_CHOICES}"
         ) from None
+
+
+def _fetch(url: Address, needed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not url.name.endswith(".safetensors"):
+        raise UserError(
+            f"weights {url}: only a .safetensors file can be read from a URL; download it and give its path"
+        )
+    shapes = {name: tensor.shape for name, tensor in needed.items()}
+    path = fetch_weights(url, shapes, lambda found: _check_shapes(needed, found, str(url)))
+    return _read_file(str(path))
 
 
 def _read_file(source: str) -> dict[str, Tensor]:

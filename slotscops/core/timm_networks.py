@@ -12,6 +12,7 @@ from slotscops.core import console
 from slotscops.core.errors import UserError, first_line, suggest
 
 PREFIX = "timm/"
+OWN_WEIGHTS = ("imagenet", "pretrained")  # what settings call a network's own weights
 _told_licences: set[str] = set()
 
 
@@ -57,11 +58,6 @@ def usual_size(network: str) -> int:
     return int(_settings(network).input_size[-1])
 
 
-def licence_of(network: str) -> str:
-    """The licence of the network's own weights, as timm says; empty if it does not. Raises UserError without timm."""
-    return str(_settings(network).license or "")
-
-
 class TimmWeights:
     """The network's own weights: what timm downloads for it."""
 
@@ -69,17 +65,35 @@ class TimmWeights:
         self._network = network
         settings = _settings(network)
         self.url = str(settings.hf_hub_id or settings.url or "weights, of which timm knows none")
-        self._licence = settings.license
+        self.licence: str | None = settings.license or None  # as timm knows it
 
     def get_state_dict(self, *, progress: bool, check_hash: bool, weights_only: bool) -> Mapping[str, Tensor]:
         """The tensors by name. The arguments are those of torchvision's method; timm decides on them itself."""
         timm = import_timm(self._network)
         name = self._network.removeprefix(PREFIX)
         tensors: Mapping[str, Tensor] = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-        if self._licence and self._network not in _told_licences:
+        if self.licence and self._network not in _told_licences and console.is_main():
             _told_licences.add(self._network)
-            console.warn(f"{self._network}: its weights have the licence {self._licence}, as timm says")
+            console.warn(f"{self._network}: its weights have the licence {self.licence}, as timm says")
         return tensors
+
+
+def own_licence(network: str, weights: str) -> str | None:
+    """The licence of a network's own weights, as timm knows it.
+
+    Args:
+        network: `timm/NAME`, or any other name.
+        weights: where the weights came from, as settings name it. Of a file or a package, timm knows no licence.
+
+    Returns:
+        Such as `apache-2.0`; None if it is not known, timm is not installed, or the weights are not timm's own.
+    """
+    if weights not in OWN_WEIGHTS or not is_timm(network):
+        return None
+    try:
+        return TimmWeights(network).licence
+    except UserError:
+        return None
 
 
 def import_timm(network: str) -> Any:

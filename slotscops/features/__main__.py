@@ -85,7 +85,8 @@ def add_teacher_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-weights",
         default="imagenet",
-        help="imagenet, a .safetensors or .pth file, or random:SEED (default: %(default)s)",
+        help="imagenet, a .safetensors or .pth file, the URL of a .safetensors file, of which only the tensors that "
+        "the teacher needs are fetched, or random:SEED (default: %(default)s)",
     )
     parser.add_argument(
         "--mirrored", action="store_true", help="compute features of the mirrored crops too, for data.mirror"

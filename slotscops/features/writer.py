@@ -15,6 +15,7 @@ from slotscops.core.claims import claim, leased_units, remove_leases
 from slotscops.core.errors import RunError, UserError
 from slotscops.core.files import remove_abandoned, sha256_of_file, write_once
 from slotscops.core.machine import keep_freed_memory, own_device
+from slotscops.core.timm_networks import own_licence
 from slotscops.features.cache import FeatureCache, open_cache
 from slotscops.features.compact import PROJECTION, PROJECTION_SHA256, Compact, Projection, fit_projection, project
 from slotscops.features.manifest import REMOVE_AND_REBUILD, file_label, name_of, write_manifest
@@ -169,4 +170,7 @@ def _list_files(folder: Path, identity: dict[str, Any], entries: list[ShardEntry
             "encoding": shard.encoding,
             "negative": shard.has_negative,
         }
-    write_manifest(folder / "manifest.json", identity, shape, files)
+    # Not a part of the identity, because a cache that an earlier version began knows no licence.
+    licence = own_licence(identity["network"], identity["weights"])
+    known = {} if licence is None else {"weights_licence": licence}
+    write_manifest(folder / "manifest.json", identity | known, shape, files)

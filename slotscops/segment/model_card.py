@@ -5,8 +5,7 @@ from typing import Any
 
 from slotscops.config import Config, to_yaml
 from slotscops.core import pretrained
-from slotscops.core.errors import UserError
-from slotscops.core.timm_networks import PREFIX, licence_of
+from slotscops.core.timm_networks import OWN_WEIGHTS, PREFIX, own_licence
 from slotscops.segment.names import PartNames, shown_names
 from slotscops.train.build import Trained
 from slotscops.train.run.checkpoint import State
@@ -181,8 +180,16 @@ def _teacher(config: Config, state: State, takes_features: bool) -> str:
         use = "It was the target of training; the model itself does not need it."
     return (
         f"{config.teacher.network}, `{config.teacher.layer}` at {config.teacher_size} px, weights "
-        f"`{state.teacher_weights or 'unknown'}` (sha256 `{state.teacher_sha256[:12] or 'unknown'}`). {use}"
+        f"`{state.teacher_weights or 'unknown'}` (sha256 `{state.teacher_sha256[:12] or 'unknown'}`)"
+        f"{_form_of_cache(config)}. {use}"
     )
+
+
+def _form_of_cache(config: Config) -> str:
+    """In which form the cache held the teacher's features."""
+    teacher = config.teacher
+    components = "" if teacher.components is None else f", {teacher.components} principal components"
+    return components + ("" if teacher.store == "float16" else f", stored as {teacher.store}")
 
 
 def _scores(config: Config, scores: dict[str, float]) -> str:
@@ -214,12 +221,9 @@ def _licence(config: Config, state: State) -> str:
 def _licence_of_weights(network: str, weights: str) -> str:
     if weights.startswith("random:"):
         return "random numbers, so none"
-    if weights != "imagenet":
+    if weights not in OWN_WEIGHTS:
         return f"`{weights or 'unknown'}`, whose licence slotscops does not know: fill-in"
     if not network.startswith(PREFIX):
         return "torchvision's, trained on ImageNet; torchvision (BSD-3-Clause) leaves their terms to the data's"
-    try:
-        licence = licence_of(network)
-    except UserError:  # timm is not installed here
-        licence = ""
+    licence = own_licence(network, weights)
     return f"{licence} (as timm says)" if licence else "timm's; see its page of the network"

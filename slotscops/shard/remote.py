@@ -9,41 +9,40 @@ A server is not trusted: no more is read of a file than the index says it has, o
 nothing is written outside the folder of the copies.
 """
 
-import functools
 import hashlib
 import os
 import re
-import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import fsspec
 from filelock import FileLock, Timeout
 
-from slotscops.core import console
 from slotscops.core.address import Address
 from slotscops.core.errors import RunError, UserError, first_line
-from slotscops.core.files import fsync, is_plain_name, lock_refusal, sha256_of_file, write_bytes
+from slotscops.core.files import fsync, is_plain_name, sha256_of_file, write_bytes
+from slotscops.core.transfer import (
+    LEAST_AT_ONCE,
+    MOST_AT_ONCE,
+    Patience,
+    Source,
+    cache_folder,
+    check_locks,
+    connect,
+    lock_of,
+    saying_that_it_waits,
+)
 
-_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each new try; starts again after data has arrived
-_MOST_AT_ONCE, _LEAST_AT_ONCE = 8 << 20, 64 << 10  # bytes of one request; halved when a transfer breaks
-_CONNECT_SECONDS, _SILENCE_SECONDS = 15, 30  # after so many silent seconds the request is tried again
-_SAY_AFTER_S, _SAY_EVERY_S = 5.0, 30.0  # of waiting for one request
-_NOT_SUPPORTED = {"ftp", "zip", "tar", "libarchive"}  # no ranges, or files inside of files
 _PAGE_STARTS = (b"<!doctype html", b"<html")
 _WAIT_FOR_ROOM = 0.2  # seconds
 _EVICTED_SHARE = 0.05  # of a full cache; with less, the files are looked at more often
 _AT_A_TIME = 8  # parallel transfers of one process
 # Of dataset.json, a manifest or a shard's index. A row of dataset.json has 300 bytes, a sample in an index about 150.
 _MAX_INDEX_BYTES = 256_000_000
-_PIECE_BYTES = 256 << 10  # read at once
 _Shards = str | Path | Address
 
 
@@ -82,7 +81,6 @@ class RemoteFolder:
                 f"{address}: was stored without its password or signed query, as always; give the whole address again "
                 "with data.shards=URL in training, --shards URL in other commands"
             )
-        cache = Path(os.environ.get("SLOTSCOPS_CACHE") or Path.home() / ".cache" / "slotscops")
         gigabytes = os.environ.get("SLOTSCOPS_CACHE_GB") or "100"
         try:
             max_bytes = int(float(gigabytes) * 1e9)
@@ -90,7 +88,7 @@ class RemoteFolder:
             max_bytes = 0
         if max_bytes <= 0:
             raise UserError(f"SLOTSCOPS_CACHE_GB is '{gigabytes}', needed a number of gigabytes above 0")
-        return RemoteFolder(address, cache.absolute(), max_bytes)
+        return RemoteFolder(address, cache_folder(), max_bytes)
 
     @property
     def copy(self) -> Path:
@@ -137,8 +135,8 @@ class RemoteFolder:
         target = self.copy_of(name)
         with self._writing():
             target.parent.mkdir(parents=True, exist_ok=True)
-            _check_locks(self.cache)
-            lock = FileLock(_lock_of(target))
+            check_locks(self.cache)
+            lock = FileLock(lock_of(target))
             lock.acquire()  # other processes that want this file wait for it here
         try:
             if not target.is_file() or num_bytes not in (None, target.stat().st_size):
@@ -197,11 +195,11 @@ class RemoteFolder:
     def _read_whole(self, name: str) -> bytes:
         """A file of which only the greatest honest size is known."""
         source = self._connect(name)
-        patience = _Patience(self.url_of(name))
+        patience = Patience(self.url_of(name))
         while True:
             pieces: list[bytes] = []
             try:
-                with _saying_that_it_waits(self.url_of(name)):
+                with saying_that_it_waits(self.url_of(name)):
                     source.read(0, _MAX_INDEX_BYTES + 1, partial(_append, pieces))
                 break
             except Exception as error:  # each file system raises its own kinds of errors
@@ -221,7 +219,7 @@ class RemoteFolder:
     def _transfer(self, name: str, target: Path, num_bytes: int) -> None:
         """Appends the missing bytes to the partial file, and not one more."""
         source = self._connect(name)
-        patience, at_once = _Patience(self.url_of(name)), _MOST_AT_ONCE
+        patience, at_once = Patience(self.url_of(name)), MOST_AT_ONCE
 
         def write(start: int, piece: bytes) -> None:
             with self._writing():
@@ -231,17 +229,17 @@ class RemoteFolder:
         while (have := min(target.stat().st_size, num_bytes)) < num_bytes:
             end = min(have + at_once, num_bytes)
             try:
-                with target.open("r+b") as file, _saying_that_it_waits(self.url_of(name)):
+                with target.open("r+b") as file, saying_that_it_waits(self.url_of(name)):
                     source.read(have, end, write, num_bytes)
                 if (came := target.stat().st_size) < end:
                     raise ConnectionError(f"{max(came - have, 0)} bytes came, asked for {end - have}")
             except UserError:  # of the cache
                 raise
             except Exception as error:
-                at_once = max(at_once // 2, _LEAST_AT_ONCE)
+                at_once = max(at_once // 2, LEAST_AT_ONCE)
                 patience.try_again_after(error)
                 continue
-            patience = _Patience(self.url_of(name))
+            patience = Patience(self.url_of(name))
 
     def _make_room(self, partial: Path, num_bytes: int) -> None:
         """Evicts until a file of `num_bytes` fits, and reserves its space; waits while all other files are in use.
@@ -264,27 +262,8 @@ class RemoteFolder:
                     return
             time.sleep(_WAIT_FOR_ROOM)
 
-    def _connect(self, name: str) -> "_Source":
-        address = self.url_of(name)
-        protocol = address.reveal().split("://", 1)[0]
-        if "::" in address.reveal().split("?")[0] or protocol in _NOT_SUPPORTED:
-            raise UserError(
-                f"{self.url}: {protocol}:// is not supported; unpack the shards to a folder and give its path, or its "
-                "https://, s3:// or gs:// address"
-            )
-        try:
-            files, path = fsspec.core.url_to_fs(address.reveal(), **_patient_options(address))
-        except ImportError as error:
-            raise UserError(
-                f"{self.url}: {first_line(error)}; pip install 'slotscops[remote]', or fsspec's package for {protocol}"
-            ) from None
-        except ValueError as error:
-            reason = self.url.clean(first_line(error))
-            raise UserError(f"{self.url}: {reason}; give a folder, https:// or s3://") from None
-        except Exception as error:  # some file systems connect here
-            reason = f"{type(error).__name__}: {self.url.clean(first_line(error))}"
-            raise RunError(f"{self.url}: cannot be reached ({reason}); check the address and the network") from None
-        return _WebSource(files, path) if protocol in ("http", "https") else _Source(files, path)
+    def _connect(self, name: str) -> Source:
+        return connect(self.url_of(name), self.url, "unpack the shards to a folder and give its path")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -299,143 +278,6 @@ class RemoteFolder:
 
 def _append(pieces: list[bytes], start: int, piece: bytes) -> None:
     pieces.append(piece)
-
-
-class _Source:
-    """A file of one of fsspec's file systems."""
-
-    def __init__(self, files: Any, path: str) -> None:
-        self._files, self._path = files, path
-
-    def read(self, start: int, end: int, write: Callable[[int, bytes], None], whole_size: int | None = None) -> None:
-        """Hands the bytes from `start` up to `end`, or to the end of the file, on to `write`, each with its position.
-
-        Args:
-            write: takes the position in the file, and the bytes there.
-            whole_size: bytes of the whole file. A server that knows no ranges is read up to there, from the beginning.
-        """
-        content = bytes(self._files.cat_file(self._path, start=start, end=end))
-        if whole_size is not None and len(content) == whole_size:
-            start, end = 0, whole_size
-        write(start, content[: end - start])
-
-
-class _WebSource(_Source):
-    """A file of a web server, read in pieces, so that a body without an end costs no memory."""
-
-    def read(self, start: int, end: int, write: Callable[[int, bytes], None], whole_size: int | None = None) -> None:
-        fsspec.asyn.sync(self._files.loop, self._read, start, end, write, whole_size)
-
-    async def _read(
-        self, start: int, end: int, write: Callable[[int, bytes], None], whole_size: int | None = None
-    ) -> None:
-        headers = {"Accept-Encoding": "identity"}
-        if whole_size is not None:
-            headers["Range"] = f"bytes={start}-{end - 1}"
-        session = await self._files.set_session()
-        async with session.get(self._files.encode_url(self._path), headers=headers) as response:
-            if response.status == 404:
-                raise FileNotFoundError(self._path)
-            response.raise_for_status()
-            if whole_size is not None and response.status != 206:
-                start, end = 0, whole_size
-            decode = _decoder(response.headers.get("Content-Encoding", ""))
-            async for coded in response.content.iter_chunked(_PIECE_BYTES):
-                piece = decode(coded, end - start)[: end - start]
-                write(start, piece)
-                start += len(piece)
-                if start == end:  # what the server sends beyond it is not read
-                    response.close()
-                    return
-
-
-def _decoder(encoding: str) -> Callable[[bytes, int], bytes]:
-    """Undoes a compression that was not asked for; the second argument bounds what comes out."""
-    if encoding.lower() in ("", "identity"):
-        return lambda piece, _: piece
-    if encoding.lower() in ("gzip", "x-gzip", "deflate"):
-        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress  # knows both by their headers
-    raise ValueError(f"sent with Content-Encoding {encoding}, asked for none")
-
-
-@contextmanager
-def _saying_that_it_waits(url: Address) -> Iterator[None]:
-    """Says so while the body takes long, so that a slow server is not taken for a hang."""
-    ended = threading.Event()
-
-    def tell() -> None:
-        since, pause = time.monotonic(), _SAY_AFTER_S
-        while not ended.wait(pause):
-            console.warn(f"{url}: waiting for the server, {time.monotonic() - since:.0f} s so far")
-            pause = _SAY_EVERY_S
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-class _Patience:
-    """Retries temporary errors, each time after a longer pause, and gives up with a one-line error."""
-
-    def __init__(self, url: Address) -> None:
-        self._url = url
-        self._pauses = iter(_PAUSES)
-
-    def try_again_after(self, error: Exception) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"{self._url}: is not there") from None
-        what = f"{type(error).__name__}: {self._url.clean(first_line(error))}"
-        if not _may_pass(error):
-            raise RunError(f"{self._url}: cannot be fetched ({what}); check the URL and your credentials") from None
-        pause = next(self._pauses, None)
-        if pause is None:
-            raise RunError(
-                f"{self._url}: cannot be fetched, tried {len(_PAUSES) + 1} times over {sum(_PAUSES):g} s ({what}); "
-                "check the network and the server, then start again: what has arrived is kept"
-            ) from None
-        console.warn(f"{self._url}: {what}; trying again in {pause:g} s")
-        time.sleep(pause)
-
-
-def _may_pass(error: Exception) -> bool:
-    status = getattr(error, "status", None)
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in (408, 429)  # timeout, too many requests
-    # botocore raises a different class for each kind of credentials error.
-    return not isinstance(error, PermissionError | ValueError) and "Credential" not in type(error).__name__
-
-
-def _patient_options(address: Address) -> dict[str, Any]:
-    """The options of each file system that turn a silent server into an error."""
-    protocol, _, rest = address.reveal().partition("://")
-    if protocol in ("http", "https"):
-        from aiohttp import ClientTimeout
-
-        timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
-        # Bodies are decompressed in `_WebSource`, which bounds what comes out.
-        client = {"timeout": timeout, "trust_env": True, "auto_decompress": False}
-        return {"client_kwargs": client, "encoded": "?" in rest}  # a signed query is sent as it is written
-    if protocol == "s3":
-        return {"config_kwargs": {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _SILENCE_SECONDS}}
-    return {}
-
-
-@functools.cache
-def _check_locks(cache: Path) -> None:
-    """Raises UserError where the file system has no locks: FileLock would wait for them for ever."""
-    if (refusal := lock_refusal(cache)) is not None:
-        raise UserError(
-            f"{cache}: the cache of remote shards needs a file system with locks ({refusal}); set SLOTSCOPS_CACHE to a "
-            "folder on a local disk"
-        )
-
-
-def _lock_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.lock")
 
 
 def _files_of(cache: Path, except_for: Path) -> Iterator[tuple[float, int, Path]]:
@@ -475,7 +317,7 @@ def _evict_oldest(files: list[tuple[float, int, Path]], num_bytes: float) -> int
 def _evict(path: Path) -> bool:
     """Removes a file unless a process is opening or fetching it; returns whether it was removed."""
     name = path.name[1:].rsplit(".", 2)[0] if _PARTIAL.fullmatch(path.name) else path.name
-    lock = FileLock(_lock_of(path.with_name(name)), timeout=0)
+    lock = FileLock(lock_of(path.with_name(name)), timeout=0)
     try:
         with lock:
             path.unlink(missing_ok=True)

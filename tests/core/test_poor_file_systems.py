@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from servers import web_server
 
-from slotscops.core import files
+from slotscops.core import files, transfer
 from slotscops.core.errors import UserError
 from slotscops.datasets.pascal_part.archives import _share
-from slotscops.shard import remote
 from slotscops.shard.index import open_dataset
 
 
@@ -23,7 +22,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    remote._check_locks.cache_clear()
+    transfer.check_locks.cache_clear()
 
 
 def test_a_file_is_written_where_folders_cannot_be_made_durable(

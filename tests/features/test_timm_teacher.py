@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import timm
 import torch
 from commands import python
 from safetensors.torch import load_file
-from small_runs import photo
+from small_runs import photo, save_feature_run
 from torch import Tensor, nn
 
+from slotscops.core import timm_networks
 from slotscops.core.errors import UserError
 from slotscops.core.pixels import normalise_images
+from slotscops.core.timm_networks import own_licence
 from slotscops.features.manifest import read_manifest
 from slotscops.features.teacher import Teacher, compute_features
 from slotscops.features.writer import build_cache
+from slotscops.segment.model_card import card_contents
 from slotscops.shard.index import open_dataset
+from slotscops.train.build import load_model
 
 # Networks of a few thousand parameters, which timm has for its own tests.
 VIT, CONVOLUTIONAL = "timm/test_vit", "timm/test_efficientnet"
@@ -240,3 +245,34 @@ def test_the_real_dinov2_gives_the_keys_that_timm_computes(real_data: Path) -> N
     expected = seen[0].chunk(3, dim=-1)[1][:, 1:].transpose(1, 2).unflatten(2, (37, 37))
     torch.testing.assert_close(teacher(images), expected, atol=1e-3, rtol=1e-3)
     assert compute_features(teacher, images, 224).shape == (1, 384, 16, 16)
+
+
+# ---- licences ----------------------------------------------------------------------------------------------------
+
+
+def test_the_licence_of_timms_own_weights_is_told_once_and_stands_in_the_manifest_and_on_the_card(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = Path(shutil.copytree(toy_shards, tmp_path / "shards"))
+    plain = timm.create_model
+
+    def create(name: str, pretrained: bool, **options: Any) -> nn.Module:
+        return plain(name, pretrained=False, **options)  # without a download
+
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(timm_networks, "_told_licences", set())
+    teachers = [Teacher("blocks.0", "pretrained", VIT) for _ in range(2)]
+    assert " ".join(capsys.readouterr().err.split()).count("have the licence apache-2.0") == 1
+    cache = build_cache(open_dataset(shards), teachers[0], 64)
+    assert read_manifest(cache.folder / "manifest.json")["weights_licence"] == "apache-2.0"
+    other = build_cache(open_dataset(shards), Teacher("blocks.1", "random:0", VIT), 64)
+    assert "weights_licence" not in read_manifest(other.folder / "manifest.json")
+    for weights in ("some.safetensors", "package:some-weights", "random:0"):
+        assert own_licence(VIT, weights) is None
+    assert own_licence("vgg19", "imagenet") is None
+    settings = [f"teacher.network={VIT}", "teacher.layer=blocks.0", "teacher.components=8", "teacher.store=int8"]
+    run = save_feature_run(tmp_path / "run", *settings, "encoder.name=resnet18", "encoder.weights=random:0")
+    trained = load_model(run)
+    card = card_contents(trained._replace(state=replace(trained.state, teacher_weights="pretrained")))
+    assert "8 principal components, stored as int8." in card["teacher"]
+    assert "The teacher's weights: apache-2.0 (as timm says)." in card["licence"]

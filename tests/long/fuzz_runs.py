@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from servers import web_server
 
 from slotscops.config import config_from_mapping, load_config, setting_names, to_mapping, to_yaml
+from slotscops.core import transfer
 from slotscops.core.files import sha256_of_file
 from slotscops.core.photos import read_photo, to_array
 from slotscops.datasets.label_maps import read_label_map, read_part_names
@@ -27,7 +28,6 @@ from slotscops.features.cache import open_cache
 from slotscops.loader.plan import ORDER
 from slotscops.loader.split import Split
 from slotscops.model.saved_names import saved_parameter_names
-from slotscops.shard import remote
 from slotscops.shard.index import open_dataset
 from slotscops.train.build import build_model, build_optimizer, load_model
 from slotscops.train.damage import DamageLedger
@@ -61,7 +61,7 @@ class Strangers:
         self.server = self._open.enter_context(web_server(Path(shutil.copytree(corpus.shards, self.scratch / "web"))))
         self.served = {path: path.read_bytes() for path in self.server.folder.rglob("*") if path.is_file()}
         os.environ["SLOTSCOPS_CACHE"] = str(self.scratch / "cache")
-        remote._PAUSES = (0.0,) * 2
+        transfer.PAUSES = (0.0,) * 2
         self.listing = self._list()
 
     def _make_run(self, corpus: Corpus) -> Path:

@@ -11,6 +11,7 @@ from commands import run, training
 from servers import WebServer, make_bomb, web_server
 
 from slotscops.config import load_config
+from slotscops.core import transfer
 from slotscops.core.errors import RunError, UserError
 from slotscops.evaluate import __main__ as evaluate
 from slotscops.features.cache import open_cache
@@ -32,7 +33,7 @@ SECRETS = (b"anna", b"S3cret-Word", b"Sign%2Fature", b"Sign/ature", b"2030")
 @pytest.fixture
 def server(toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
     monkeypatch.setenv("SLOTSCOPS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "_PAUSES", (0.0,) * 3)
+    monkeypatch.setattr(transfer, "PAUSES", (0.0,) * 3)
     with web_server(toy_shards) as server:
         yield server
 

@@ -16,6 +16,7 @@ from commands import TWO_PROCESSES, metrics, python, run, training
 from forks import ranks
 from servers import WebServer, nginx, nginx_program, s3_server, web_server
 
+from slotscops.core import transfer
 from slotscops.core.errors import RunError, UserError
 from slotscops.core.files import sha256_of_file
 from slotscops.features.__main__ import main as features_main
@@ -43,7 +44,7 @@ def server(toy_shards: Path) -> Iterator[WebServer]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache for the test alone, and no pauses between tries."""
     monkeypatch.setenv("SLOTSCOPS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "_PAUSES", (0.0,) * 3)
+    monkeypatch.setattr(transfer, "PAUSES", (0.0,) * 3)
     return tmp_path / "cache"
 
 
@@ -93,7 +94,7 @@ def test_what_breaks_is_tried_again(
 def test_a_broken_transfer_goes_on_where_it_was(
     server: WebServer, toy_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_MOST_AT_ONCE", 4096)
+    monkeypatch.setattr(remote, "MOST_AT_ONCE", 4096)
     monkeypatch.setattr(remote, "_LEAST_AT_ONCE", 1024)
     server.faults[TAR] = ["", "", "drop", "", "503", "short"]
     with open_dataset(server.url).opened(TAR, sha256_of_file(toy_shards / TAR), (toy_shards / TAR).stat().st_size) as p:
@@ -104,8 +105,8 @@ def test_a_broken_transfer_goes_on_where_it_was(
 def test_a_process_killed_while_fetching_leaves_what_came(
     server: WebServer, toy_shards: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    monkeypatch.setattr(remote, "_MOST_AT_ONCE", 4096)
-    monkeypatch.setattr(remote, "_PAUSES", ())
+    monkeypatch.setattr(remote, "MOST_AT_ONCE", 4096)
+    monkeypatch.setattr(transfer, "PAUSES", ())
     server.faults[TAR] = ["", "", "503"]
     size, sha256 = (toy_shards / TAR).stat().st_size, sha256_of_file(toy_shards / TAR)
     with pytest.raises(RunError, match="tried 1 times"), open_dataset(server.url).opened(TAR, sha256, size):
@@ -120,7 +121,7 @@ def test_a_process_killed_while_fetching_leaves_what_came(
 def test_a_server_that_knows_no_ranges_is_good_enough(
     server: WebServer, toy_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_MOST_AT_ONCE", 4096)
+    monkeypatch.setattr(remote, "MOST_AT_ONCE", 4096)
     server.faults = {name: ["whole"] * 9 for name in (TAR, FEATURES, INDEX)}
     assert read_all(open_dataset(server.url)) == read_all(open_dataset(toy_shards))
 
@@ -155,7 +156,7 @@ def test_no_data_set_no_server_and_no_such_cache_are_the_users_to_mend(server: W
         open_dataset(f"{server.url}/elsewhere")
     with pytest.raises(RunError, match="tried 4 times"):
         open_dataset("http://127.0.0.1:9/shards")
-    with pytest.raises(UserError, match="give a folder, https:// or s3://"):
+    with pytest.raises(UserError, match="give a path, https:// or s3://"):
         open_dataset("gopher://host/shards")
     with pytest.raises(UserError, match=r"needs features vgg19-relu5_2-64, has no finished .* --shards http://127"):
         open_cache(open_dataset(server.url), "relu5_2", 64)
@@ -178,7 +179,7 @@ def test_a_slow_server_is_said_to_be_waited_for(
     server: WebServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = WebServer.answer
-    monkeypatch.setattr(remote, "_SAY_AFTER_S", 0.05)
+    monkeypatch.setattr(transfer, "SAY_AFTER_S", 0.05)
     monkeypatch.setattr(WebServer, "answer", lambda self, handler: (time.sleep(0.3), plain(self, handler)))
     open_dataset(server.url)
     assert "/index/dataset.json: waiting for the server, 0 s so far\n" in capsys.readouterr().err
