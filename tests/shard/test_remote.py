@@ -95,7 +95,7 @@ def test_a_broken_transfer_goes_on_where_it_was(
     server: WebServer, toy_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "MOST_AT_ONCE", 4096)
-    monkeypatch.setattr(remote, "_LEAST_AT_ONCE", 1024)
+    monkeypatch.setattr(remote, "LEAST_AT_ONCE", 1024)
     server.faults[TAR] = ["", "", "drop", "", "503", "short"]
     with open_dataset(server.url).opened(TAR, sha256_of_file(toy_shards / TAR), (toy_shards / TAR).stat().st_size) as p:
         assert p.read_bytes() == (toy_shards / TAR).read_bytes()
