@@ -17,8 +17,9 @@ from slotscops.core.files import remove_abandoned, sha256_of_file, write_once
 from slotscops.core.machine import keep_freed_memory, own_device
 from slotscops.core.timm_networks import own_licence
 from slotscops.features.cache import FeatureCache, open_cache
-from slotscops.features.compact import PROJECTION, PROJECTION_SHA256, Compact, Projection, fit_projection, project
+from slotscops.features.compact import PROJECTION, PROJECTION_SHA256, Compact, Projection, project
 from slotscops.features.manifest import REMOVE_AND_REBUILD, file_label, name_of, write_manifest
+from slotscops.features.projection_fit import fit_projection
 from slotscops.features.rows import FeatureShard, encode
 from slotscops.features.teacher import Teacher, compute_features
 from slotscops.shard.index import ShardDataset, ShardEntry
@@ -40,7 +41,7 @@ def build_cache(
         UserError: the folder holds a cache made with other settings, or the teacher has too few channels.
     """
     compact = compact or Compact()
-    compact.check(teacher)
+    compact.check(teacher.num_channels, f"{teacher.layer} of {teacher.network}")
     num_samples = sum(entry.num_samples for split in dataset.splits.values() for entry in split)
     shape = teacher.output_shape(size)
     num_bytes = num_samples * compact.row_bytes(shape) * (2 if mirrored else 1)

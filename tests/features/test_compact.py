@@ -23,8 +23,9 @@ from slotscops.core.errors import DamageError, UserError
 from slotscops.evaluate import __main__ as evaluate
 from slotscops.features import __main__ as features
 from slotscops.features.cache import FeatureCache, open_cache, open_features
-from slotscops.features.compact import PROJECTION, Compact, fit_projection, project
+from slotscops.features.compact import PROJECTION, Compact, project
 from slotscops.features.manifest import read_manifest
+from slotscops.features.projection_fit import fit_projection
 from slotscops.features.rows import FeatureShard, encode
 from slotscops.features.teacher import Teacher, compute_features
 from slotscops.features.verify import find_damage

@@ -42,6 +42,7 @@ class LogitsOf(torch.nn.Module):
     def __init__(self, network: SlotScops, logits_of: Any) -> None:
         super().__init__()
         self.target, self.basis = network.target, network.basis
+        self.object_guess = None
         self.num_slots, self.num_classes = network.num_slots, network.num_classes
         self.takes_features, self._logits_of = network.takes_features, logits_of
 

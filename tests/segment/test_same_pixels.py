@@ -9,6 +9,7 @@ from small_runs import photo, save_resnet_run
 
 import slotscops
 from slotscops.core.photos import read_photo
+from slotscops.core.pixels import DEFAULT_CONTEXT
 from slotscops.datasets.photo_folder import PhotoFolder
 from slotscops.segment.segmenter import Segmenter
 
@@ -49,7 +50,7 @@ def test_a_whole_photo_is_the_same_crop_in_shards_and_in_segment(
     folder = PhotoFolder(tmp_path, None, 0.0, "object")
     name = f"photo.{MODES[mode]}"
     candidates = folder.scan(name, {"object": "train"}, ["object"], {"train": 0.1, "val": 0.2}).candidates
-    (record,), left_out = folder.read(name, candidates, model.size)
+    (record,), left_out = folder.read(name, candidates, model.size, DEFAULT_CONTEXT)
     assert not left_out
     seen = model.crop(read_photo(tmp_path / name)).permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(seen, record.image)
