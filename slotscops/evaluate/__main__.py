@@ -200,7 +200,7 @@ def _teacher_of_baselines(
     if not {"kmeans", "dff"} & set(options.baseline):
         return None
     settings = harness.baseline
-    made_with = open_cache(harness.dataset, settings.layer, settings.size, network=settings.teacher).manifest
+    made_with = _open_baseline_cache(harness).manifest
     name = (settings.teacher, settings.layer, made_with["weights_sha256"])
     if name in loaded:
         return loaded[name]

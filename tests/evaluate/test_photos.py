@@ -26,6 +26,9 @@ from slotscops.datasets.pascal_part.classes import paint_parts
 from slotscops.datasets.pascal_part.source import open_pascal_part
 from slotscops.datasets.pascal_part.whole_photos import read_whole_photo
 from slotscops.evaluate import __main__ as evaluate
+from slotscops.features.compact import Compact
+from slotscops.features.teacher import Teacher
+from slotscops.features.writer import build_cache
 from slotscops.loader.split import Split
 from slotscops.metrics.photos import PhotoSet
 from slotscops.metrics.protocols import ProtocolScores
@@ -248,6 +251,16 @@ def test_photos_that_the_shards_were_not_made_of_are_one_line(
     with pytest.raises(UserError, match=needed) as raised:
         evaluate.main(of_folder(own, "--photos", str(own / "photos"), "--parts", str(own / "labels")))
     assert "\n" not in str(raised.value)
+
+
+def test_a_baseline_on_a_compact_cache_is_scored_on_whole_photos(toy_shards: Path, tmp_path: Path) -> None:
+    shards = Path(shutil.copytree(toy_shards, tmp_path / "shards"))
+    build_cache(open_dataset(shards), Teacher("relu5_4", "random:0"), 64, compact=Compact(components=8))
+    shutil.rmtree(shards / "features" / "vgg19-relu5_4-64")  # the plain cache is not needed
+    command = ["--baseline", "kmeans", "--layer", "relu5_4", "--size", "64", "--components", "8"]
+    found = scores_of([*command, "--shards", str(shards), "--photos", str(shards / "photos")], tmp_path / "x.json")
+    (name,) = (name for name in found if name.startswith("kmeans"))
+    assert 0 < found[name]["scores"]["photo"]["small"]["all classes"]["nmi"] < 1
 
 
 def test_the_teacher_of_whole_photos_must_be_that_of_the_features(toy_shards: Path) -> None:
