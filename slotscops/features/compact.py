@@ -17,15 +17,17 @@ Shapes: B images or N samples, C teacher channels on an h x w grid, D components
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from slotscops.config import FeatureStore, TeacherSettings
 from slotscops.core.errors import UserError
+
+if TYPE_CHECKING:  # loader workers read no settings
+    from slotscops.config import FeatureStore, TeacherSettings
 
 PROJECTION = "projection.safetensors"  # the file of the matrix in the cache's folder
 PROJECTION_SHA256 = "projection_sha256"  # the manifest's field for the hash of that file
@@ -36,12 +38,12 @@ class Compact:
     """How a cache takes less room than its features. The defaults are the features themselves as float16."""
 
     components: int | None = None  # D
-    store: FeatureStore = "float16"
+    store: "FeatureStore" = "float16"
 
     @classmethod
     def of(cls, known: "Mapping[str, Any] | TeacherSettings") -> Self:
         """The form that a manifest or the settings name."""
-        values = dataclasses.asdict(known) if isinstance(known, TeacherSettings) else known
+        values = known if isinstance(known, Mapping) else dataclasses.asdict(known)
         return cls(values.get("components"), values.get("store", "float16"))
 
     def fields(self) -> dict[str, Any]:
@@ -110,6 +112,8 @@ class Projection:
 
 def check_fields(manifest: Mapping[str, Any]) -> bool:
     """Whether the fields of a manifest that describe its form are valid. They are missing in a plain cache."""
+    from slotscops.config import FeatureStore  # imported here, because loader workers need no settings
+
     components, sha256 = manifest.get("components"), manifest.get(PROJECTION_SHA256)
     if manifest.get("store", "float16") not in get_args(FeatureStore):
         return False

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from slotscops.config import FeatureStore
 from slotscops.core.errors import DamageError, UserError, first_line
+
+if TYPE_CHECKING:  # loader workers read no settings
+    from slotscops.config import FeatureStore
 
 _SEGMENT = 1 << 16  # number of different uint16 positions
 _SIGN_OFF, _INFINITY = np.uint16(0x7FFF), np.uint16(0x7C00)  # bits of a float16; those of NaN are above infinity's
@@ -38,7 +40,7 @@ _MAX_VALUES = 1 << 28  # values of one map; more means a damaged file
 _MAX_STEPS = 255
 
 
-def encode(features: NDArray[np.float16], label: str = "", store: FeatureStore = "float16") -> bytes:
+def encode(features: NDArray[np.float16], label: str = "", store: "FeatureStore" = "float16") -> bytes:
     """The file's content for (N, C, h, w) features, in the smaller of the two encodings.
 
     Args:

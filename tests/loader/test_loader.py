@@ -221,6 +221,7 @@ def test_a_loader_worker_imports_no_network_and_sharding_no_model() -> None:
     worker, sharding = (set(line.split()) for line in listed.stdout.splitlines())
     assert "slotscops.loader.split" in worker
     assert not worker & {"torchvision", "accelerate", "slotscops.model", "slotscops.features.teacher"}
+    assert not worker & {"pydantic", "slotscops.config", "slotscops.datasets"}
     assert "slotscops.shard.writer" in sharding
     assert "slotscops.model" not in sharding
 
