@@ -227,6 +227,14 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
+def read_json_or_none(path: Path) -> Any:
+    """The content of a file that one can do without; None if it is missing, cannot be read or is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def size_of_file(path: Path) -> int | None:
     """Bytes of a file, or None if there is no file. Raises OSError if it cannot be asked."""
     try:

@@ -16,13 +16,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
 
 from slotscops.core.errors import visible
-from slotscops.core.files import write_bytes
+from slotscops.core.files import read_json_or_none, write_bytes
 from slotscops.evaluate import published_numbers as literature
 from slotscops.evaluate import scoreboard
 from slotscops.evaluate.scoreboard import Row, Scored
@@ -141,7 +140,7 @@ def _cost_section(results: list[Result]) -> list[str]:
     rows = []
     for result in results:
         seconds = _read_costs(result.folder)
-        machine = _read_json(result.folder.machine) or {}
+        machine = read_json_or_none(result.folder.machine) or {}
         if not seconds and not machine:
             continue
         stages = [f"{seconds[stage]:,.0f}" if stage in seconds else "–" for stage in _STAGES]
@@ -224,10 +223,3 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         for name, *cells in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # no run in this folder
-        return None

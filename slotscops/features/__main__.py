@@ -57,23 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def add_form_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say in which form a cache is stored."""
-    parser.add_argument(
-        "--components",
-        type=int,
-        metavar="D",
-        help="store D principal components of each feature vector instead of all its channels",
-    )
-    parser.add_argument(
-        "--store",
-        choices=get_args(FeatureStore),
-        default="float16",
-        help="int8 stores 8 bits a value, with a lowest value and a step for each channel of each crop "
-        "(default: %(default)s)",
-    )
-
-
 def add_teacher_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every command that computes features."""
     parser.add_argument(
@@ -91,7 +74,19 @@ def add_teacher_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mirrored", action="store_true", help="compute features of the mirrored crops too, for data.mirror"
     )
-    add_form_options(parser)
+    parser.add_argument(
+        "--components",
+        type=int,
+        metavar="D",
+        help="store D principal components of each feature vector instead of all its channels",
+    )
+    parser.add_argument(
+        "--store",
+        choices=get_args(FeatureStore),
+        default="float16",
+        help="int8 stores 8 bits a value, with a lowest value and a step for each channel of each crop "
+        "(default: %(default)s)",
+    )
 
 
 def compact_of(options: argparse.Namespace) -> Compact:

@@ -81,7 +81,7 @@ class Teacher(nn.Module):
             UserError: as `grid_size`.
         """
         try:
-            return self._shapes(size)
+            return _layer_shapes(self.layers, size)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(f"size {size}: {self._needed_size(size) or first_line(error)}") from None
 
@@ -89,14 +89,11 @@ class Teacher(nn.Module):
         """(C, h, w) of the features of a photo of `size` x `size` pixels."""
         return self.num_channels, *self.grid_size(size)
 
-    def _shapes(self, size: int) -> list[tuple[int, int, int]]:
-        return _layer_shapes(self.layers, size)
-
     def _check_grids(self) -> list[tuple[int, int, int]]:
         size = self.layers.usual_size
         needed = "needed channels on a square grid; take a layer before the classifier"
         try:
-            shapes = self._shapes(size)
+            shapes = _layer_shapes(self.layers, size)
         except ValueError as error:
             raise UserError(f"teacher layer {self.layer}: {self.network} gives {error} there, {needed}") from None
         for shape in shapes:
@@ -113,7 +110,7 @@ class Teacher(nn.Module):
             return f"{self.network} needs a multiple of {patch} pixels; give {' or '.join(map(str, near))}"
         for enough in (1 << power for power in range(size.bit_length(), _MAX_NEEDED.bit_length())):
             try:
-                self._shapes(enough)
+                _layer_shapes(self.layers, enough)
             except (RuntimeError, AssertionError, ValueError):
                 continue
             return f"too small for {self.layer}; give at least {enough} pixels"

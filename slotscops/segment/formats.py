@@ -21,12 +21,12 @@ from slotscops.core.errors import UserError, suggest
 from slotscops.segment.names import SHARED
 from slotscops.segment.segmenter import FoundParts
 
-FORMATS = ("coco", "coco-polygons", "labelme")
-_PACKAGES = {
+_PACKAGES = {  # by format
     "coco": ("pycocotools",),
     "coco-polygons": ("contourpy", "shapely"),
     "labelme": ("contourpy", "shapely"),
 }
+FORMATS = tuple(_PACKAGES)
 
 
 @dataclass(frozen=True)

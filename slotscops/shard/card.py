@@ -6,7 +6,6 @@ show no part and later ones do.
 """
 
 import html
-import json
 import re
 import shlex
 from collections import Counter
@@ -19,7 +18,7 @@ from yaml import YAMLError
 
 from slotscops.core import console
 from slotscops.core.errors import UserError, visible
-from slotscops.core.files import write_bytes
+from slotscops.core.files import read_json_or_none, write_bytes
 from slotscops.core.records import MEMBERS
 from slotscops.datasets.pascal_part.classes import PART_NAMES
 from slotscops.shard.counts import Counts, count_split
@@ -82,7 +81,7 @@ def make_card(dataset: ShardDataset, old: DatasetCard | None = None) -> DatasetC
     """
     counts = {split: count_split(dataset, split) for split in dataset.splits if dataset.num_samples(split)}
     index = dataset.folder / "index"
-    plan, left_out = _read_json(index / "plan.json"), _read_json(index / "left_out.json")
+    plan, left_out = read_json_or_none(index / "plan.json"), read_json_or_none(index / "left_out.json")
     header = DatasetCardData(**_licence_fields(old), **_header(dataset, list(counts)))
     sections = {
         "Loading": _loading(dataset, next(iter(counts), "train")),
@@ -245,11 +244,3 @@ def _safe(name: str) -> str:
     """A name from elsewhere as text of Markdown: it begins no link, no tag and no other column."""
     shown = html.escape(visible(name), quote=False)
     return re.sub(r"[|\[\]`*]", lambda found: f"&#{ord(found[0])};", shown)
-
-
-def _read_json(path: Path) -> Any:
-    """The content of a file that is not needed to read the shards; None if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
