@@ -8,12 +8,14 @@ from pathlib import Path
 
 from slotscops import __version__
 from slotscops.core import console
+from slotscops.core.command_line import module_name
 from slotscops.core.errors import UserError
 
-# What each command does, in the order in which a project needs them. Each is the module `slotscops.NAME`.
+# What each command does, in the order in which a project needs them.
 COMMANDS = {
     "shard": "Turn annotated photos, or drawn toy photos, into WebDataset shards with an index and features.",
     "features": "Compute the teacher's features of every crop once, or verify them.",
+    "choose-k": "Recommend a number of parts from short trainings, without any part label.",
     "train": "Train a model, alone or under accelerate launch.",
     "evaluate": "Score runs and baselines against the true parts.",
     "segment": "Find the parts in photos and make a page that shows them.",
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, *rest = given
         # The command's parser takes the name that its help shows from here.
         sys.argv = [f"{prog} {name}", *rest]
-        module = f"slotscops.{name}" if name in _SINGLE_FILES else f"slotscops.{name}.__main__"
+        module = module_name(name) if name in _SINGLE_FILES else f"{module_name(name)}.__main__"
         code: int = import_module(module).main(rest)
         return code
     if given and not given[0].startswith("-"):

@@ -14,6 +14,7 @@ from setuptools import find_packages
 import slotscops
 from slotscops import __main__ as command
 from slotscops.config import setting_names
+from slotscops.core.command_line import module_name
 from slotscops.core.errors import UserError
 from slotscops.train import __main__ as training
 from slotscops.train.recipes import find_config, recipe_names
@@ -23,7 +24,8 @@ INTRODUCED = list(command.COMMANDS)
 
 
 def module_of(name: str) -> ModuleType:
-    return import_module(f"slotscops.{name}" if name in ("app", "export", "report") else f"slotscops.{name}.__main__")
+    is_file = name in ("app", "export", "report")
+    return import_module(module_name(name) if is_file else f"{module_name(name)}.__main__")
 
 
 def modules_after(code: str) -> set[str]:
@@ -64,8 +66,8 @@ def test_a_command_started_as_a_module_shows_that_name(
     with pytest.raises(SystemExit):
         module.main(["--help"])
     usage, example, *_ = capsys.readouterr().out.split("\n\n")
-    assert usage.startswith(f"usage: python -m slotscops.{name} ")
-    assert example.startswith(f"Example: python -m slotscops.{name} ")
+    assert usage.startswith(f"usage: python -m {module_name(name)} ")
+    assert example.startswith(f"Example: python -m {module_name(name)} ")
 
 
 def test_without_a_command_the_list_is_printed_and_the_exit_code_is_that_of_a_mistake(
@@ -79,7 +81,7 @@ def test_without_a_command_the_list_is_printed_and_the_exit_code_is_that_of_a_mi
 def test_a_misspelt_command_names_the_closest_one() -> None:
     with pytest.raises(UserError, match="unknown command 'trian'; did you mean 'train'"):
         command.main(["trian"])
-    with pytest.raises(UserError, match="known are shard, features, train"):
+    with pytest.raises(UserError, match="known are shard, features, choose-k, train"):
         command.main(["xyz"])
 
 
@@ -96,7 +98,7 @@ def test_the_command_imports_nothing_of_the_commands_that_were_not_asked_for() -
     code = "from slotscops.__main__ import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
     loaded = modules_after(code)
     assert "slotscops.__main__" in loaded
-    assert not loaded & {"torch", "pydantic", *(f"slotscops.{name}" for name in command.COMMANDS)}
+    assert not loaded & {"torch", "pydantic", *map(module_name, command.COMMANDS)}
     loaded = modules_after("from slotscops.__main__ import main\nmain(['train', '--print-config'])")
     assert "slotscops.train.__main__" in loaded
     assert not loaded & {"torch", "slotscops.shard", "slotscops.features", "slotscops.segment", "slotscops.train.fit"}

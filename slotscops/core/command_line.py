@@ -3,6 +3,9 @@
 import argparse
 import sys
 
+# Where in the package a command lies, if not at `slotscops.NAME`.
+_PLACES = {"choose-k": "train.choose_k"}
+
 
 def command_parser(name: str, sentence: str, example: str, more: str = "", prog: str = "") -> argparse.ArgumentParser:
     """A parser whose `--help` opens with an example that can be copied.
@@ -12,7 +15,7 @@ def command_parser(name: str, sentence: str, example: str, more: str = "", prog:
         sentence: what the command does.
         example: arguments of a typical call, without the name of the program.
         more: text that follows the sentence.
-        prog: name of the program, where neither `slotscops NAME` nor `python -m slotscops.NAME` started it.
+        prog: name of the program, where neither `slotscops NAME` nor `python -m` and its module started it.
     """
     prog = prog or program_name(name)
     paragraphs = [f"Example: {prog} {example}", sentence, more]
@@ -24,6 +27,11 @@ def command_parser(name: str, sentence: str, example: str, more: str = "", prog:
 
 
 def program_name(name: str) -> str:
-    """`slotscops NAME` if the installed command started this process, otherwise `python -m slotscops.NAME`."""
+    """`slotscops NAME` if the installed command started this process, otherwise `python -m` and the module."""
     called = sys.argv[0]
-    return called if called.endswith(f"slotscops {name}") else f"python -m slotscops.{name}"
+    return called if called.endswith(f"slotscops {name}") else f"python -m {module_name(name)}"
+
+
+def module_name(name: str) -> str:
+    """The module or package of a command, such as `slotscops.features`."""
+    return f"slotscops.{_PLACES.get(name, name)}"

@@ -166,6 +166,25 @@ def held_out_samples(num_samples: int, num_held_out: int, seed: int) -> NDArray[
     return permute(np.arange(num_samples - num_held_out, num_samples), num_samples, seed, _HELD_OUT)
 
 
+def disjoint_halves(
+    num_samples: int, num_held_out: int, seed: int, repeat: int, most: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Two sets of samples of equal size, without a common one and without those of `held_out_samples`, in order.
+
+    Args:
+        repeat: each number divides the samples in another way.
+        most: the largest size of a set. Otherwise it is half of the samples that are not held out.
+
+    Returns:
+        (n,) and (n,) sample numbers.
+    """
+    num_used = num_samples - num_held_out
+    size = min(num_used // 2, most)
+    places = permute(np.arange(2 * size), num_used, seed, repeat)
+    samples = permute(places, num_samples, seed, _HELD_OUT)
+    return np.sort(samples[:size]), np.sort(samples[size:])
+
+
 def substitutes(sample: int, num_samples: int) -> list[int]:
     """Samples to try, in order, in place of a damaged one. They are the same on every process and worker."""
     key = np.random.SeedSequence([sample, NUM_SUBSTITUTES])

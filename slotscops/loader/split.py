@@ -48,9 +48,10 @@ class Split(Dataset[Batch]):
     with_object_masks: bool = False  # read object masks without part labels, for target_mask=object
     sparse_features: bool = False  # give values and places where the cache is sparse; `Batch.to` makes them dense
     merge: "PartMerge | None" = None  # true parts that count as one; None: all parts as they are in the shards
+    only: NDArray[np.int64] | None = None  # (N,) the samples of the shards that this split has; None: all of them
 
     def __len__(self) -> int:
-        return int(self._shard_starts[-1])
+        return int(self._shard_starts[-1]) if self.only is None else len(self.only)
 
     @property
     def part_names(self) -> dict[str, list[str]]:
@@ -72,7 +73,8 @@ class Split(Dataset[Batch]):
 
     def class_ids(self) -> NDArray[np.int64]:
         """(N,) class id of every sample: its row in the class table of the data set."""
-        return np.concatenate([self._index(shard).class_ids for shard in range(len(self._entries))])
+        ids = np.concatenate([self._index(shard).class_ids for shard in range(len(self._entries))])
+        return ids if self.only is None else ids[self.only]
 
     def class_ids_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """(B,) class id of each of these samples."""
@@ -219,6 +221,8 @@ class Split(Dataset[Batch]):
     def _locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shard number and row in the shard of each sample. Mirroring does not matter."""
         samples = samples % len(self)
+        if self.only is not None:
+            samples = self.only[samples]
         shards = np.searchsorted(self._shard_starts, samples, side="right") - 1
         return shards, samples - self._shard_starts[shards]
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slotscops.config import Config, to_mapping
@@ -58,11 +60,16 @@ class Trainer:
     """One process of a run: its network, optimizer and data, and the number of steps done."""
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, start_from: checkpoint.Checkpoint | None = None
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        start_from: checkpoint.Checkpoint | None = None,
+        only: NDArray[np.int64] | None = None,
     ) -> None:
         """
         Args:
             start_from: the checkpoint to continue from; None starts a new run.
+            only: (n,) the samples of the training split to train on; None takes all.
         """
         self.config = config
         self.accelerator = accelerator
@@ -74,7 +81,7 @@ class Trainer:
         # Part labels are never read. Object masks are read only if the target is masked by them.
         needs_masks = config.losses.target_mask == "object"
         self.split = Split(
-            self.dataset, "train", self.cache, False, replace_damaged=True, with_object_masks=needs_masks
+            self.dataset, "train", self.cache, False, replace_damaged=True, with_object_masks=needs_masks, only=only
         )
         microbatch = config.train.batch_size // accelerator.num_processes // self._num_microbatches
         check_shared_memory(self.split, microbatch, config.data.num_workers)

@@ -8,8 +8,10 @@ Shapes: B images, S slots (slot 0 the background), K = S - 1 parts, C teacher ch
 
 import math
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -55,6 +57,20 @@ def watch(logits: Tensor, basis: Tensor) -> dict[str, Tensor]:
         "basis_cosine": cosines.max(),
         "zero_basis_rows": (basis == 0).all(dim=-1).sum(dim=-1).max().float(),
     }
+
+
+def dead_parts(counts: NDArray[np.int64]) -> list[int]:
+    """The slots from 1 that win less than 0.1 % of the pixels of every class, such as those of an evaluation.
+
+    Args:
+        counts: (G, S) pixels by class and slot; (1, S) if all classes share their slots. A class without pixels says
+            nothing. Without any pixel, no slot is dead.
+    """
+    seen = counts[counts.sum(axis=1) > 0]
+    if not len(seen):
+        return []
+    shares = seen / seen.sum(axis=1, keepdims=True)  # (classes seen, S)
+    return [slot for slot in range(1, counts.shape[1]) if (shares[:, slot] < DEAD_SHARE).all()]
 
 
 def likely_causes(row: dict[str, float], step: int, total_steps: int) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Recommends a number of parts from short trainings, without any part label."""
