@@ -289,7 +289,7 @@ def _labeller_of_run(segmenter: Segmenter) -> PhotoLabeller:
 
     def label(photos: Sequence[Image.Image], class_name: str) -> list[NDArray[np.uint8]]:
         told = class_name if segmenter.class_names else None
-        return [found.labels for found in segmenter.segment_batch(photos, told)]
+        return [found.winners for found in segmenter.segment_batch(photos, told)]
 
     return label
 

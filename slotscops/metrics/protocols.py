@@ -155,6 +155,10 @@ class ProtocolScores:
             for name in self.seen_classes()
         }
 
+    def slot_pixels(self) -> dict[str, list[int]]:
+        """By class that was seen, the number of pixels of each predicted label. Also of photos without true parts."""
+        return {name: self.table("own", "first", name).sum(axis=1).tolist() for name in self.seen_classes()}
+
     def pooled(self) -> dict[str, float]:
         """The scores that a run reports during training, over all classes, in the paint order `first`.
 

@@ -88,6 +88,7 @@ class SlotScops(nn.Module):
         """
         super().__init__()
         self.num_slots, self.num_classes, self.refinement = basis.num_parts + 1, basis.num_classes, refinement
+        self.slot_numbers = tuple(range(self.num_slots))  # number of each row of the output; see `keep_slots`
         # Keep this order: sums over all parameters, such as the gradient norm, depend on it.
         self.basis = basis
         self.encoder = encoder
@@ -111,7 +112,8 @@ class SlotScops(nn.Module):
         encoded = self.encoder(inputs)  # (B, C_e, h, w)
         if self.tokens is None:
             logits, directions = self.part_logits(encoded), self.basis.directions()
-            return ModelOutput(encoded, None, logits, self.basis(), class_logits=None, directions=directions)
+            output = ModelOutput(encoded, None, logits, self.basis(), class_logits=None, directions=directions)
+            return self._without_others(output)
         tokens = self.tokens(encoded)  # (B, N, D)
         class_logits = None
         if self.class_head is not None:
@@ -120,7 +122,41 @@ class SlotScops(nn.Module):
             class_ids = class_logits.argmax(dim=1) if class_ids is None else class_ids
         logits, slot_output = self.part_logits(tokens, encoded.shape[2:], noise, class_ids)
         basis = self.basis(class_ids)  # (K, C), or (B, K, C)
-        return ModelOutput(encoded, slot_output, logits, basis, class_logits, self.basis.directions(class_ids))
+        directions = self.basis.directions(class_ids)
+        return self._without_others(ModelOutput(encoded, slot_output, logits, basis, class_logits, directions))
+
+    def keep_slots(self, numbers: Sequence[int]) -> None:
+        """Leaves all slots but these out of the output: of the logits, and so of maps and labels, and of the basis.
+
+        Each row of the output belongs to the slot of that place in `slot_numbers`; `num_slots` counts the rows. The
+        slots that are left out go on competing in Slot Attention, where every slot changes what the others win. Without
+        the starts of a slot that wins no pixel, the labels of the others would change. Only what is made of it
+        afterwards is dropped: the softmax over the rest leaves their order as it was, so a pixel that none of the
+        dropped slots won has the label that it had. Tensors and their names stay, and so does a checkpoint's format.
+
+        Args:
+            numbers: of the slots to keep, rising, among those that the output has; 0, the background, and at least one
+                part.
+
+        Raises:
+            ValueError: if the numbers are not these.
+        """
+        kept = tuple(numbers)
+        if len(kept) < 2 or kept[0] != 0 or list(kept) != sorted({*kept} & {*self.slot_numbers}):
+            raise ValueError(f"slots {kept}: needed 0 and others of {self.slot_numbers}, rising")
+        self.slot_numbers, self.num_slots = kept, len(kept)
+
+    def _without_others(self, output: ModelOutput) -> ModelOutput:
+        """The output with the rows of `slot_numbers` only. `slot_output` still has all slots."""
+        if self.num_slots == self.basis.num_parts + 1:
+            return output
+        parts = [number - 1 for number in self.slot_numbers[1:]]
+        directions = output.directions
+        if directions is not None:
+            directions = directions._replace(parts=directions.parts[..., parts, :, :])
+        return output._replace(
+            logits=output.logits[:, list(self.slot_numbers)], basis=output.basis[..., parts, :], directions=directions
+        )
 
     def segment_maps(self, output: ModelOutput, photos: Tensor) -> Tensor:
         """(B, S, H, W) float32 soft maps for scores and pictures, upsampled to the photos and refined if so set.

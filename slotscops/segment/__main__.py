@@ -101,7 +101,7 @@ def _write(
     write_bytes(out / f"{name}.overlay.jpg", overlay.getvalue())
     if soft:
         write_bytes(out / f"{name}.maps.safetensors", save({"maps": parts.maps}))
-    entry = write_pictures(out, name, parts.photo, parts.labels, num_slots)
+    entry = write_pictures(out, name, parts.photo, parts.winners, num_slots)
     return entry, [file.describe(path, name, parts) for file in files]
 
 
@@ -162,7 +162,7 @@ def _part_names(model: Segmenter, options: argparse.Namespace) -> dict[str, list
                 f"--part-names {options.part_names}: {len(names)} names, the model has {num_parts} parts; give one for "
                 "each"
             )
-        return dict.fromkeys(shown_names(None, model.class_names, num_parts), names)
+        return dict.fromkeys(shown_names(None, model.class_names, model.part_numbers), names)
     if options.name_from is not None:
         name_parts(model, options.name_from, options.parts, options.class_name)
         if Path(options.checkpoint).exists():
@@ -172,7 +172,7 @@ def _part_names(model: Segmenter, options: argparse.Namespace) -> dict[str, list
                 console.warn(f"{model.trained.path}: the names are not kept there ({error.strerror})")
         else:
             console.say("the names are kept only beside a model on this machine, not beside one from the hub")
-    return shown_names(model.names, model.class_names, num_parts)
+    return shown_names(model.names, model.class_names, model.part_numbers)
 
 
 def _tell_passed_over(passed_over: Sequence[PassedOver]) -> list[Skipped]:
@@ -276,10 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if options.strict and not_taken else 0
     name = Path(options.checkpoint).name
     shown = {options.class_name: part_names[options.class_name]} if options.class_name in part_names else part_names
-    gallery = Gallery.begin(options.out, name, joined_names(shown), options.soft)
+    gallery = Gallery.begin(options.out, name, joined_names(shown), options.soft, model.part_numbers)
     given = shlex.join(sys.argv[1:] if arguments is None else arguments)
     command = shorten(hide_secrets(f"{program_name('segment')} {given}"), _LONGEST_COMMAND)
-    about = About(name, command, part_names, common_folder(photos))
+    about = About(name, command, part_names, common_folder(photos), model.part_numbers)
     with open_formats(formats, options.features, options.out, about) as files:
         skipped = segment_all(
             model, photos, options.out, gallery, options.batch_size, options.soft, options.class_name, files

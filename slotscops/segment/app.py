@@ -61,16 +61,16 @@ def describe_parts(model: Segmenter, parts: FoundParts) -> dict[str, Any]:
         pixels a side, `labels` as a label map PNG of the photo's own size (all in base64), and for each slot its name,
         colour and share of the pixels.
     """
-    names = shown_names(model.names, model.class_names, model.network.num_slots - 1)
+    names = shown_names(model.names, model.class_names, model.part_numbers)
     height, width = parts.labels.shape
     photo, jpeg = Image.fromarray(parts.photo), io.BytesIO()
     photo.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
     photo.save(jpeg, "JPEG", quality=90)
     slots = zip(
         ["background", *names[SHARED if parts.class_name is None else parts.class_name]],
-        voc_palette().tolist(),
+        voc_palette(256)[parts.numbers].tolist(),
         (parts.areas / parts.labels.size).tolist(),
-        strict=False,  # the palette has 256 colours
+        strict=True,
     )
     return {
         "width": width,

@@ -73,7 +73,7 @@ class CocoFile:
         """The photo's entry and those of its parts, without their ids."""
         height, width = parts.labels.shape
         image = {"file_name": self.about.file_name(photo), "width": width, "height": height}
-        return image, [self._annotation(parts, int(slot)) for slot in np.flatnonzero(parts.present) if slot]
+        return image, [self._annotation(parts, int(row)) for row in np.flatnonzero(parts.present) if row]
 
     def add(self, described: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
         """Numbers the entries of a photo and writes those of its parts."""
@@ -90,16 +90,17 @@ class CocoFile:
         self._write('\n],\n"images": ', self._images)
         self.file.write(b"}\n")
 
-    def _annotation(self, parts: FoundParts, slot: int) -> dict[str, Any]:
-        left, top, right, bottom = (int(edge) for edge in parts.boxes[slot])
+    def _annotation(self, parts: FoundParts, row: int) -> dict[str, Any]:
+        left, top, right, bottom = (int(edge) for edge in parts.boxes[row])
+        number = int(parts.numbers[row])
         class_number = list(self.about.part_names).index(parts.class_name or SHARED)
         return {
-            "category_id": class_number * (len(parts.logits) - 1) + slot,
-            "segmentation": self._segmentation(parts.labels, slot, (left, top, right, bottom)),
-            "area": int(parts.areas[slot]),
+            "category_id": class_number * int(parts.numbers[-1]) + number,
+            "segmentation": self._segmentation(parts.labels, number, (left, top, right, bottom)),
+            "area": int(parts.areas[row]),
             "bbox": [left, top, right - left, bottom - top],
             "iscrowd": 0,
-            "score": round(float(parts.scores[slot]), 6),
+            "score": round(float(parts.scores[row]), 6),
         }
 
     def _segmentation(self, labels: NDArray[np.uint8], slot: int, box: Box) -> Any:
@@ -116,19 +117,22 @@ class CocoFile:
 
 
 def categories(about: About) -> list[dict[str, Any]]:
-    """COCO's categories. Ids count from 1, class by class. The supercategory of a part is its class, if it has one.
+    """COCO's categories. Ids are the numbers of the parts, and count on from class to class.
+
+    The supercategory of a part is its class, if it has one.
 
     If the user gave two parts the same name, the second gets a number behind it, because readers tell categories by
     their names.
     """
     found: list[dict[str, Any]] = []
     taken: set[str] = set()
-    for class_name in about.part_names:
-        for wanted in about.labels_of(class_name):
+    for class_number, class_name in enumerate(about.part_names):
+        for part_number, wanted in zip(about.numbers, about.labels_of(class_name), strict=True):
             name, number = wanted, 1
             while name in taken:
                 number += 1
                 name = f"{wanted} {number}"
             taken.add(name)
-            found.append({"id": len(found) + 1, "name": name, "supercategory": class_name or "part"})
+            category_id = class_number * about.numbers[-1] + part_number
+            found.append({"id": category_id, "name": name, "supercategory": class_name or "part"})
     return found

@@ -5,14 +5,17 @@
 
 The input `images` is (B, 3, size, size) uint8 RGB, 0..255, with any B. The file contains the normalisation, and also
 the teacher if the model reads its features. The outputs are `maps`, (B, S, size, size) float32, the share of each slot
-in each pixel (slot 0 is the background), and `labels`, (B, size, size) uint8, the slot with the largest share. As
-`model.segment` does, pad a photo to a square with the colour `slotscops.core.pixels.PADDING` and resize it to `size`.
+in each pixel (slot 0 is the background), and `labels`, (B, size, size) uint8, the number of the slot with the largest
+share. The property `numbers` of an ONNX file, and `slotscops.json` in a `.pt2` file, say which slot each row of `maps`
+is. They are 0 to S - 1, unless dead parts were left out; see `pruning`. As `model.segment` does, pad a photo to a
+square with the colour `slotscops.core.pixels.PADDING` and resize it to `size`.
 
 Before the file is written, the exported model is loaded and compared with the original on the photos. If they differ
 by more than `TOLERANCE`, no file is written.
 """
 
 import io
+import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +34,7 @@ from slotscops.core.files import why_not_writable, write_bytes
 from slotscops.core.photos import find_photos, read_photo
 from slotscops.model.maps import interpolation_matrix
 from slotscops.model.refinement import refine_maps
+from slotscops.segment.pruning import tell_left_out
 from slotscops.segment.segmenter import Segmenter, load, network_inputs
 
 TOLERANCE = 1e-3  # largest allowed difference of a share; shares lie in 0..1
@@ -41,6 +45,8 @@ Runner = Callable[[NDArray[np.uint8]], tuple[NDArray[Any], NDArray[Any]]]
 
 class WholeModel(nn.Module):
     """The network with all steps from pixels to maps and labels in one forward pass."""
+
+    numbers: Tensor | None  # (S,) uint8 label of each row of the maps; None if the rows' places are the labels
 
     def __init__(self, model: Segmenter) -> None:
         """
@@ -59,6 +65,7 @@ class WholeModel(nn.Module):
         grid = model.forward(blank).logits.shape[2:]
         for name, side in zip(("down", "across"), grid, strict=True):
             self.register_buffer(name, interpolation_matrix(side, model.size, align_corners=True).clone())
+        self.register_buffer("numbers", _numbers_of_rows(model))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, size, size) uint8 images -> (B, S, size, size) float32 maps and (B, size, size) uint8 labels."""
@@ -67,7 +74,14 @@ class WholeModel(nn.Module):
         maps = (self.down @ (logits @ self.across.T)).softmax(dim=1)
         if self.network.refinement == "pamr":
             maps = refine_maps(maps, images)
-        return maps, maps.argmax(dim=1).to(torch.uint8)
+        winners = maps.argmax(dim=1)
+        return maps, winners.to(torch.uint8) if self.numbers is None else self.numbers[winners]
+
+
+def _numbers_of_rows(model: Segmenter) -> Tensor | None:
+    """(S,) uint8, see `WholeModel.numbers`."""
+    numbers = model.network.slot_numbers
+    return None if numbers == tuple(range(len(numbers))) else torch.tensor(numbers, dtype=torch.uint8)
 
 
 def export_program(whole: WholeModel, size: int) -> torch.export.ExportedProgram:
@@ -78,10 +92,14 @@ def export_program(whole: WholeModel, size: int) -> torch.export.ExportedProgram
         return torch.export.export(whole, (example,), dynamic_shapes=shapes)
 
 
-def to_pt2(program: torch.export.ExportedProgram) -> bytes:
-    """The bytes of a `.pt2` file."""
+def to_pt2(program: torch.export.ExportedProgram, notes: dict[str, str]) -> bytes:
+    """The bytes of a `.pt2` file.
+
+    Args:
+        notes: stored in the file as `slotscops.json`, which `torch.export.load(..., extra_files=...)` reads.
+    """
     file = io.BytesIO()
-    torch.export.save(program, file)
+    torch.export.save(program, file, extra_files={"slotscops.json": json.dumps(notes)})
     return file.getvalue()
 
 
@@ -186,11 +204,12 @@ def export(model: Segmenter, out: Path, crops: NDArray[np.uint8]) -> tuple[float
     """
     whole = WholeModel(model).cpu().eval()
     settings = {"size": str(model.size), "slots": str(model.network.num_slots), "input": "uint8 RGB 0..255"}
+    settings["numbers"] = ",".join(map(str, model.network.slot_numbers))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters' warnings are of no use to our users
             program = export_program(whole, model.size)
-            content = to_onnx(program, settings) if out.suffix == ".onnx" else to_pt2(program)
+            content = to_onnx(program, settings) if out.suffix == ".onnx" else to_pt2(program, settings)
             run = run_onnx(content) if out.suffix == ".onnx" else run_pt2(content)
     except (UserError, KeyboardInterrupt):
         raise
@@ -217,6 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--teacher-weights", help="weights of the teacher, for a model that was trained on cached features"
     )
     parser.add_argument(
+        "--keep-dead", action="store_true",
+        help="keep parts that won next to no pixel in the last evaluation of the training",
+    )  # fmt: skip
+    parser.add_argument(
         "photos", type=Path, nargs="*", metavar="PHOTO_OR_FOLDER", help="photos on which the written model is checked"
     )
     options = parser.parse_args(arguments)
@@ -225,6 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if refusal := why_not_writable(options.out):
         raise UserError(f"--out {options.out}: {refusal}")
     model = load(options.checkpoint, options.teacher_weights)
+    if not options.keep_dead:
+        tell_left_out(model.trained, "--keep-dead")
+        model = model.without_dead()
     crops, what = _crops_for_check(model, options.photos)
     difference, relabelled = export(model, options.out, crops)
     console.say(

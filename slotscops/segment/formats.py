@@ -35,15 +35,23 @@ class About:
 
     model: str  # name of the model
     made_by: str  # the command
-    part_names: dict[str, list[str]]  # names of slots 1 to K by class, or under `SHARED`
+    part_names: dict[str, list[str]]  # names of the parts by class, or under `SHARED`
     folder: Path  # names of photos in the files are relative to this folder
+    part_numbers: Sequence[int] | None = None  # of these parts; None: 1 to K
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Number of each part, which is its label."""
+        if self.part_numbers is not None:
+            return self.part_numbers
+        return range(1, 1 + len(next(iter(self.part_names.values()))))
 
     def file_name(self, photo: Path) -> str:
         """The photo's path inside `folder`, with slashes."""
         return Path(os.path.relpath(photo, self.folder)).as_posix()
 
     def labels_of(self, class_name: str) -> list[str]:
-        """Names of slots 1 to K for a class or `SHARED`. A part of a class is called `CLASS PART`."""
+        """Names of the parts for a class or `SHARED`. A part of a class is called `CLASS PART`."""
         names = self.part_names[class_name]
         return names if class_name == SHARED else [f"{class_name} {part}" for part in names]
 

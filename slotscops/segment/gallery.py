@@ -87,7 +87,7 @@ def write_pictures(out: Path, name: str, photo: NDArray[np.uint8], labels: NDArr
     Args:
         name: file name of the photo in the gallery, without its ending.
         photo: (H, W, 3) uint8 RGB.
-        labels: (H, W) uint8, 0 = background.
+        labels: (H, W) uint8 rows of the slots, see `FoundParts.winners`; 0 = background.
         num_slots: S.
 
     Returns:
@@ -115,18 +115,21 @@ class Gallery:
 
     out: Path
     title: str
-    part_names: Sequence[str]  # names of slots 1 to K
+    part_names: Sequence[str]  # names of the parts
     has_maps: bool  # soft maps were written too
+    part_numbers: Sequence[int] | None = None  # of these parts, which say their colours; None: 1 to K
     _photos: list[Any] = field(default_factory=list)
     _waiting: list[str] = field(default_factory=list)  # encoded label maps for the next file of them
 
     @staticmethod
-    def begin(out: Path, title: str, part_names: Sequence[str], has_maps: bool) -> "Gallery":
+    def begin(
+        out: Path, title: str, part_names: Sequence[str], has_maps: bool, part_numbers: Sequence[int] | None = None
+    ) -> "Gallery":
         """Makes the folders. It removes an earlier page, which would mix old photos with new maps."""
         for folder in ("photos", "thumbnails"):
             (out / _FOLDER / folder).mkdir(parents=True, exist_ok=True)
         (out / "index.html").unlink(missing_ok=True)
-        return Gallery(out, title, part_names, has_maps)
+        return Gallery(out, title, part_names, has_maps, part_numbers)
 
     def add(self, entry: Entry) -> None:
         """Adds a photo, and writes a file of label maps when 100 photos are waiting for it."""
@@ -141,9 +144,12 @@ class Gallery:
             self._write_page()
         palette = voc_palette()
         names = ["background", *self.part_names]
+        numbers = [0, *(self.part_numbers or range(1, len(names)))]
         content = {
             "title": self.title,
-            "parts": [{"name": name, "colour": palette[slot].tolist()} for slot, name in enumerate(names)],
+            "parts": [
+                {"name": name, "colour": palette[number].tolist()} for number, name in zip(numbers, names, strict=True)
+            ],
             "pageSize": PAGE_SIZE,
             "hasMaps": self.has_maps,
             "skipped": [[photo.path, photo.reason] for photo in skipped],

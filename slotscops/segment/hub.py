@@ -2,6 +2,7 @@
 
 `model.save_pretrained(folder)` writes `model.safetensors`, `config.yaml`, a model card, a `config.json` by which the
 hub counts downloads, and `part_names.json` if the parts have names. `model.push_to_hub("OWNER/MODEL")` uploads them.
+Dead parts are left out, see `pruning`, unless `model.keep_dead` is set before.
 `Segmenter.from_pretrained(...)` takes a folder or an id. No file is a pickle.
 """
 
@@ -18,6 +19,7 @@ from slotscops.core.errors import UserError, first_line
 from slotscops.segment import names as part_names
 from slotscops.segment.model_card import TEMPLATE, card_contents
 from slotscops.segment.names import PartNames
+from slotscops.segment.pruning import tell_left_out
 from slotscops.train.build import Trained, load_model
 from slotscops.train.run.published import MODEL, SETTINGS, write_published
 
@@ -40,6 +42,7 @@ class HubModel(
     # Otherwise the mixin would write the arguments of `__init__`. The settings are in config.yaml.
     _hub_mixin_config = {"model_type": "slotscops"}  # noqa: RUF012  # the mixin's own name and type
     trained: Trained
+    keep_dead = False  # whether `save_pretrained` and `push_to_hub` keep parts that are dead, see `pruning`
 
     @abstractmethod
     def __init__(self, trained: Trained, teacher_weights: str | None = None) -> None: ...
@@ -49,6 +52,10 @@ class HubModel(
     def names(self) -> PartNames | None:
         """Names of the parts, if they were given."""
 
+    @abstractmethod
+    def without_dead(self) -> Self:
+        """This model without the parts that are dead."""
+
     @property
     @abstractmethod
     def class_names(self) -> list[str]:
@@ -56,8 +63,12 @@ class HubModel(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         _remove_old_card(save_directory / "README.md")
-        write_published(save_directory, self.trained.network.state_dict(), self.trained.config, self.trained.state)
-        part_names.write_names(save_directory, self.names)
+        model = self if self.keep_dead else self.without_dead()
+        trained = model.trained
+        if not self.keep_dead:
+            tell_left_out(self.trained, "keep_dead = True")
+        write_published(save_directory, trained.network.state_dict(), trained.config, trained.state)
+        part_names.write_names(save_directory, model.names)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, teacher_weights: str | None = None, **download: Any) -> Self:
@@ -66,8 +77,9 @@ class HubModel(
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The model card. `model_card_kwargs` of `save_pretrained` replace its contents."""
+        model = self if self.keep_dead else self.without_dead()
         return super().generate_model_card(
-            *args, **(card_contents(self.trained, self.names, self.class_names) | kwargs)
+            *args, **(card_contents(model.trained, model.names, model.class_names) | kwargs)
         )
 
 

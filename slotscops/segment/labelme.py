@@ -44,7 +44,7 @@ class LabelMeFolder:
         content = {
             "version": _VERSION,
             "flags": {},
-            "shapes": [shape for slot in np.flatnonzero(parts.present) if slot for shape in self._shapes(parts, slot)],
+            "shapes": [shape for row in np.flatnonzero(parts.present) if row for shape in self._shapes(parts, row)],
             "imagePath": Path(os.path.relpath(photo, self.folder)).as_posix(),
             "imageData": None,
             "imageHeight": height,
@@ -55,18 +55,19 @@ class LabelMeFolder:
     def add(self, described: None) -> None:
         """Does nothing: the file is there already."""
 
-    def _shapes(self, parts: FoundParts, slot: np.intp) -> list[dict[str, Any]]:
-        left, top, right, bottom = (int(edge) for edge in parts.boxes[slot])
+    def _shapes(self, parts: FoundParts, row: np.intp) -> list[dict[str, Any]]:
+        left, top, right, bottom = (int(edge) for edge in parts.boxes[row])
+        number = int(parts.numbers[row])
         labels = self.about.labels_of(parts.class_name or SHARED)
         return [
             {
-                "label": labels[slot - 1],
+                "label": labels[row - 1],
                 "points": corners.round(2).tolist(),
-                "group_id": int(slot),
+                "group_id": number,
                 "description": "",
                 "shape_type": "polygon",
                 "flags": {},
                 "mask": None,
             }
-            for corners in outline_part(parts.labels, int(slot), (left, top, right, bottom))
+            for corners in outline_part(parts.labels, number, (left, top, right, bottom))
         ]

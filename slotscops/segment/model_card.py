@@ -6,7 +6,9 @@ from typing import Any
 from slotscops.config import Config, to_yaml
 from slotscops.core import pretrained
 from slotscops.core.timm_networks import OWN_WEIGHTS, PREFIX, own_licence
+from slotscops.model.network import SlotScops
 from slotscops.segment.names import PartNames, shown_names
+from slotscops.segment.pruning import left_out_in_words
 from slotscops.train.build import Trained
 from slotscops.train.run.checkpoint import State
 from slotscops.train.run.published import without_folders
@@ -113,11 +115,11 @@ def card_contents(trained: Trained, names: PartNames | None = None, class_names:
     return {
         "data": str(config.data.shards),
         "shard_digest": f" (digest `{state.shard_digest[:12]}`)" if state.shard_digest else "",
-        "num_parts": config.slots.num_parts,
+        "num_parts": trained.network.num_slots - 1,
         "size": config.data.size,
         "steps": state.step,
         "samples": state.samples_seen,
-        "parts": _part_table(names, list(class_names), config.slots.num_parts),
+        "parts": _part_table(trained.network, names, list(class_names)),
         "told": _told(config, state),
         "teacher": _teacher(config, state, trained.network.takes_features),
         "teacher_argument": f', teacher_weights="{state.teacher_weights or "FILE"}"' if needs_file else "",
@@ -128,17 +130,32 @@ def card_contents(trained: Trained, names: PartNames | None = None, class_names:
     }
 
 
-def _part_table(names: PartNames | None, class_names: list[str], num_parts: int) -> str:
-    """A table of the parts' names, one column a class, and how well the labelled photos support them."""
-    if names is None:
-        return "Parts have numbers, no names. `slotscops segment --name-from LABELLED` names them from a few labels."
-    shown = shown_names(names, class_names, num_parts)
-    lines = [["slot", *(name or "part" for name in shown)], ["---"] * (1 + len(shown))]
-    lines += [[str(slot), *of_slot] for slot, of_slot in enumerate(zip(*shown.values(), strict=True), start=1)]
+def _part_table(network: SlotScops, names: PartNames | None, class_names: list[str]) -> str:
+    """A table of the parts' names, one column a class, and how well the labelled photos support them.
+
+    If parts were left out, it also says which, and which row of the maps each of the others is.
+    """
+    numbers = network.slot_numbers[1:]
+    left_out = sorted({*range(1, network.basis.num_parts + 1)} - {*numbers})
+    shown = shown_names(names, class_names, numbers)
+    lines = [["slot", *(name or "part" for name in shown)]]
+    lines += [[str(slot), *of_slot] for slot, of_slot in zip(numbers, zip(*shown.values(), strict=True), strict=True)]
+    explanation = ""
+    if left_out:
+        places = ["row of maps", *map(str, range(1, len(lines)))]
+        lines = [[*line, place] for line, place in zip(lines, places, strict=True)]
+        explanation = (
+            f"{left_out_in_words(left_out).capitalize()} of maps and labels. The others keep their numbers, which are "
+            "the labels.\n\n"
+        )
+    lines.insert(1, ["---"] * len(lines[0]))
     rows = "\n".join(f"| {' | '.join(map(_in_table, line))} |" for line in lines)
+    if names is None:
+        advice = "Parts have numbers, no names. `slotscops segment --name-from LABELLED` names them from a few labels."
+        return f"{explanation}{rows}\n\n{advice}" if left_out else advice
     return (
-        f"{rows}\n\nNamed from {names.num_photos} labelled photos; {100 * names.agreement:.3g} % of their labelled "
-        "pixels agree with the names."
+        f"{explanation}{rows}\n\nNamed from {names.num_photos} labelled photos; {100 * names.agreement:.3g} % of their "
+        "labelled pixels agree with the names."
     )
 
 

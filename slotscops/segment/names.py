@@ -24,7 +24,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200)]
 class PartNames:
     """A name, or None, for each part, and how well the labelled photos support them."""
 
-    by_class: dict[str, list[Name | None]]  # by class, or under `SHARED`; place k - 1 is slot k
+    by_class: dict[str, list[Name | None]]  # by class, or under `SHARED`; in the order of the model's parts
     agreement: Annotated[float, Field(ge=0, le=1)]  # share of the labelled pixels whose slot has the name of their part
     num_photos: Annotated[int, Field(ge=1, le=2**53)]
 
@@ -83,10 +83,16 @@ def read_names(folder: Path, class_names: Sequence[str], num_parts: int) -> Part
     return names
 
 
-def shown_names(names: PartNames | None, class_names: Sequence[str], num_parts: int) -> dict[str, list[str]]:
-    """A name for each part by class, or under `SHARED`: the given name, or `part k` for slot k without a name."""
+def shown_names(
+    names: PartNames | None, class_names: Sequence[str], part_numbers: Sequence[int]
+) -> dict[str, list[str]]:
+    """A name for each part by class, or under `SHARED`: the given name, or `part k` for slot k without a name.
+
+    Args:
+        part_numbers: of the model's parts, such as 1 to K.
+    """
     given: dict[str, list[Any]] = names.by_class if names else {}
-    numbered = [f"part {slot}" for slot in range(1, num_parts + 1)]
+    numbered = [f"part {slot}" for slot in part_numbers]
     return {
         key: [name or number for name, number in zip(given.get(key, numbered), numbered, strict=True)]
         for key in class_names or [SHARED]

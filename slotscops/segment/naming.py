@@ -124,7 +124,7 @@ def name_parts(
     unseen = [name for name in model.class_names if name not in by_class]
     nothing: list[str | None] = [None] * (model.network.num_slots - 1)
     model.names = PartNames(by_class | dict.fromkeys(unseen, nothing), agreeing / num_labelled, num_photos)
-    _show(overlaps, by_class)
+    _show(overlaps, by_class, model.part_numbers)
     console.say(f"{agreeing / num_labelled:.1%} of the labelled pixels of {num_photos} photos agree with these names")
     return model.names
 
@@ -275,21 +275,21 @@ def _find_label_folder(photos: Path) -> Path:
 # ---- showing -----------------------------------------------------------------------------------------------------
 
 
-def _show(overlaps: dict[str, Overlaps], by_class: dict[str, list[str | None]]) -> None:
+def _show(overlaps: dict[str, Overlaps], by_class: dict[str, list[str | None]], part_numbers: Sequence[int]) -> None:
     """A table of the names with their support, and lines for what has no counterpart."""
     rows: list[tuple[str, ...]] = []
     for key, one in overlaps.items():
         names = by_class[key]
-        for slot, name in enumerate(names, start=1):
+        for row, (number, name) in enumerate(zip(part_numbers, names, strict=True), start=1):
             if name:
                 column = 1 + one.part_names.index(name)
-                shared = int(one.table[slot, column])
-                shares = (shared / one.table[slot].sum(), shared / one.table[:, column].sum())
-                rows.append((f"{key} {slot}".strip(), name, *(f"{100 * share:.1f}" for share in shares)))
+                shared = int(one.table[row, column])
+                shares = (shared / one.table[row].sum(), shared / one.table[:, column].sum())
+                rows.append((f"{key} {number}".strip(), name, *(f"{100 * share:.1f}" for share in shares)))
     console.show_table("names of the parts", ("slot", "name", "% of the slot", "% of the true part"), rows, 2)
     for key, one in overlaps.items():
         of_class = f" of {key}" if key else ""
-        slots = [str(slot) for slot, name in enumerate(by_class[key], start=1) if not name]
+        slots = [str(number) for number, name in zip(part_numbers, by_class[key], strict=True) if not name]
         parts = [part for part in one.part_names if part not in by_class[key]]
         if slots:
             console.say(f"slots{of_class} without a name: {', '.join(slots)}")

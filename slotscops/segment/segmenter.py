@@ -7,11 +7,12 @@ Shapes: B photos; S slots, h x w cells of the network's logits, H x W pixels of 
 g x f cells.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from slotscops.model.maps import interpolation_matrix
 from slotscops.model.network import ModelOutput, SlotScops
 from slotscops.segment.hub import HubModel, fetch
 from slotscops.segment.names import PartNames, read_names
+from slotscops.segment.pruning import without_dead
 from slotscops.train.build import Trained, load_model
 
 _EPSILON = 1e-8  # keeps the log of a share of 0 finite
@@ -40,6 +42,9 @@ _STRIP_PIXELS = 1_000_000  # pixels to upsample at a time, so that the labels of
 class FoundParts:
     """The parts found in one photo. What is derived from the fields is computed on first use and then kept.
 
+    The rows of maps, areas, boxes and so on are the slots of the model, whose numbers stand in `numbers`. They are 0 to
+    S - 1, unless dead parts were left out of a published model: then the others keep their numbers.
+
     A slot is present if it has the largest share of at least one pixel. The rows of `features`, `boxes`, `centres` and
     `scores` of a slot that is not present are NaN. Coordinates count from the photo's top left corner, so the centre of
     its first pixel is (0.5, 0.5).
@@ -49,6 +54,12 @@ class FoundParts:
     logits: NDArray[np.float32]  # (S, h, w) for the padded square around the photo, before upsampling
     class_name: str | None = None  # class of the parts, if each class has parts of its own
     encoded: NDArray[np.float32] | None = None  # (C, g, f) the encoder's or teacher's features of the padded square
+    slot_numbers: tuple[int, ...] | None = None  # None: 0 to S - 1
+
+    @property
+    def numbers(self) -> NDArray[np.uint8]:
+        """(S,) uint8 number of each row's slot, as it stands in `labels`: 0 = background, k = part k."""
+        return np.array(self.slot_numbers or range(len(self.logits)), np.uint8)
 
     @cached_property
     def maps(self) -> NDArray[np.float32]:
@@ -58,13 +69,18 @@ class FoundParts:
     @cached_property
     def labels(self) -> NDArray[np.uint8]:
         """(H, W) uint8 slot with the largest share of each pixel: 0 = background, k = part k."""
-        labels = np.empty(self.photo.shape[:2], np.uint8)
+        return self.winners if self.slot_numbers is None else self.numbers[self.winners]
+
+    @cached_property
+    def winners(self) -> NDArray[np.uint8]:
+        """(H, W) uint8 row of the slot with the largest share of each pixel, from 0 to S - 1."""
+        winners = np.empty(self.photo.shape[:2], np.uint8)
         first = 0
         for strip in self.strips():
             rows = strip.argmax(axis=0)
-            labels[first : first + len(rows)] = rows
+            winners[first : first + len(rows)] = rows
             first += len(rows)
-        return labels
+        return winners
 
     @property
     def areas(self) -> NDArray[np.int64]:
@@ -260,6 +276,24 @@ class Segmenter(HubModel):
         return [] if self.network.num_classes is None else self.trained.state.class_names
 
     @property
+    def part_numbers(self) -> list[int]:
+        """Numbers of the parts: 1 to K, without those of dead parts that a published model leaves out."""
+        return list(self.network.slot_numbers[1:])
+
+    def without_dead(self) -> Self:
+        """This model without the parts that are dead, see `pruning`; itself if there are none. Tensors are shared."""
+        trained = without_dead(self.trained)
+        if trained is self.trained:
+            return self
+        model = copy.copy(self)
+        model.trained, model.network = trained, trained.network
+        if self.names is not None:
+            kept = [self.part_numbers.index(number) for number in model.part_numbers]
+            by_class = {key: [names[place] for place in kept] for key, names in self.names.by_class.items()}
+            model.names = replace(self.names, by_class=by_class)
+        return model
+
+    @property
     def names(self) -> PartNames | None:
         """Names of the parts, if they were given, as by `segment --name-from`. `save_pretrained` saves them."""
         return self._names
@@ -311,8 +345,10 @@ class Segmenter(HubModel):
         if output.class_logits is not None and class_name is None:
             names = [self.class_names[guess] for guess in output.class_logits.argmax(dim=1).tolist()]
         encoded = output.encoded.float().cpu().numpy()
+        is_pruned = self.part_numbers != list(range(1, self.network.num_slots))
+        slot_numbers = self.network.slot_numbers if is_pruned else None
         return [
-            FoundParts(to_array(image), logits[number], names[number], encoded[number])
+            FoundParts(to_array(image), logits[number], names[number], encoded[number], slot_numbers)
             for number, image in enumerate(images)
         ]
 

@@ -222,7 +222,7 @@ class Smoother:
             rows = slice(first, first + strip.shape[1])
             mean[:, rows] *= share
             mean[:, rows] += (1 - share) * strip
-            labels[rows] = mean[:, rows].argmax(axis=0)
+            labels[rows] = parts.numbers[mean[:, rows].argmax(axis=0)]
             first = rows.stop
         return labels
 

@@ -149,4 +149,9 @@ def load_model(run_or_checkpoint: Path) -> Trained:
         )
     model = build_model(config, channels, False, num_classes, None if projection is None else projection.clone())
     restore_model(model, tensors, path)
+    if state.slot_numbers:
+        try:
+            model.keep_slots(state.slot_numbers)
+        except ValueError as error:
+            raise UserError(f"{path}: its header names {error}; get the model again") from None
     return Trained(model.eval(), config, path, state)

@@ -113,6 +113,7 @@ class Trainer:
         self.step = 0  # steps done
         self.samples_seen = 0
         self._scores: dict[str, float] = {}  # of the last evaluation; empty if val has no true parts
+        self._slot_pixels: dict[str, list[int]] = {}  # of the last evaluation: by class, of each slot
         self._evaluated_step = 0  # the step of the last evaluation in this start
         self._best: dict[str, Any] = {}  # score, value and step of the best one
         self.finite = monitors.FiniteWatch(self.accelerator)
@@ -297,6 +298,7 @@ class Trainer:
         checkpoint.restore(saved, self.network, self._average, self.optimizer, self.accelerator.process_index)
         self.step, self.samples_seen = saved.state.step, saved.state.samples_seen
         self._scores, self._best = saved.state.scores, saved.state.best
+        self._slot_pixels = saved.state.slot_pixels
         console.say(f"{saved.path}: going on from step {self.step}")
 
     def open_run(self) -> None:
@@ -379,6 +381,7 @@ class Trainer:
             return
         self._evaluated_step = self.step
         self._scores = {f"val_{name}": score for name, score in scores.pooled().items()}
+        self._slot_pixels = scores.slot_pixels()
         self._note_best()
         if self.accelerator.is_main_process:
             picture = picture_of_split(network, split)
@@ -427,5 +430,6 @@ class Trainer:
             best=self._best,
             class_names=self.dataset.class_names,
             order=ORDER,
+            slot_pixels=self._slot_pixels,
         )
         writer.save(tensors, state, self._best.get("step"))

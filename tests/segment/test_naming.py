@@ -116,7 +116,7 @@ def test_names_stand_in_the_page_and_in_coco_and_are_found_again_and_published(
     assert segment.main([*common, str(tmp_path / "first"), "--name-from", str(labelled)]) == 0
     assert segment.main([*common, str(tmp_path / "again")]) == 0
     model = slotscops.load(run)
-    shown = shown_names(model.names, [], 5)[""]
+    shown = shown_names(model.names, [], range(1, 6))[""]
     assert len(set(shown) & set(COARSE)) >= 4
     for out in (tmp_path / "first", tmp_path / "again"):
         page = json.loads((out / "gallery" / "index.js").read_text().partition("(")[2].rpartition(")")[0])

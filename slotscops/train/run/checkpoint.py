@@ -65,6 +65,8 @@ class State:
     order: int = (
         1  # number of the rule for the order of samples, see `loader.plan.ORDER`; older runs do not name theirs
     )
+    slot_pixels: dict[str, list[Count]] = field(default_factory=dict)  # of the last evaluation: by class, of each slot
+    slot_numbers: list[Count] = field(default_factory=list)  # slots of a published model, see `keep_slots`; empty: all
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -56,6 +56,10 @@ def test_every_pixel_scored_is_in_the_confusion(finished: Path) -> None:
         for of_class, table in zip(evaluation["confusion"].values(), tables, strict=True):
             assert table.shape == (6, len(of_class["parts"]))
         assert sum(table.sum() for table in tables) == 64 * 64 * 6  # val holds six crops
+    state = json.loads((finished / "checkpoints" / "step-6" / "state.json").read_text())
+    assert state["slot_pixels"] == {
+        name: np.array(of_class["first"]).sum(axis=1).tolist() for name, of_class in evaluation["confusion"].items()
+    }
 
 
 def test_it_is_there_from_the_first_evaluation_on(toy_shards: Path, tmp_path: Path) -> None:
