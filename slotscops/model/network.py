@@ -22,6 +22,8 @@ from slotscops.model.saved_names import save_as_own
 from slotscops.model.slots import SlotAttention
 from slotscops.model.target import TargetTransform
 
+_EPSILON = 1e-8  # where slots that are left out have all of a pixel, the others have 0
+
 
 class ModelOutput(NamedTuple):
     """All results of a forward pass, in the order of their computation.
@@ -35,6 +37,7 @@ class ModelOutput(NamedTuple):
     basis: Tensor  # (K, C), or (B, K, C) if each class has its own rows; row k belongs to slot k + 1
     class_logits: Tensor | None  # (B, N_c), if each class has slots of its own; else None
     directions: Directions | None = None  # those of the mixture loss, if it is on
+    unpruned: Tensor | None = None  # logits of all slots, if some are left out of `logits`; see `keep_slots`
 
     def maps(self, size: Sequence[int]) -> Tensor:
         """(B, S, H, W) float32 soft maps for a size (H, W) in pixels; slot 0 is the background. See `part_maps`."""
@@ -148,14 +151,17 @@ class SlotScops(nn.Module):
 
     def _without_others(self, output: ModelOutput) -> ModelOutput:
         """The output with the rows of `slot_numbers` only. `slot_output` still has all slots."""
-        if self.num_slots == self.basis.num_parts + 1:
+        if not self._leaves_slots_out:
             return output
         parts = [number - 1 for number in self.slot_numbers[1:]]
         directions = output.directions
         if directions is not None:
             directions = directions._replace(parts=directions.parts[..., parts, :, :])
         return output._replace(
-            logits=output.logits[:, list(self.slot_numbers)], basis=output.basis[..., parts, :], directions=directions
+            logits=output.logits[:, list(self.slot_numbers)],
+            basis=output.basis[..., parts, :],
+            directions=directions,
+            unpruned=output.logits,
         )
 
     def segment_maps(self, output: ModelOutput, photos: Tensor) -> Tensor:
@@ -165,8 +171,25 @@ class SlotScops(nn.Module):
             output: what `forward` returned for these photos.
             photos: (B, 3, H, W) RGB, uint8 or floating point in [0, 1].
         """
-        maps = output.maps(photos.shape[-2:])
-        return refine_maps(maps, photos) if self.refinement == "pamr" else maps
+        if self.refinement == "none":
+            return output.maps(photos.shape[-2:])
+        whole = output if output.unpruned is None else output._replace(logits=output.unpruned)
+        return self.keep_rows(refine_maps(whole.maps(photos.shape[-2:]), photos))
+
+    def keep_rows(self, maps: Tensor) -> Tensor:
+        """(B, S, H, W) maps of the slots that the output has, scaled to sum to 1, for (B, ., H, W) maps of all slots.
+
+        Maps are refined before slots are left out: the scale differs from pixel to pixel, and after a change of scale
+        the mean over a pixel's neighbours would prefer other slots.
+        """
+        if not self._leaves_slots_out:
+            return maps
+        kept = maps[:, list(self.slot_numbers)]
+        return kept / kept.sum(dim=1, keepdim=True).clamp_min(_EPSILON)
+
+    @property
+    def _leaves_slots_out(self) -> bool:
+        return self.num_slots < self.basis.num_parts + 1
 
     @property
     def takes_features(self) -> bool:

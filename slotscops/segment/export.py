@@ -70,10 +70,12 @@ class WholeModel(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, size, size) uint8 images -> (B, S, size, size) float32 maps and (B, size, size) uint8 labels."""
         inputs = network_inputs(self.network, self.teacher, images, self.teacher_size)
-        logits = self.network(inputs).logits.float()  # (B, S, h, w)
+        output = self.network(inputs)
+        logits = (output.logits if output.unpruned is None else output.unpruned).float()  # (B, S, h, w)
         maps = (self.down @ (logits @ self.across.T)).softmax(dim=1)
         if self.network.refinement == "pamr":
             maps = refine_maps(maps, images)
+        maps = self.network.keep_rows(maps)
         winners = maps.argmax(dim=1)
         return maps, winners.to(torch.uint8) if self.numbers is None else self.numbers[winners]
 

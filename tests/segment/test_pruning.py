@@ -191,3 +191,16 @@ def test_only_the_output_changes_and_the_slots_go_on_competing(num_classes: int 
     assert torch.equal(after.slot_output.attention, before.slot_output.attention)
     network.keep_slots([0, 5])
     assert network(features, class_ids=class_ids).logits.shape[1] == network.num_slots == 2
+
+
+def test_maps_are_refined_before_slots_are_left_out() -> None:
+    settings = ["decoder.maps=attention", "decoder.refinement=pamr"]
+    network = build_network(FeatureEncoder(8), load_config(None, settings), 8).eval()
+    photos = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    features = torch.randn(2, 8, 4, 4)
+    before = network.segment_maps(network(features), photos)
+    network.keep_slots([0, 2, 5])
+    after = network.segment_maps(network(features), photos)
+    kept = before[:, [0, 2, 5]]
+    torch.testing.assert_close(after, kept / kept.sum(dim=1, keepdim=True))
+    assert torch.equal(after.argmax(1), kept.argmax(1))
