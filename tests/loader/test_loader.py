@@ -194,6 +194,16 @@ class BatchWithDepth(Batch):
     depth: torch.Tensor | None = None
 
 
+def test_a_split_of_some_samples_numbers_them_anew(toy_shards: Path) -> None:
+    split, chosen = replace(open_split(toy_shards), cache=None), np.array([2, 9, 16])
+    some = replace(split, only=chosen)
+    assert len(some) == 3
+    assert_same(some.read(np.array([2, 0])), split.read(np.array([16, 2])))
+    assert_same(some.read(np.array([4])), split.read(np.array([len(split) + 9])))  # mirrored
+    assert (some.class_ids() == split.class_ids()[chosen]).all()
+    assert some.key(1) == split.key(9)
+
+
 def test_a_tensor_field_that_is_added_to_a_batch_is_moved_and_kept_with_the_others(
     toy_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

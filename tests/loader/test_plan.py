@@ -141,3 +141,16 @@ def test_samples_held_out_are_never_trained_on_and_every_epoch_holds_all_others_
     for samples in of_epochs:
         assert sorted(sample % num_samples for sample in samples) == others
         assert mirror or max(samples) < num_samples
+
+
+def test_disjoint_halves_share_no_sample_with_each_other_or_the_held_out_and_change_with_the_repeat() -> None:
+    held_out = set(plan.held_out_samples(23, 4, seed=7).tolist())
+    divisions = []
+    for repeat in range(3):
+        first, second = (set(half.tolist()) for half in plan.disjoint_halves(23, 4, 7, repeat, most=100))
+        assert len(first) == len(second) == 9
+        assert not first & second
+        assert not (first | second) & held_out
+        divisions.append(first)
+    assert divisions[0] != divisions[1] != divisions[2]
+    assert [len(half) for half in plan.disjoint_halves(23, 4, 7, 0, most=5)] == [5, 5]
