@@ -132,8 +132,9 @@ class SlotScops(nn.Module):
         """Leaves all slots but these out of the output: of the logits, and so of maps and labels, and of the basis.
 
         Each row of the output belongs to the slot of that place in `slot_numbers`; `num_slots` counts the rows. The
-        slots that are left out go on competing in Slot Attention, where every slot changes what the others win. Without
-        the starts of a slot that wins no pixel, the labels of the others would change. Only what is made of it
+        slots that are left out go on competing in Slot Attention, where every slot changes what the others win. In two
+        networks with a slot that won no pixel of 48 faces, taking its start and its rows out of the network changed
+        0.07 and 0.25 % of the labels, and 0.5 and 0.7 % of the refined ones. Therefore only what is made of the slot
         afterwards is dropped: the softmax over the rest leaves their order as it was, so a pixel that none of the
         dropped slots won has the label that it had. Tensors and their names stay, and so does a checkpoint's format.
 

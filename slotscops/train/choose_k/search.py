@@ -25,6 +25,7 @@ from slotscops.core.files import remove_abandoned, write_json
 from slotscops.loader.plan import disjoint_halves, held_out_samples
 from slotscops.metrics.stability import LabelledPhotos, count_pairs_of_labels, label_photos, stability_of
 from slotscops.metrics.without_labels import score_without_labels
+from slotscops.train import failures
 from slotscops.train.candidates import candidate_seeds
 from slotscops.train.choose_k.rule import RULE, Measured, recommend
 from slotscops.train.loop import Trainer
@@ -176,11 +177,13 @@ def _divide(
 def _train(config: Config, samples: NDArray[np.int64], num_steps: int, accelerator: Accelerator) -> Trainer:
     """The first steps of a run on these samples of the training split only."""
     accelerator.free_memory()  # of the training before
-    trainer = Trainer(config, accelerator, only=samples)
     num_steps = min(num_steps, config.train.total_steps)
-    batches = trainer.open_batches(num_steps)
-    for _ in range(num_steps):
-        trainer.take_step(batches)
+    trainer = None
+    with failures.named(lambda: trainer.step if trainer else 0):
+        trainer = Trainer(config, accelerator, only=samples)
+        batches = trainer.open_batches(num_steps)
+        for _ in range(num_steps):
+            trainer.take_step(batches)
     return trainer
 
 
