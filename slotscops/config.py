@@ -44,6 +44,7 @@ SlotGradient = Literal["full", "last_iteration", "bilevel"]
 MapsFrom = Literal["head", "attention", "head_only"]
 DecoderKind = Literal["scops", "mlp_broadcast", "conv"]
 Refinement = Literal["none", "pamr"]
+Places = Literal["none", "upright", "facing"]
 BasisKind = Literal["relu", "free"]
 BasisInit = Literal["random", "kmeans", "uneven_kmeans", "single_kmeans"]
 CandidateCriterion = Literal["agreement", "likelihood"]
@@ -135,6 +136,10 @@ class Decoder:
     )
     # "pamr" moves the borders of maps that are scored or drawn to where the photo's colours change. It never trains.
     refinement: Refinement = "none"
+    # Each part has a place in the object, where the mixture loss and the part maps expect it. "upright" measures places
+    # from the object's middle, in its own extent. "facing" also finds for each photo which of its sides is the front.
+    places: Places = "none"
+    place_spread: Annotated[float, Field(gt=0, le=10)] = 0.3  # How far a part reaches from its place, in half extents.
 
 
 @dataclass(frozen=True, config=_STRICT)

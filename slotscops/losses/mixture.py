@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from slotscops.model.maps import both_matrices
+from slotscops.model.object_frame import Densities
 
 _EPSILON = 1e-6  # a feature vector of zeros stays zero, and is then equally likely in every slot
 _MAX_NUMBERS = 2**25  # of the largest tensor: 128 MB. 16 crops of 128 px with 11 directions take 2.9 million numbers
@@ -27,6 +28,7 @@ def mixture_loss(
     kappa: float = 10.0,
     align_corners: bool = True,
     max_numbers: int = _MAX_NUMBERS,
+    densities: Densities | None = None,
 ) -> Tensor:
     """How unlikely the teacher's features are if each slot has directions and the part maps are the mixing shares.
 
@@ -50,6 +52,8 @@ def mixture_loss(
         kappa: the concentration, shared by all directions. The larger, the less a direction tolerates other features.
         align_corners: how the two grids are aligned with the pixels, as in `torch.nn.functional.interpolate`.
         max_numbers: the most numbers in a tensor at pixel resolution, but one row of pixels is always computed at once.
+        densities: of each slot at each pixel, rows (B, S, H) and columns (B, S, W). If given, what a slot explains in
+            the features is multiplied by them, so that of two parts that look alike the one whose place is near counts.
 
     Returns:
         Scalar in nats, at least -kappa. It is float64 if any of the first four inputs is float64, else float32, even
@@ -67,7 +71,11 @@ def mixture_loss(
         dtype = torch.promote_types(dtype, tensor.dtype)
     with torch.autocast(logits.device.type, enabled=False):
         likeness = kappa * _cosines(features.detach().to(dtype), parts.to(dtype), background.to(dtype))
-        total = _sum_over_pixels(logits.to(dtype), likeness, parts.shape[-2], size, align_corners, max_numbers)
+        if densities is not None:
+            densities = Densities(*(side.to(dtype) for side in densities))
+        total = _sum_over_pixels(
+            logits.to(dtype), likeness, parts.shape[-2], size, align_corners, max_numbers, densities
+        )
     return -total / (len(logits) * size[0] * size[1])
 
 
@@ -78,6 +86,7 @@ def _sum_over_pixels(
     size: tuple[int, int],
     align_corners: bool,
     max_numbers: int,
+    densities: Densities | None,
 ) -> Tensor:
     """`_log_likelihood` of all pixels, for some rows of pixels at a time if there are many numbers.
 
@@ -92,12 +101,14 @@ def _sum_over_pixels(
     num_background = num_directions - (num_slots - 1) * num_each
     wide = (logits @ across_logits.T, likeness @ across_features.T)  # (B, S, h, W), (B, D, h, W)
     num_rows = max(1, max_numbers // (num_images * max(num_directions, num_slots) * size[1]))
-    if num_rows >= size[0]:
-        return _log_likelihood(down_logits, down_features, *wide, num_background, num_each)
-    pieces = zip(down_logits.split(num_rows), down_features.split(num_rows), strict=True)
-    sums = [
-        checkpoint(_log_likelihood, *piece, *wide, num_background, num_each, use_reentrant=False) for piece in pieces
-    ]
+    sums = []
+    for first in range(0, size[0], num_rows):
+        rows = slice(first, first + num_rows)
+        part = None if densities is None else Densities(densities.rows[:, :, rows], densities.columns)
+        arguments = (down_logits[rows], down_features[rows], *wide, num_background, num_each, part)
+        if num_rows >= size[0]:
+            return _log_likelihood(*arguments)
+        sums.append(checkpoint(_log_likelihood, *arguments, use_reentrant=False))
     total: Tensor = torch.stack(sums).sum()
     return total
 
@@ -112,7 +123,13 @@ def _cosines(features: Tensor, parts: Tensor, background: Tensor) -> Tensor:
 
 
 def _log_likelihood(
-    down_logits: Tensor, down_features: Tensor, logits: Tensor, likeness: Tensor, num_background: int, num_each: int
+    down_logits: Tensor,
+    down_features: Tensor,
+    logits: Tensor,
+    likeness: Tensor,
+    num_background: int,
+    num_each: int,
+    densities: Densities | None,
 ) -> Tensor:
     """Sum over images and R rows of pixels of log sum_s p_s (1/M_s) sum_m exp(kappa <w_sm, U f>).
 
@@ -122,16 +139,34 @@ def _log_likelihood(
         likeness: (B, D, h, W) kappa <w, U f>, as wide as the pixels; the background's directions come first.
         num_background: M_0.
         num_each: M.
+        densities: of these rows, added to the slots' log likelihoods.
     """
     logits, likeness = down_logits @ logits, down_features @ likeness  # (B, S, R, W), (B, D, R, W)
-    of_background = likeness[:, :num_background].logsumexp(1, keepdim=True) - math.log(num_background)
-    of_parts = likeness[:, num_background:]  # (B, K M, R, W)
-    if num_each > 1:
-        of_parts = of_parts.unflatten(1, (-1, num_each)).logsumexp(2) - math.log(num_each)
-    of_slots = torch.cat([of_background, of_parts], dim=1)  # (B, S, R, W)
+    of_slots = _of_slots(likeness, num_background, num_each)  # (B, S, R, W)
+    if densities is not None:
+        of_slots = of_slots + densities.over_grid()
     # log sum_s p_s a_s = logsumexp(l + log a) - logsumexp(l), because p is the softmax of the logits l.
     total: Tensor = ((logits + of_slots).logsumexp(1) - logits.logsumexp(1)).sum()
     return total
+
+
+def _of_slots(likeness: Tensor, num_background: int, num_each: int) -> Tensor:
+    """(B, D, ...) kappa <w, f> -> (B, S, ...) log of the mean over a slot's directions of exp(kappa <w, f>)."""
+    of_background = likeness[:, :num_background].logsumexp(1, keepdim=True) - math.log(num_background)
+    of_parts = likeness[:, num_background:]  # (B, K M, ...)
+    if num_each > 1:
+        of_parts = of_parts.unflatten(1, (-1, num_each)).logsumexp(2) - math.log(num_each)
+    return torch.cat([of_background, of_parts], dim=1)
+
+
+def slot_likelihoods(features: Tensor, parts: Tensor, background: Tensor, kappa: float) -> Tensor:
+    """How likely each feature is in each slot: (B, S, h, w) logarithms on the features' grid, in float32.
+
+    Args as for `mixture_loss`.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        likeness = kappa * _cosines(features.float(), parts.float(), background.float())
+        return _of_slots(likeness, background.shape[-2], parts.shape[-2])
 
 
 def _check_shapes(logits: Tensor, features: Tensor, parts: Tensor, background: Tensor, size: tuple[int, int]) -> None:

@@ -15,7 +15,7 @@ from slotscops.core.errors import UserError
 from slotscops.core.records import Batch
 from slotscops.losses.contrast import part_contrast, visual_consistency, visual_consistency_lab
 from slotscops.losses.gathering import Gather, gather_processes, keep_own
-from slotscops.losses.mixture import mixture_loss
+from slotscops.losses.mixture import mixture_loss, slot_likelihoods
 from slotscops.losses.regularisers import (
     background_cross_entropy,
     concentration,
@@ -27,7 +27,9 @@ from slotscops.losses.regularisers import (
 )
 from slotscops.losses.semantic import semantic_consistency
 from slotscops.losses.warp import Warp, draw_warps, equivariance, landmark_equivariance, warp_images
+from slotscops.model.maps import upsample
 from slotscops.model.network import ModelOutput
+from slotscops.model.object_frame import ObjectFrame, find_facing, place_densities
 from slotscops.model.object_guess import ObjectGuess
 from slotscops.model.target import TargetTransform
 
@@ -89,6 +91,16 @@ def _check_mixture(config: Config) -> None:
             f"basis.part_directions is {basis.part_directions}, but only losses.mixture uses more than one a part, and "
             "it is 0; set it to 1 or losses.mixture to 1"
         )
+    if config.decoder.places != "none" and not losses.mixture:
+        raise UserError(
+            f"decoder.places is {config.decoder.places}, but only losses.mixture trains places, and it is 0; set it to "
+            "1 or decoder.places to none"
+        )
+    if config.decoder.places != "none" and losses.target_mask == "none":
+        raise UserError(
+            f"decoder.places is {config.decoder.places}, which needs to know where the objects are, but "
+            "losses.target_mask is none; set it to object or guessed, or decoder.places to none"
+        )
     if losses.background and losses.target_mask == "none":
         raise UserError(
             "losses.background compares the background with object masks, but losses.target_mask is none; set it to "
@@ -133,7 +145,10 @@ def compute_terms(
         class_ids = torch.cat([class_ids, class_ids])
     output = forward(inputs, class_ids=class_ids)
     size, num_images = (config.data.size, config.data.size), len(batch)
-    logits, features = output.logits[:num_images], target(batch.features)
+    features = target(batch.features)
+    if config.decoder.places == "facing":
+        output = output.turned(_facing_of_features(output, features, config))
+    logits = output.logits[:num_images]
     masks = batch.object_masks if config.losses.target_mask == "object" else None
     if object_guess is not None:
         masks = object_guess(features, size)
@@ -176,6 +191,26 @@ def _gather_of(config: Config) -> Gather:
     return gather_processes if config.train.reduction == "ddp" else keep_own
 
 
+@torch.no_grad()
+def _facing_of_features(output: ModelOutput, features: Tensor, config: Config) -> Tensor:
+    """(B,) which way the objects face, judged also by the features that the slots explain.
+
+    The maps alone do not say it before they are trained.
+    """
+    assert output.placed is not None
+    assert output.directions is not None
+    num_images, grid = len(features), (features.shape[2], features.shape[3])
+    parts, background, places = output.directions
+    assert places is not None
+    if config.slots.per_class == "own":
+        parts, background, places = parts[:num_images], background[:num_images], places[:num_images]
+    with torch.autocast(features.device.type, enabled=False):
+        shares = upsample(output.placed.logits[:num_images], grid).log_softmax(1)
+    likelihoods = slot_likelihoods(features, parts, background, config.losses.mixture_kappa)
+    frame = ObjectFrame(*(tensor[:num_images] for tensor in output.placed.frame))
+    return find_facing(shares + likelihoods, places, frame, output.placed.spread)
+
+
 def _needs_warp(wanted: Mapping[str, float]) -> bool:
     return "equivariance" in wanted or "landmark_equivariance" in wanted
 
@@ -197,11 +232,17 @@ def _terms_of_features(
         terms["semantic"] = semantic_consistency(logits, features, basis, size, masks)
     if "mixture" in wanted:
         assert output.directions is not None
-        parts, background = output.directions
+        parts, background, places = output.directions
         if has_own_rows:
             parts, background = parts[:num_images], background[:num_images]
+            places = None if places is None else places[:num_images]
+        densities = None
+        if output.placed is not None:
+            assert places is not None
+            frame = ObjectFrame(*(tensor[:num_images] for tensor in output.placed.frame))
+            densities = place_densities(places, frame, output.placed.spread, size)
         kappa = config.losses.mixture_kappa
-        terms["mixture"] = mixture_loss(logits, features, parts, background, size, kappa)
+        terms["mixture"] = mixture_loss(logits, features, parts, background, size, kappa, densities=densities)
     if "background" in wanted:
         assert masks is not None
         terms["background"] = background_cross_entropy(logits, masks)

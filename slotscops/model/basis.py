@@ -14,6 +14,7 @@ from slotscops.config import BasisKind, Config
 from slotscops.loader.split import Split
 from slotscops.model.clusters import find_centres, find_single_centres, find_uneven_centres, sample_vectors
 from slotscops.model.directions import Numbers, find_directions, sample_cells, unit_vectors
+from slotscops.model.facings import find_facings, join, sample_places
 from slotscops.model.object_guess import ObjectGuess, find_background
 from slotscops.model.starts import rows_of_classes
 from slotscops.model.target import TargetTransform
@@ -26,17 +27,20 @@ class Directions(NamedTuple):
 
     parts: Tensor  # (K, M, C) or (B, K, M, C)
     background: Tensor  # (M_0, C) or (B, M_0, C)
+    places: Tensor | None = None  # (K, 2) or (B, K, 2) places in the object's frame; None if parts have none
 
 
 class PartBasis(nn.Module):
     """K learned rows of C channels. The part maps times the basis should rebuild the teacher's features.
 
-    For the mixture loss each part has M rows, its directions, and the background has M_0 of its own.
+    For the mixture loss each part has M rows, its directions, and the background has M_0 of its own. If parts have
+    places, each has one in the frame of the object (see `model.object_frame`).
 
     Source: SCOPS (arXiv:1905.01298), semantic part basis.
     """
 
     background_parameter: nn.Parameter | None  # (G * M_0, C); None without the mixture loss
+    place_parameter: nn.Parameter | None  # (G * K, 2) y and x; None if parts have no places
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class PartBasis(nn.Module):
         num_classes: int | None = None,
         num_each: int = 1,
         num_background: int = 0,
+        has_places: bool = False,
     ) -> None:
         """
         Args:
@@ -53,6 +58,7 @@ class PartBasis(nn.Module):
             num_classes: G, if each class of objects has rows of its own. None if all classes share them.
             num_each: M, the number of rows of each part.
             num_background: M_0. 0 for losses under which the background has no directions.
+            has_places: whether each part has a place in the object.
         """
         super().__init__()
         self.num_parts, self.kind, self.num_classes = num_parts, kind, num_classes
@@ -63,6 +69,7 @@ class PartBasis(nn.Module):
             self.background_parameter = nn.Parameter(torch.randn(num_sets * num_background, feature_channels).abs())
         else:
             self.background_parameter = None
+        self.place_parameter = nn.Parameter(torch.zeros(num_sets * num_parts, 2)) if has_places else None
 
     def forward(self, class_ids: Tensor | None = None) -> Tensor:
         """Returns the basis (K, C), of each part the mean of its rows.
@@ -77,11 +84,15 @@ class PartBasis(nn.Module):
         if self.background_parameter is None:
             return None
         rows = self._rows(self.basis_parameter, class_ids).unflatten(-2, (self.num_parts, self.num_each))
-        return Directions(rows, self._rows(self.background_parameter, class_ids))
+        places = None if self.place_parameter is None else self._of_class(self.place_parameter, class_ids)
+        return Directions(rows, self._rows(self.background_parameter, class_ids), places)
 
     def _rows(self, parameter: Tensor, class_ids: Tensor | None) -> Tensor:
+        """As `_of_class`, without negative numbers if the basis may have none."""
+        return self._of_class(parameter if self.kind == "free" else functional.relu(parameter), class_ids)
+
+    def _of_class(self, rows: Tensor, class_ids: Tensor | None) -> Tensor:
         """(G * R, C) -> the class's rows (R, C), or (B, R, C) if each class has rows of its own."""
-        rows = parameter if self.kind == "free" else functional.relu(parameter)
         if self.num_classes is None:
             return rows
         assert class_ids is not None, "each class has rows of its own; give class_ids"
@@ -164,7 +175,23 @@ def _start_directions(
             if clusters is None:
                 continue
             is_background = clusters.contain(vectors)
+        num_channels = vectors.shape[1]
+        # exp(kappa <w, f>) N(p; q, spread^2) falls with kappa / 2 times |w - f|^2 + weight |p - q|^2.
+        weight = 1 / (config.losses.mixture_kappa * config.decoder.place_spread**2)
+        if basis.place_parameter is not None:
+            places, images, inside = sample_places(split, config.seed, target, guess, only)
+            facing = torch.ones_like(places[:, 0])
+            if config.decoder.places == "facing":
+                of_objects = vectors[inside], places[inside], images[inside]
+                num_images = int(images.max()) + 1
+                facing = find_facings(*of_objects, num_images, numbers.parts, weight, config.seed)[images]
+            vectors = join(vectors, places * ~is_background[:, None], facing, weight)
         found = find_directions(vectors, is_background, numbers, config.seed, _FIND[config.basis.init])
-        if found is not None:
-            parts.copy_(found[0])
-            outside.copy_(found[1])
+        if found is None:
+            continue
+        parts.copy_(found[0][:, :num_channels])
+        outside.copy_(found[1][:, :num_channels])
+        if basis.place_parameter is not None:
+            of_rows = found[0][:, num_channels:] / weight**0.5  # (K * M, 2)
+            places_of_class = basis.place_parameter.data.unflatten(0, (-1, numbers.parts))[class_id]
+            places_of_class.copy_(of_rows.unflatten(0, (numbers.parts, numbers.each)).mean(1))

@@ -126,6 +126,14 @@ def find_single_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor
     return torch.from_numpy(centres).float()
 
 
+def move_centres(vectors: Tensor, centres: Tensor) -> Tensor:
+    """(G, C) float32 centres of k-means on (M, C) vectors, from the given centres on."""
+    from sklearn.cluster import KMeans  # imported here, as above
+
+    found = KMeans(len(centres), init=centres.numpy(), n_init=1).fit(thin_out(vectors).numpy()).cluster_centers_
+    return torch.from_numpy(found).float()
+
+
 def find_uneven_centres(vectors: Tensor, num_clusters: int, seed: int) -> Tensor:
     """(G, C) float32 centres of the run of k-means on (M, C) vectors whose clusters differ most in size.
 

@@ -7,14 +7,16 @@ D slot dimension; G x G decoder grid; C teacher channels; H x W pixels; N_c clas
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from slotscops.config import Config, MapsFrom, Refinement, SlotInit
+from slotscops.config import Config, MapsFrom, Places, Refinement, SlotInit
 from slotscops.core.errors import UserError
 from slotscops.model.basis import Directions, PartBasis
 from slotscops.model.decoder import SlotDecoder
 from slotscops.model.encoder import Encoder
 from slotscops.model.maps import part_maps
+from slotscops.model.object_frame import ObjectFrame, find_facing, find_frame, place_densities
 from slotscops.model.object_guess import ObjectGuess
 from slotscops.model.part_logits import HeadLogits, SlotLogits, SlotOutput, Tokens
 from slotscops.model.refinement import refine_maps
@@ -38,11 +40,34 @@ class ModelOutput(NamedTuple):
     class_logits: Tensor | None  # (B, N_c), if each class has slots of its own; else None
     directions: Directions | None = None  # those of the mixture loss, if it is on
     unpruned: Tensor | None = None  # logits of all slots, if some are left out of `logits`; see `keep_slots`
+    placed: "Placed | None" = None  # how the logits came about, if parts have places in the object
 
     def maps(self, size: Sequence[int]) -> Tensor:
         """(B, S, H, W) float32 soft maps for a size (H, W) in pixels; slot 0 is the background. See `part_maps`."""
         height, width = size
         return part_maps(self.logits, (height, width))
+
+    def turned(self, facing: Tensor) -> "ModelOutput":
+        """The same output for objects that face otherwise, if parts have places.
+
+        Args:
+            facing: (n,) 1 or -1 for the first n images. The others stay as they are.
+        """
+        assert self.placed is not None
+        frame = self.placed.frame
+        return self.in_frame(frame._replace(facing=torch.cat([facing, frame.facing[len(facing) :]])))
+
+    def in_frame(self, frame: ObjectFrame) -> "ModelOutput":
+        """The same output with the parts' places in another frame of each object."""
+        assert self.placed is not None
+        assert self.directions is not None
+        assert self.directions.places is not None
+        logits, _, spread = self.placed
+        with torch.autocast(logits.device.type, enabled=False):
+            grid = (logits.shape[2], logits.shape[3])
+            densities = place_densities(self.directions.places, frame, spread, grid)
+            placed = logits.float() + densities.over_grid()
+        return self._replace(logits=placed, placed=Placed(logits, frame, spread))
 
     def attention_maps(self) -> Tensor:
         """(B, S, h, w) attention of the last iteration, on the encoder's grid.
@@ -55,6 +80,14 @@ class ModelOutput(NamedTuple):
         height, width = self.encoded.shape[-2:]
         attention = self.slot_output.attention  # (B, S, N)
         return attention.view(*attention.shape[:2], height, width)
+
+
+class Placed(NamedTuple):
+    """The logits before the parts' places were added to them, and the frame that says where those are."""
+
+    logits: Tensor  # (B, S, G, G) or (B, S, h, w)
+    frame: ObjectFrame
+    spread: float
 
 
 class SlotScops(nn.Module):
@@ -77,6 +110,8 @@ class SlotScops(nn.Module):
         class_head: nn.Linear | None = None,
         refinement: Refinement = "none",
         object_guess: ObjectGuess | None = None,
+        places: Places = "none",
+        place_spread: float = 0.3,
     ) -> None:
         """
         Args:
@@ -88,8 +123,11 @@ class SlotScops(nn.Module):
             class_head: predicts the class from the mean token, if each class has slots and basis rows of its own.
             refinement: how `segment_maps` refines the maps. `pamr` calls `refine_maps`, `none` leaves them.
             object_guess: guesses object masks for the losses, if `losses.target_mask` is `guessed`.
+            places: whether parts have places in the object; the basis must then have them. See `model.object_frame`.
+            place_spread: how far a part reaches from its place, in half extents of the object.
         """
         super().__init__()
+        self.places, self.place_spread = places, place_spread
         self.num_slots, self.num_classes, self.refinement = basis.num_parts + 1, basis.num_classes, refinement
         self.slot_numbers = tuple(range(self.num_slots))  # number of each row of the output; see `keep_slots`
         # Keep this order: sums over all parameters, such as the gradient norm, depend on it.
@@ -116,7 +154,7 @@ class SlotScops(nn.Module):
         if self.tokens is None:
             logits, directions = self.part_logits(encoded), self.basis.directions()
             output = ModelOutput(encoded, None, logits, self.basis(), class_logits=None, directions=directions)
-            return self._without_others(output)
+            return self._without_others(self._place(output))
         tokens = self.tokens(encoded)  # (B, N, D)
         class_logits = None
         if self.class_head is not None:
@@ -126,7 +164,20 @@ class SlotScops(nn.Module):
         logits, slot_output = self.part_logits(tokens, encoded.shape[2:], noise, class_ids)
         basis = self.basis(class_ids)  # (K, C), or (B, K, C)
         directions = self.basis.directions(class_ids)
-        return self._without_others(ModelOutput(encoded, slot_output, logits, basis, class_logits, directions))
+        output = ModelOutput(encoded, slot_output, logits, basis, class_logits, directions)
+        return self._without_others(self._place(output))
+
+    def _place(self, output: ModelOutput) -> ModelOutput:
+        """Finds the object's frame and facing in the maps, and adds to each slot's logits how likely its place is."""
+        if self.places == "none":
+            return output
+        assert output.directions is not None
+        assert output.directions.places is not None
+        shares = output.logits.float().log_softmax(1)
+        frame = find_frame(1 - shares[:, 0].exp())
+        if self.places == "facing":
+            frame = frame._replace(facing=find_facing(shares, output.directions.places, frame, self.place_spread))
+        return output._replace(placed=Placed(output.logits, frame, self.place_spread)).in_frame(frame)
 
     def keep_slots(self, numbers: Sequence[int]) -> None:
         """Leaves all slots but these out of the output: of the logits, and so of maps and labels, and of the basis.
@@ -155,14 +206,18 @@ class SlotScops(nn.Module):
         if not self._leaves_slots_out:
             return output
         parts = [number - 1 for number in self.slot_numbers[1:]]
-        directions = output.directions
+        rows, directions, placed = list(self.slot_numbers), output.directions, output.placed
         if directions is not None:
-            directions = directions._replace(parts=directions.parts[..., parts, :, :])
+            places = None if directions.places is None else directions.places[..., parts, :]
+            directions = directions._replace(parts=directions.parts[..., parts, :, :], places=places)
+        if placed is not None:
+            placed = placed._replace(logits=placed.logits[:, rows])
         return output._replace(
-            logits=output.logits[:, list(self.slot_numbers)],
+            logits=output.logits[:, rows],
             basis=output.basis[..., parts, :],
             directions=directions,
             unpruned=output.logits,
+            placed=placed,
         )
 
     def segment_maps(self, output: ModelOutput, photos: Tensor) -> Tensor:
@@ -247,11 +302,23 @@ def build_network(encoder: Encoder, config: Config, feature_channels: int, num_c
         num_classes,
         num_each,
         num_background if config.losses.mixture else 0,
+        decoder.places != "none",
     )
     target = TargetTransform(config.teacher.transform, feature_channels, config.teacher.layer_weights)
     class_head = None if num_classes is None else nn.Linear(slots.dim, num_classes)
     object_guess = ObjectGuess(feature_channels) if config.losses.target_mask == "guessed" else None
-    return SlotScops(encoder, tokens, part_logits, basis, target, class_head, decoder.refinement, object_guess)
+    return SlotScops(
+        encoder,
+        tokens,
+        part_logits,
+        basis,
+        target,
+        class_head,
+        decoder.refinement,
+        object_guess,
+        decoder.places,
+        decoder.place_spread,
+    )
 
 
 def _check_choices(maps_from: MapsFrom, num_iterations: int, slot_init: SlotInit, num_classes: int | None) -> None:

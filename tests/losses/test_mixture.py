@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy, interpolate, normalize
 
 from slotscops.losses.mixture import mixture_loss
 from slotscops.losses.regularisers import background_cross_entropy
+from slotscops.model.object_frame import ObjectFrame, place_densities
 
 GRIDS = [1, 2, 3, 7, 8]
 sides = st.integers(1, 21)
@@ -118,6 +119,35 @@ def test_loss_and_gradients_are_those_of_the_plain_formula_also_in_pieces(case: 
     ):
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows_at_once", [3, 1000])
+def test_places_multiply_what_each_slot_explains(rows_at_once: int) -> None:
+    case = make_case(num_parts=3, each=2)
+    places = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    frame = ObjectFrame(*torch.tensor([[[0.1, -0.2], [0.3, 0.0]], [[0.8, 0.5], [0.6, 1.1]]]), torch.tensor([1.0, -1.0]))
+    densities = place_densities(places, frame, 0.3, case.size)
+    row = 2 * 9 * case.size[1]
+    found = mixture_loss(*case.arguments(), max_numbers=rows_at_once * row, densities=densities)
+    shares = interpolate(case.logits, case.size, mode="bilinear", align_corners=True).softmax(1)
+    pixels = interpolate(normalize(case.features, dim=1), case.size, mode="bilinear", align_corners=True)
+    likelihood = torch.zeros(2, *case.size, dtype=torch.float64)
+    for image in range(2):
+        for slot, directions in enumerate([case.background, *case.parts]):
+            explained = (10 * torch.einsum("mc,cyx->myx", normalize(directions, dim=1), pixels[image])).exp().mean(0)
+            if slot:
+                y = (torch.linspace(-1, 1, 13) - frame.centre[image, 0]) / frame.extent[image, 0]
+                x = (torch.linspace(-1, 1, 17) - frame.centre[image, 1]) / frame.extent[image, 1] * frame.facing[image]
+                distance = (y[:, None] - places[slot - 1, 0]) ** 2 + (x - places[slot - 1, 1]) ** 2
+                area = 2 * math.pi * 0.3**2 * frame.extent[image].prod()
+                explained = explained * (-distance / (2 * 0.3**2)).exp() / area
+            else:
+                explained = explained / 4
+            likelihood[image] = likelihood[image] + shares[image, slot] * explained
+    wanted = -likelihood.log().mean()
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(loss, places, retain_graph=True)[0] for loss in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_float32_is_within_its_rounding_of_float64() -> None:

@@ -35,6 +35,11 @@ CHOICES = [
     {"losses": ALL_BUT_WARPS | {"target_mask": "object"}, "basis": {"kind": "free"}},
     {"losses": {"target_mask": "object"}},
     {"losses": {"semantic": 0.0, "mixture": 1.0}, "basis": {"kind": "free", "init": "kmeans", "part_directions": 2}},
+    {
+        "losses": {"mixture": 1.0, "target_mask": "object"},
+        "basis": {"kind": "free", "init": "kmeans"},
+        "decoder": {"maps": "attention", "places": "facing"},
+    },
     {"losses": {"equivariance": 1.0, "landmark_equivariance": 1.0}} | RESNET,
     {"teacher": {"transform": "sqrt"}, "basis": {"init": "kmeans"}},
     {"basis": {"init": "uneven_kmeans"}, "slots": {"token_hidden": 32}},
@@ -45,8 +50,9 @@ CHOICES = [
     {"slots": {"per_class": "own"}, "losses": {"equivariance": 1.0, "orthonormality": 0.1}} | RESNET,
     {
         "slots": {"per_class": "own"},
-        "losses": {"semantic": 0.0, "mixture": 1.0, "equivariance": 1.0},
+        "losses": {"semantic": 0.0, "mixture": 1.0, "equivariance": 1.0, "target_mask": "object"},
         "basis": {"kind": "free", "init": "kmeans"},
+        "decoder": {"places": "facing"},
     }
     | RESNET,
     {"slots": {"gradient": "bilevel"}, "decoder": {"maps": "attention"}},
@@ -120,6 +126,14 @@ def test_every_parameter_that_trains_gets_a_gradient_from_each_term_and_each_pai
         (
             {"losses": {"background": 1.0}},
             r"target_mask is none; set it to object or guessed, or losses\.background to 0",
+        ),
+        (
+            {"decoder": {"places": "facing"}, "losses": {"target_mask": "object"}},
+            r"places is facing, but only losses\.mixture trains places, and it is 0; set it to 1 or decoder\.places to",
+        ),
+        (
+            {"decoder": {"places": "upright"}, "losses": {"mixture": 1.0}, "basis": {"kind": "free"}},
+            r"places is upright, which needs .*target_mask is none; set it to object or guessed, or",
         ),
     ],
 )

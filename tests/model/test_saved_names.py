@@ -40,8 +40,8 @@ CONFIGURATIONS = {
     ),
     "head_only": (["decoder.maps=head_only"], [*NORM, *(f"head.{name}" for name in BRANCHES), "basis_parameter"]),
     "mixture": (
-        ["decoder.maps=head_only", "losses.mixture=1", "basis.part_directions=2"],
-        [*NORM, *(f"head.{name}" for name in BRANCHES), "basis_parameter", "background_parameter"],
+        ["decoder.maps=head_only", "losses.mixture=1", "basis.part_directions=2", "decoder.places=facing"],
+        [*NORM, *(f"head.{name}" for name in BRANCHES), "basis_parameter", "background_parameter", "place_parameter"],
     ),
     "own": (
         ["slots.per_class=own", "teacher.transform=channel_standardised"],

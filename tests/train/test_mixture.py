@@ -9,12 +9,15 @@ from safetensors.torch import load_file
 from small_runs import photo
 
 import slotscops
+from slotscops.segment.formats import About
+from slotscops.segment.part_features import PartFeatures
 
 MIXTURE = (
     "losses.semantic=0", "losses.mixture=1", "losses.background=1", "losses.target_mask=object", "basis.kind=free",
-    "basis.init=kmeans", "decoder.maps=attention", "train.learning_rate=0.01", "train.total_steps=16",
-    "train.batch_size=8", "train.eval_every_steps=16", "train.save_every_steps=16",
+    "basis.init=kmeans", "decoder.maps=attention", "decoder.places=facing", "train.learning_rate=0.01",
+    "train.total_steps=16", "train.batch_size=8", "train.eval_every_steps=16", "train.save_every_steps=16",
 )  # fmt: skip
+ABOUT = About("model", "command", {}, Path())
 
 
 def test_a_run_with_the_mixture_learns_and_its_model_loads_segments_and_is_published(
@@ -30,7 +33,10 @@ def test_a_run_with_the_mixture_learns_and_its_model_loads_segments_and_is_publi
     assert saved["background_parameter"].shape == (5, 512)
 
     model = slotscops.load(tmp_path / "run")
-    maps = model.segment(photo((90, 60))).maps
+    found = model.segment(photo((90, 60)))
+    maps = found.maps
     assert maps.shape[0] == 6
+    assert found.facing in (1, -1)
+    assert PartFeatures(ABOUT).describe(Path("a.jpg"), "a", found)[2]["facing"] == found.facing
     model.save_pretrained(tmp_path / "published")
     np.testing.assert_array_equal(slotscops.load(tmp_path / "published").segment(photo((90, 60))).maps, maps)

@@ -140,7 +140,8 @@ def test_a_run_goes_on_from_one_to_two_to_four_to_one_process_with_the_same_samp
     [
         ("losses.concentration=0.3", "losses.orthonormality=0.2", "losses.entropy=0.4", "losses.part_contrast=0.5",
          "losses.visual_consistency=0.7", "losses.target_mask=object", "losses.mixture=0.8", "losses.background=0.6",
-         "losses.presence=0.9", "losses.total_variation=0.8", "losses.visual_consistency_lab=0.7", "basis.kind=free"),
+         "losses.presence=0.9", "losses.total_variation=0.8", "losses.visual_consistency_lab=0.7", "basis.kind=free",
+         "decoder.places=facing"),
         ("encoder.name=resnet18", "encoder.weights=random:0", "losses.equivariance=1.0",
          "losses.landmark_equivariance=1.0"),
     ],

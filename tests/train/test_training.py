@@ -86,7 +86,14 @@ def test_resuming_at_step_3_gives_the_same_step_6_as_never_stopping(
             "losses.visual_consistency=0.1",
         ),
         pytest.param(
-            ("train.compile=true", "train.mixed_precision=bf16", "losses.mixture=1", "basis.kind=free"),
+            (
+                "train.compile=true",
+                "train.mixed_precision=bf16",
+                "losses.mixture=1",
+                "losses.target_mask=object",
+                "basis.kind=free",
+                "decoder.places=facing",
+            ),
             marks=NEEDS_COMPILER,
         ),
     ],
