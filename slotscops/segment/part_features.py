@@ -8,6 +8,7 @@ Shapes: N photos in their order, S slots (slot 0 the background), C channels.
 | `boxes` | (N, S, 4) float32 | left, top, right, bottom in pixels of the photo, the last two exclusive |
 | `centres` | (N, S, 2) float32 | x and y in pixels of the photo |
 | `present` | (N, S) bool | False where a slot has no pixel in the photo; its other rows are NaN |
+| `facing` | (N,) int8 | which of two ways the object faces, 1 or -1; only of models with `decoder.places=facing` |
 
 The metadata of the file holds JSON texts: `photos`, the N names of photos; `part_names`, S names with "background"
 first, or such a list by class where classes have parts of their own; `classes`, then the N classes of the photos; and
@@ -56,12 +57,14 @@ class PartFeatures:
 
     def describe(self, photo: Path, name: str, parts: FoundParts) -> Row:
         """What is kept of one photo."""
-        arrays = {
+        arrays: dict[str, NDArray[np.generic]] = {
             "features": parts.features,
             "boxes": parts.boxes,
             "centres": parts.centres,
             "present": parts.present,
         }
+        if parts.facing is not None:
+            arrays["facing"] = np.array(parts.facing, np.int8)
         return self.about.file_name(photo), parts.class_name, arrays
 
     def add(self, described: Row) -> None:

@@ -55,6 +55,9 @@ class FoundParts:
     class_name: str | None = None  # class of the parts, if each class has parts of its own
     encoded: NDArray[np.float32] | None = None  # (C, g, f) the encoder's or teacher's features of the padded square
     slot_numbers: tuple[int, ...] | None = None  # None: 0 to S - 1
+    # Which of two ways the object faces, 1 or -1, if the model was trained with decoder.places=facing. No label says
+    # which of them is the left: look at one photo to see.
+    facing: int | None = None
 
     @property
     def numbers(self) -> NDArray[np.uint8]:
@@ -347,8 +350,11 @@ class Segmenter(HubModel):
         encoded = output.encoded.float().cpu().numpy()
         is_pruned = self.part_numbers != list(range(1, self.network.num_slots))
         slot_numbers = self.network.slot_numbers if is_pruned else None
+        facings: list[int | None] = [None] * len(images)
+        if output.placed is not None and self.network.places == "facing":
+            facings = [int(facing) for facing in output.placed.frame.facing.tolist()]
         return [
-            FoundParts(to_array(image), logits[number], names[number], encoded[number], slot_numbers)
+            FoundParts(to_array(image), logits[number], names[number], encoded[number], slot_numbers, facings[number])
             for number, image in enumerate(images)
         ]
 

@@ -15,6 +15,7 @@ from slotscops.segment.segmenter import load
 def test_what_is_exported_answers_as_the_model_does_for_any_number_of_photos(tmp_path: Path, kind: str) -> None:
     special = ["decoder.refinement=pamr", "slots.init=image_conditioned", "slots.token_hidden=32"]
     special += ["losses.mixture=1", "basis.kind=free", "basis.part_directions=2"]
+    special += ["losses.target_mask=object", "decoder.places=facing"]
     run = save_feature_run(tmp_path / "run", *special) if kind == "features" else save_resnet_run(tmp_path / "run")
     weights = ["--teacher-weights", "random:0"] if kind == "features" else []
     photo((90, 60)).save(tmp_path / "photo.jpg")
