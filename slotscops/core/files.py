@@ -231,7 +231,7 @@ def read_json_or_none(path: Path) -> Any:
     """The content of a file that one can do without; None if it is missing, cannot be read or is damaged."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -16,17 +16,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from PIL import Image
-
-from slotscops.core.errors import visible
+from slotscops.core import console
+from slotscops.core.errors import UserError, visible
 from slotscops.core.files import read_json_or_none, write_bytes
+from slotscops.core.photos import read_photo
 from slotscops.evaluate import published_numbers as literature
 from slotscops.evaluate import scoreboard
 from slotscops.evaluate.scoreboard import Row, Scored
 from slotscops.metrics.protocols import ALL_CLASSES, ORDERS
 from slotscops.train.run.folder import RunFolder
+from slotscops.train.run.page import list_pictures
 
 _PLACE = "<!-- CONTENT -->"
 _SCORES = ("nmi", "ari")
@@ -140,7 +142,7 @@ def _cost_section(results: list[Result]) -> list[str]:
     rows = []
     for result in results:
         seconds = _read_costs(result.folder)
-        machine = read_json_or_none(result.folder.machine) or {}
+        machine = _read_machine(result.folder)
         if not seconds and not machine:
             continue
         stages = [f"{seconds[stage]:,.0f}" if stage in seconds else "–" for stage in _STAGES]
@@ -155,6 +157,11 @@ def _cost_section(results: list[Result]) -> list[str]:
     return [_heading("Cost"), _table(columns, rows), _paragraph(note)]
 
 
+def _read_machine(folder: RunFolder) -> dict[str, Any]:
+    machine = read_json_or_none(folder.machine)
+    return machine if isinstance(machine, dict) else {}
+
+
 def _read_costs(folder: RunFolder) -> dict[str, float]:
     """Seconds by stage, summed over all starts. Lines that were cut by a crash are left out."""
     seconds: dict[str, float] = {}
@@ -166,7 +173,7 @@ def _read_costs(folder: RunFolder) -> dict[str, float]:
         try:
             row = json.loads(line)
             seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + float(row["seconds"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return {stage: seconds[stage] for stage in _STAGES if stage in seconds}
 
@@ -177,15 +184,20 @@ def _read_costs(folder: RunFolder) -> dict[str, float]:
 def _picture_section(results: list[Result], page: Path) -> list[str]:
     figures = []
     for result in results:
-        steps = {int(path.stem.removeprefix("step-")): path for path in result.folder.pictures.glob("step-*.png")}
-        if not steps:
+        if not (pictures := list_pictures(result.folder)):
             continue
-        caption = _escaped(f"{result.title}, step {max(steps):,}")
+        step, newest = pictures[-1]
+        try:
+            address_of_picture = _as_address(newest)
+        except UserError as error:
+            console.warn(f"left out of the page: {error}")
+            continue
+        caption = _escaped(f"{result.title}, step {step:,}")
         if result.folder.page.is_file():
             address = os.path.relpath(result.folder.page, page.parent)
             caption += f' (<a href="{html.escape(quote(address))}">the run\'s own page</a>)'
         alt = _escaped(f"{result.title}: photos, parts found, true parts")
-        picture = f'<img loading="lazy" alt="{alt}" src="{_as_address(steps[max(steps)])}">'
+        picture = f'<img loading="lazy" alt="{alt}" src="{address_of_picture}">'
         figures.append(f"<figure><figcaption>{caption}</figcaption>{picture}</figure>")
     if not figures:
         return []
@@ -195,8 +207,7 @@ def _picture_section(results: list[Result], page: Path) -> list[str]:
 def _as_address(path: Path) -> str:
     """The picture as a JPEG inside the page, a tenth of the size of its PNG."""
     jpeg = io.BytesIO()
-    with Image.open(path) as picture:
-        picture.convert("RGB").save(jpeg, "JPEG", quality=_JPEG_QUALITY)
+    read_photo(path).save(jpeg, "JPEG", quality=_JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
 
 

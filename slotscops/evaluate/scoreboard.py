@@ -1,21 +1,21 @@
 """Shows the scores of several methods side by side, in printed tables and in a JSON file."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from slotscops.core import console
 from slotscops.core.claims import differences
-from slotscops.core.errors import UserError, first_line
+from slotscops.core.errors import UserError
 from slotscops.core.files import json_numbers, write_json
 from slotscops.evaluate import published_numbers as literature
-from slotscops.metrics.protocols import ALL_CLASSES, ALL_PROTOCOLS, ORDERS, PHOTO, TOLD
+from slotscops.metrics.protocols import ALL_CLASSES, ALL_PROTOCOLS, ORDERS, PHOTO, PROTOCOLS, TOLD
 
 _SCORES = ("nmi", "ari", "miou", "majority_miou")
 _HEADINGS = {"nmi": "NMI", "ari": "ARI", "miou": "mIoU", "majority_miou": "mIoU maj."}
@@ -36,6 +36,7 @@ _BRIEF_LEGEND = (
     "which only knows where in the crop a pixel lies. --full prints every protocol, score and class."
 )
 _PHOTO_LEGEND = "`whole photo` gives the method the uncropped photo and tells it nothing."
+_NEEDED = "needed scores written by python -m slotscops.evaluate --json"
 _MAY_DIFFER = {"seed", "run_dir"}  # settings in which the runs of one mean may differ
 
 
@@ -283,28 +284,62 @@ def read(path: Path) -> list[Scored]:
     Raises:
         UserError: if there is no such file, or `write` did not write it.
     """
-    needed = "needed scores written by python -m slotscops.evaluate --json"
     try:
-        return [_from_json(method) for method in json.loads(path.read_text())["methods"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: {needed}, came {type(error).__name__}: {first_line(error)}") from None
+        return [_from_json(method) for method in TypeAdapter(_File).validate_json(path.read_bytes()).methods]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {_NEEDED}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {_NEEDED}, came {f'{place}: ' if place else ''}{first['msg']}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {_NEEDED}, came {error}") from None
 
 
-def _from_json(method: dict[str, Any]) -> Scored:
+Numbers = dict[str, float | None]  # by name of the score, or by class
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A method as `write` writes it; what no reader needs is left out."""
+
+    name: str
+    kind: str
+    num_parts: int
+    scores: dict[str, dict[str, dict[str, Numbers]]]  # by protocol, paint order and class
+    landmark_error: Numbers
+    told_class: bool = False
+    merge: str | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class _File:
+    methods: Annotated[list[_Method], Field(min_length=1)]
+
+
+def _from_json(method: _Method) -> Scored:
     rows = {
-        Row(protocol, order, name): _numbers(scores)
+        Row(protocol, order, name): _numbers(numbers)
         for protocol in ALL_PROTOCOLS
-        if protocol != PHOTO or PHOTO in method["scores"]
+        if protocol != PHOTO or PHOTO in method.scores
         for order in ORDERS
-        for name, scores in method["scores"][protocol][order].items()
+        for name, numbers in method.scores.get(protocol, {}).get(order, {}).items()
     }
-    landmarks = _numbers(method["landmark_error"])
-    told_class, merge, step = method.get("told_class", False), method.get("merge"), method.get("step")
-    return Scored(method["name"], method["kind"], method["num_parts"], rows, landmarks, None, told_class, merge, step)
+    crops = {(row.protocol, row.order) for row in rows} >= {(name, order) for name in PROTOCOLS for order in ORDERS}
+    if not crops or not all(numbers.keys() >= {*_SCORES} for numbers in rows.values()):
+        raise ValueError(f"a method '{method.name}' without some of the scores")
+    names = {row.class_name for row in rows}
+    if any(Row("own", "first", name) not in rows for name in names):
+        raise ValueError(f"a method '{method.name}' with scores of a class in some protocols only")
+    landmarks = _numbers(method.landmark_error)
+    return Scored(
+        method.name, method.kind, method.num_parts, rows, landmarks, None, method.told_class, method.merge, method.step
+    )
 
 
-def _numbers(row: dict[str, float | None]) -> dict[str, float]:
-    return {name: math.nan if value is None else float(value) for name, value in row.items()}
+def _numbers(row: Numbers) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def _to_json(method: Scored) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from slotscops.core.records import MEMBERS
 from slotscops.datasets.pascal_part.classes import PART_NAMES
 from slotscops.shard.counts import Counts, count_split
 from slotscops.shard.index import ShardDataset, open_dataset
+from slotscops.shard.left_out import left_out_path, read_left_out
 from slotscops.shard.reader import ShardReader
 
 _NAME = "README.md"
@@ -80,14 +81,13 @@ def make_card(dataset: ShardDataset, old: DatasetCard | None = None) -> DatasetC
         old: an earlier card, from which the licence is taken.
     """
     counts = {split: count_split(dataset, split) for split in dataset.splits if dataset.num_samples(split)}
-    index = dataset.folder / "index"
-    plan, left_out = read_json_or_none(index / "plan.json"), read_json_or_none(index / "left_out.json")
+    plan = read_json_or_none(dataset.folder / "index" / "plan.json")
     header = DatasetCardData(**_licence_fields(old), **_header(dataset, list(counts)))
     sections = {
         "Loading": _loading(dataset, next(iter(counts), "train")),
         "Content": _content(dataset, counts),
         "Parts": _parts(dataset, counts),
-        "Left out": _left_out(left_out),
+        "Left out": _left_out(dataset.folder),
         "Members": _table(("member", "content"), [(f"`.{name}`", _MEMBER_TEXTS.get(name, "")) for name in MEMBERS]),
         "How it was made": _made(dataset, plan),
         "Licence": _licence_section(old),
@@ -196,16 +196,18 @@ def _parts(dataset: ShardDataset, counts: Mapping[str, Counts]) -> str:
     return _table(("class", "part labels"), rows) if rows else "No parts are annotated."
 
 
-def _left_out(items: Any) -> str:
-    if items is None:
-        return "Unknown: `index/left_out.json` is missing."
-    reasons = Counter((item["kind"], item["class_name"] or "-", item["split"] or "-") for item in items)
+def _left_out(shards: Path) -> str:
+    try:
+        items = read_left_out(left_out_path(shards), "")
+    except (OSError, UserError):
+        return "Unknown: `index/left_out.json` is missing or damaged."
+    reasons = Counter((item.kind, item.class_name or "-", item.split or "-") for item in items)
     rows = [(*map(_safe, reason), f"{count:,}") for reason, count in sorted(reasons.items())]
     return _table(("reason", "class", "split", "objects or files"), rows) if rows else "Nothing."
 
 
 def _made(dataset: ShardDataset, plan: Any) -> str:
-    source = plan["source"] if plan else ""
+    source = str(plan.get("source")) if isinstance(plan, dict) else ""
     command = " ".join(["python -m slotscops.shard", *map(shlex.quote, command_options(source, dataset.settings))])
     return f"```\n{command}\n```\n\nDigest of all shards: `{dataset.digest}`."
 

@@ -6,7 +6,6 @@ appear whole or not at all, and any number of processes may work on the same fol
 """
 
 import io
-import json
 import shutil
 import tarfile
 import time
@@ -37,6 +36,7 @@ from slotscops.shard.index import (
     open_dataset,
     write_dataset,
 )
+from slotscops.shard.left_out import left_out_path, read_left_out, read_scanned
 
 _ANOTHER = "choose another --out or remove the folder"
 _WITHDRAWING_S = 1.0
@@ -105,8 +105,7 @@ def write_shards(
             if not _is_withdrawn(out):
                 raise
             raise ClaimError(f"{out}: another process found no object to write there and says why") from None
-    left_out = [LeftOut(**item) for item in json.loads(_left_out_path(out).read_text())]
-    return Outcome(open_dataset(out), left_out)
+    return Outcome(open_dataset(out), read_left_out(left_out_path(out), f"remove {out} and make the shards again"))
 
 
 def _write_all(source: Source, out: Path, settings: ShardSettings, images: list[str], num_workers: int) -> None:
@@ -207,10 +206,6 @@ def _scan_folder(out: Path) -> Path:
     return out / "index" / "scan"
 
 
-def _left_out_path(out: Path) -> Path:
-    return out / "index" / "left_out.json"
-
-
 def _nothing_left(source: Source, left_out: list[LeftOut]) -> str:
     """Says how many files and objects were left out for which reason, the most frequent first, and names one."""
     if not left_out:
@@ -236,10 +231,9 @@ def _scan(
     for number in leased_units(names, folder, lambda unit: paths[unit].is_file(), "scanning annotations, chunks"):
         found = pool.map(task, chunks[number], [splits.of_image(image) for image in chunks[number]])
         write_json(paths[number], [[asdict(item) for kind in pair for item in kind] for pair in found])
-    rows = [row for path in paths for row in json.loads(path.read_text())]
-    flat = [item for row in rows for item in row]
-    candidates = [Candidate(**{**item, "box": tuple(item["box"])}) for item in flat if "box" in item]
-    return candidates, [LeftOut(**item) for item in flat if "box" not in item]
+    found = [item for path in paths for row in read_scanned(path) for item in row]
+    candidates = [item for item in found if isinstance(item, Candidate)]
+    return candidates, [item for item in found if isinstance(item, LeftOut)]
 
 
 # ---- second phase: the shards ------------------------------------------------------------------------------------
@@ -325,13 +319,13 @@ def _finish(
                 index_sha256=sha256_of_file(index_path(out, name)),
             )
         )
-        left_out += [LeftOut(**item) for item in json.loads(_shard_left_out_path(out, name).read_text())]
+        left_out += read_left_out(_shard_left_out_path(out, name), f"remove {out} and make the shards again")
     if not any(entry.num_samples for entries in splits.values() for entry in entries):
         for name, _ in _shards(candidates, settings):
             (out / f"{name}.tar").unlink(missing_ok=True)
         _withdraw(out)
         raise UserError(_nothing_left(source, left_out))
-    write_json(_left_out_path(out), [asdict(item) for item in left_out])
+    write_json(left_out_path(out), [asdict(item) for item in left_out])
     write_dataset(
         ShardDataset(
             folder=out,

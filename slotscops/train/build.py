@@ -135,7 +135,7 @@ def load_model(run_or_checkpoint: Path) -> Trained:
         # The averaged weights are used if there are any, because training scored those.
         tensors = checkpoint.model if checkpoint.ema is None else checkpoint.ema
         state = checkpoint.state
-    if "basis_parameter" not in tensors:
+    if "basis_parameter" not in tensors or tensors["basis_parameter"].ndim != 2:
         raise UserError(f"{path}: its model has no part basis; it is no model of slotscops")
     rows, channels = tensors["basis_parameter"].shape
     num_classes = max(1, rows // (config.slots.num_parts * config.basis.part_directions))

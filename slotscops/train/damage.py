@@ -47,7 +47,7 @@ class DamageLedger:
             rows = json.loads(self._folder.damaged.read_text())
             self._new = {key: str(row["what"]) for key, row in rows.items() if row["step"] <= step}
             self._found_at = {key: int(rows[key]["step"]) for key in self._new}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # file missing or damaged
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # file missing or damaged
             self._new = {}
 
     def agree(self, accelerator: Accelerator, step: int, write: bool = True) -> int:

@@ -24,13 +24,15 @@ from pathlib import Path
 
 import numpy as np
 from audit import audited
+from fuzz_folders import READERS as READERS_OF_FOLDERS
+from fuzz_folders import folders
 from fuzz_readers import READERS, Corpus, SilentChange
-from fuzz_runs import READERS as MORE_READERS
+from fuzz_runs import READERS as READERS_OF_RUNS
 from fuzz_runs import strangers
 
 from slotscops.core.errors import RunError, UserError
 
-READERS |= MORE_READERS
+READERS |= READERS_OF_RUNS | READERS_OF_FOLDERS
 HANGS_AFTER_S = 20
 STARTS_WITHIN_S = 600  # imports and the making of the whole files, on a busy machine
 INPUTS_OF_A_PROCESS = 5_000
@@ -144,8 +146,10 @@ def work(options: argparse.Namespace) -> None:
         os.fdopen(os.open(options.child, os.O_WRONLY), "w") as progress,
     ):
         corpus = Corpus(options.corpus, Path(scratch), options.real)
-        if MORE_READERS.keys() & set(readers):
+        if READERS_OF_RUNS.keys() & set(readers):
             strangers(corpus)
+        if READERS_OF_FOLDERS.keys() & set(readers):
+            folders(corpus)
         tempfile.tempdir = scratch
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES, resource.RLIM_INFINITY))

@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +27,7 @@ VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1, 10**30, 1.5, float("nan"), "", "x", "../x", "/etc/passwd", "a\nb", "\x1b[2J", [], [[]], {},
     {"a": 1}, [None], ["../x"], "\ud800",
 )  # fmt: skip
+DEEP = "lists in lists"  # `json_text` writes them in the place of this text, because json.dumps cannot
 
 
 class SilentChange(Exception):
@@ -105,24 +106,96 @@ KINDS = (_flip, _flip, _byte, _number, _number, _cut, _remove, _zeros, _insert, 
 
 
 def damage_json(content: Any, generator: Generator) -> Any:
-    """Replaces one to three values or keys anywhere in the content."""
-    changed = json.loads(json.dumps(content))
+    """One to three damages of random kinds anywhere in the content: other values, keys, types, places and nesting."""
+    holder = [json.loads(json.dumps(content))]
     for _ in range(generator.integers(1, 4)):
-        node = changed
-        while True:
-            places = list(node) if isinstance(node, dict) else list(range(len(node)))
-            if not places:
-                break
-            place = places[generator.integers(len(places))]
-            if isinstance(node[place], dict | list) and node[place] and generator.random() < 0.8:
-                node = node[place]
-                continue
-            if generator.random() < 0.2:
-                del node[place]
-            else:
-                node[place] = copy.deepcopy(VALUES[generator.integers(len(VALUES))])
-            break
-    return changed
+        node, place = _place_in(holder, generator)
+        kind = JSON_KINDS[generator.integers(len(JSON_KINDS))]
+        kind(node, place, generator)
+    return holder[0] if holder else None
+
+
+def json_text(content: Any, generator: Generator) -> str:
+    """The content as JSON. `DEEP` becomes lists in lists, so many that a parser may give up."""
+    depth = int(generator.choice([10, 900, 100_000]))
+    return json.dumps(content).replace(json.dumps(DEEP), "[" * depth + "]" * depth)
+
+
+def damaged_json(content: bytes, generator: Generator) -> bytes:
+    """A damaged JSON file that still is JSON."""
+    return json_text(damage_json(json.loads(content), generator), generator).encode()
+
+
+def _place_in(holder: list[Any], generator: Generator) -> tuple[Any, Any]:
+    """A dictionary or list somewhere in the holder, and a key or number of it. The outermost place is seldom chosen."""
+    node: Any = holder
+    chance = 0.97
+    while True:
+        place = _any_of(list(node) if isinstance(node, dict) else range(len(node)), generator)
+        inner = node[place]
+        if not isinstance(inner, dict | list) or not inner or generator.random() > chance:
+            return node, place
+        node, chance = inner, 0.8
+
+
+def _any_of(choices: Sequence[Any], generator: Generator) -> Any:
+    return choices[generator.integers(len(choices))]
+
+
+def _replace(node: Any, place: Any, generator: Generator) -> None:
+    node[place] = copy.deepcopy(_any_of(VALUES, generator))
+
+
+def _delete(node: Any, place: Any, generator: Generator) -> None:
+    if len(node) > 1 or isinstance(node, dict):
+        del node[place]
+
+
+def _rename(node: Any, place: Any, generator: Generator) -> None:
+    """Gives the value another key: that of a neighbour, a slightly different one, or a strange one."""
+    if isinstance(node, dict):
+        others = [*node, f"{place}x", str(place).upper(), str(place)[:-1], "", "../x", "/", "a\nb", "\x1b[2J", "\ud800"]
+        node[_any_of(others, generator)] = node.pop(place)
+
+
+def _nest(node: Any, place: Any, generator: Generator) -> None:
+    """Puts the value into itself, into a list, or into a deep pile of lists."""
+    value = node[place]
+    nested: list[Any] = [{str(place): value}, [value], [value, value], {"a": {"a": value}}, DEEP]
+    if isinstance(value, dict):
+        nested.append(value | {str(key): value for key in value})
+    node[place] = copy.deepcopy(_any_of(nested, generator))
+
+
+def _retype(node: Any, place: Any, generator: Generator) -> None:
+    """The same value as another type."""
+    value = node[place]
+    if isinstance(value, dict):
+        others: list[Any] = [list(value), list(value.values()), list(map(list, value.items())), json.dumps(value)]
+    elif isinstance(value, list):
+        others = [{str(number): item for number, item in enumerate(value)}, json.dumps(value), len(value)]
+    elif isinstance(value, str):
+        others = [[value], list(value), {value: value}, len(value), bool(value)]
+    elif value is None:
+        others = [[], {}, 0, ""]
+    else:
+        others = [str(value), [value], bool(value), float(value), -value, {"a": value}]
+    node[place] = copy.deepcopy(_any_of(others, generator))
+
+
+def _exchange(node: Any, place: Any, generator: Generator) -> None:
+    """Exchanges two values of one list or dictionary, or gives both the same."""
+    other = _any_of(list(node) if isinstance(node, dict) else range(len(node)), generator)
+    both = (node[other], node[place]) if generator.integers(2) else (node[place], copy.deepcopy(node[place]))
+    node[place], node[other] = both
+
+
+def _repeat(node: Any, place: Any, generator: Generator) -> None:
+    if isinstance(node, list):
+        node[place:place] = [copy.deepcopy(node[place]) for _ in range(generator.integers(1, 4))]
+
+
+JSON_KINDS = (_replace, _replace, _delete, _rename, _nest, _retype, _exchange, _repeat)
 
 
 # ---- readers -----------------------------------------------------------------------------------------------------
@@ -132,7 +205,8 @@ class Corpus:
     """Whole files to damage, and a copy of the data set that takes the damaged files."""
 
     def __init__(self, shards: Path, scratch: Path, real: Path | None) -> None:
-        annotations = sorted((shards / "photos").rglob("*.mat"))[:4] + (sorted(real.rglob("*.mat"))[:8] if real else [])
+        self.tree = shards / "photos"  # the toy's photos in the form of PASCAL-Part; not to be changed
+        annotations = sorted(self.tree.rglob("*.mat"))[:4] + (sorted(real.rglob("*.mat"))[:8] if real else [])
         compressed = [path.read_bytes() for path in annotations]
         # An uncompressed copy is damaged too, because zlib's checksum finds nearly all damage to compressed data.
         self.annotations = [*compressed, *map(inflated, compressed)]
@@ -255,7 +329,7 @@ def _damaged_text(content: bytes, generator: Generator) -> bytes:
     changed = damage_json(values, generator)
     if isinstance(changed, dict):
         changed["digest"] = sha256_of_json(changed)
-    return json.dumps(changed).encode()
+    return json_text(changed, generator).encode()
 
 
 def read_dataset_json(corpus: Corpus, generator: Generator) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import zlib
@@ -14,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from fuzz_readers import VALUES, Corpus, Generator, SilentChange, damage, damage_json
+from fuzz_readers import DEEP, VALUES, Corpus, Generator, SilentChange, damage, damage_json, damaged_json
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 from servers import web_server
 
 from slotscops.config import config_from_mapping, load_config, setting_names, to_mapping, to_yaml
@@ -40,6 +41,8 @@ SIZE = (48, 32)
 NAMES = "head\ntorso\n3 legs\n"
 RUN_FILES = ("metrics.jsonl", "config.yaml", "status.json", "evaluation.json", "machine.json", "damaged.json",
              "owner.json", "checkpoints/best.txt")  # fmt: skip
+TENSOR_KINDS = ("missing", "other name", "other values", "other type", "other shape", "more")
+DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 FAULTS = ("", "", "", "drop", "503", "404", "flip", "short", "whole", "gzip", "endless")
 
 
@@ -180,7 +183,7 @@ def read_settings(corpus: Corpus, generator: Generator) -> None:
     mapping = to_mapping(own.config)
     if generator.integers(2):
         mapping = damage_json(mapping, generator)
-    text = yaml.safe_dump(mapping).encode("utf-8", "replace")
+    text = yaml.safe_dump(mapping).replace(DEEP, "[" * 3000 + "]" * 3000).encode("utf-8", "replace")
     path.write_bytes(damage(text, [text], generator) if generator.integers(2) else text)
     names, value = setting_names(), VALUES[generator.integers(len(VALUES))]
     overrides = [f"{names[generator.integers(len(names))]}={value}"] if generator.integers(2) else []
@@ -219,13 +222,44 @@ def _damaged_tensors(content: bytes, generator: Generator) -> bytes:
     """Damaged bytes, or a safetensors file whose header says something else of the same tensors."""
     length = int.from_bytes(content[:8], "little")
     if length >= len(content):  # JSON
-        if generator.integers(2):
-            return damage(content, [content], generator)
-        return json.dumps(damage_json(json.loads(content), generator)).encode()
-    if generator.integers(2):
+        return damage(content, [content], generator) if generator.integers(2) else damaged_json(content, generator)
+    kind = generator.integers(3)
+    if kind == 0:
         return damage(content, [content], generator)
-    header = json.dumps(damage_json(json.loads(content[8 : 8 + length]), generator)).encode()
+    if kind == 1:
+        return save(damage_tensors(load(content), generator))
+    header = damaged_json(content[8 : 8 + length], generator)
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
+def damage_tensors(tensors: dict[str, torch.Tensor], generator: Generator) -> dict[str, torch.Tensor]:
+    """The same tensors, of which one to three are missing, have another name, shape or type, or strange values."""
+    changed = dict(tensors)
+    for _ in range(generator.integers(1, 4)):
+        if not changed:
+            break
+        name = sorted(changed)[generator.integers(len(changed))]
+        tensor = changed.pop(name)
+        kind = TENSOR_KINDS[generator.integers(len(TENSOR_KINDS))]
+        if kind == "other name":
+            changed[sorted(tensors)[generator.integers(len(tensors))]] = tensor
+        elif kind == "other values":
+            value = (0, -1, 1e30, math.nan, math.inf)[generator.integers(5)] if tensor.is_floating_point() else 99
+            changed[name] = torch.full_like(tensor, value)
+        elif kind == "other type":
+            changed[name] = tensor.to(DTYPES[generator.integers(len(DTYPES))])
+        elif kind == "other shape":
+            shapes = [
+                tensor.flatten(),
+                tensor[None],
+                tensor.flatten()[:0],
+                tensor.flatten()[:1],
+                tensor.new_zeros(3, 2),
+            ]
+            changed[name] = shapes[generator.integers(len(shapes))].contiguous()
+        elif kind == "more":
+            changed |= {name: tensor, f"{name}.more": tensor.clone()}
+    return changed
 
 
 def read_run_folders(corpus: Corpus, generator: Generator) -> None:
@@ -233,10 +267,8 @@ def read_run_folders(corpus: Corpus, generator: Generator) -> None:
     own = strangers(corpus)
     path = own.run / RUN_FILES[generator.integers(len(RUN_FILES))]
     content = own.whole[path]
-    is_json = path.suffix == ".json" and generator.integers(2)
-    changed = json.dumps(damage_json(json.loads(content), generator)).encode() if is_json else damage(
-        content, [content], generator
-    )  # fmt: skip
+    is_json = path.suffix in (".json", ".jsonl") and generator.integers(2)
+    changed = _damaged_lines(content, generator) if is_json else damage(content, [content], generator)
     path.write_bytes(changed)
     folder = RunFolder(own.run)
     try:
@@ -253,6 +285,14 @@ def read_run_folders(corpus: Corpus, generator: Generator) -> None:
         folder.release()
         own.restore_run()
         own.check_nothing_lies_elsewhere()
+
+
+def _damaged_lines(content: bytes, generator: Generator) -> bytes:
+    """JSON in one line, or one JSON a line, of which one line is damaged."""
+    lines = content.splitlines(keepends=True)
+    number = generator.integers(len(lines))
+    lines[number] = damaged_json(lines[number], generator) + b"\n"
+    return b"".join(lines)
 
 
 def read_servers(corpus: Corpus, generator: Generator) -> None:

@@ -119,6 +119,8 @@ class _BoundedHeader(tarfile.TarInfo):
     """
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.size < 0:  # tarfile would go back, and read the same members again without end
+            raise tarfile.ReadError(f"a member of {self.size:,} bytes")
         extensions = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
         if self.type in (*extensions, tarfile.SOLARIS_XHDTYPE) and self.size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {self.size:,} bytes, needed at most {_MAX_HEADER_BYTES:,}")

@@ -73,5 +73,5 @@ def _describe_owner(folder: Path) -> str:
     try:
         facts = json.loads((folder / _FACTS).read_text())
         return f"process {facts['process']} on {facts['host']}, started {facts['since']},"
-    except (OSError, ValueError, KeyError, TypeError):  # not written yet, or damaged
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not written yet, or damaged
         return "another process"

@@ -19,6 +19,7 @@ from slotscops.core.pictures import voc_palette
 from slotscops.train.run.folder import RunFolder, read_metrics
 
 _MAX_POINTS = 2000  # of a curve: more than a screen shows, and few enough for a page that opens at once
+_MAX_DIGITS = 20  # of the step in a picture's name
 _PLACE = '"RUN"'  # the template's placeholder for the content
 # Panel -> prefixes of the values that it plots. A value goes to the first panel that has a prefix of its name.
 _PANELS = {
@@ -54,7 +55,7 @@ def write_page(folder: RunFolder) -> Path:
         "defaults": flat_settings(to_mapping(Config())),
         "last": {name: value for name, value in (rows[-1] if rows else {}).items() if name != "batch_digest"},
         "panels": _panels(rows),
-        "pictures": _pictures(folder.pictures),
+        "pictures": [(step, f"pictures/{path.name}") for step, path in list_pictures(folder)],
         "palette": voc_palette(256).tolist(),
     }
     page = (resources.files("slotscops.train.run") / "page.html").read_text(encoding="utf-8")
@@ -84,10 +85,10 @@ def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return points[:-1][::every] + points[-1:]
 
 
-def _pictures(folder: Path) -> list[tuple[int, str]]:
-    """Step and address of each picture, in order."""
-    steps = [path.stem.removeprefix("step-") for path in folder.glob("step-*.png")]
-    return [(step, f"pictures/step-{step}.png") for step in sorted(int(step) for step in steps if step.isdigit())]
+def list_pictures(folder: RunFolder) -> list[tuple[int, Path]]:
+    """Step and path of each picture of a run, in the order of the steps."""
+    paths = [(path.stem.removeprefix("step-"), path) for path in folder.pictures.glob("step-*.png")]
+    return sorted((int(step), path) for step, path in paths if step.isdecimal() and len(step) < _MAX_DIGITS)
 
 
 def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -105,7 +106,7 @@ def _is_number(value: Any) -> bool:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # not written yet, or damaged
+    except (FileNotFoundError, ValueError, RecursionError):  # not written yet, or damaged
         return None
 
 
