@@ -1,6 +1,9 @@
 import dataclasses
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +20,15 @@ def scored(name: str, kind: str, value: float, class_name: str = "horse", **more
     return dataclasses.replace(Scored(name, kind, 4, rows, {}), **more)  # type: ignore[arg-type]
 
 
+def scores_in(folder: Path, methods: list[Scored]) -> Path:
+    folder.mkdir()
+    scoreboard.write(folder / "scores.json", {}, methods)
+    return folder
+
+
 def page_of(folder: Path, files: dict[str, list[Scored]]) -> str:
     """The page of these files, each in a folder of its own."""
-    paths = []
-    for name, methods in files.items():
-        (folder / name).mkdir()
-        scoreboard.write(folder / name / "scores.json", {}, methods)
-        paths.append(str(folder / name / "scores.json"))
+    paths = [str(scores_in(folder / name, methods) / "scores.json") for name, methods in files.items()]
     assert evaluate.main(["--read", *paths, "--page", str(folder / "page.html")]) == 0
     return (folder / "page.html").read_text()
 
@@ -69,3 +74,47 @@ def test_a_page_needs_scores_and_a_folder_to_be_in(tmp_path: Path) -> None:
         evaluate.main(["--baseline", "position", "--shards", "x", "--page", "page.html"])
     with pytest.raises(UserError, match=r"--page .*: no such folder; make it first"):
         evaluate.main(["--read", "x", "--page", str(tmp_path / "nowhere" / "page.html")])
+
+
+def test_a_damaged_picture_is_left_out_of_the_page_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "a" / "pictures"
+    folder = scores_in(tmp_path / "a", [scored("run", "run", 0.5)])
+    (folder / "machine.json").write_text("3")
+    pictures.mkdir()
+    (pictures / "step-x.png").touch()
+    (pictures / "step-2.png").write_bytes(b"\x89PNG")
+    assert evaluate.main(["--read", str(folder / "scores.json"), "--page", str(tmp_path / "page.html")]) == 0
+    assert "<img" not in (tmp_path / "page.html").read_text()
+    assert f"left out of the page: {pictures / 'step-2.png'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda content: content["methods"].clear(), "methods: .* at least 1 item"),
+        (lambda content: content["methods"][0].update(name=[]), r"methods\.0\.name: .* valid string"),
+        (lambda content: content["methods"][0]["scores"].pop("mask"), "'run' without some of the scores"),
+        (lambda content: content["methods"][0]["scores"]["own"]["small"]["horse"].pop("nmi"), "without some of the"),
+        (lambda content: content["methods"][0]["scores"]["own"]["first"].update(x={}), "without some of the scores"),
+        (
+            lambda content: content["methods"][0]["scores"]["own"]["small"].update(
+                x=content["methods"][0]["scores"]["own"]["small"]["horse"]
+            ),
+            "scores of a class in some protocols only",
+        ),
+    ],
+)
+def test_scores_that_were_changed_are_refused_with_the_place(
+    change: Callable[[Any], object], what: str, tmp_path: Path
+) -> None:
+    path = scores_in(tmp_path / "a", [scored("run", "run", 0.5)]) / "scores.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"scores\.json: needed scores written by .*, came .*{what}"):
+        scoreboard.read(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="needed scores written by"):
+        scoreboard.read(path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from commands import ROOT, python
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from small_runs import photo, save_feature_run, save_resnet_run
 
 import slotscops
@@ -119,6 +119,14 @@ def test_a_published_model_is_evaluated_as_a_run_is(published: Path, toy_shards:
     scores = tmp_path / "scores.json"
     assert evaluate_main(["--checkpoint", str(published), "--shards", str(toy_shards), "--json", str(scores)]) == 0
     assert scores.exists()
+
+
+def test_a_basis_that_is_no_matrix_is_refused(published: Path, tmp_path: Path) -> None:
+    tensors = load_file(published / "model.safetensors") | {"basis_parameter": np.zeros(3, np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.yaml").write_bytes((published / "config.yaml").read_bytes())
+    with pytest.raises(UserError, match="has no part basis"):
+        slotscops.load(tmp_path)
 
 
 def test_one_flipped_bit_in_a_published_model_is_noticed(published: Path, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from PIL import Image
 
 from slotscops.core.errors import UserError
 from slotscops.shard import __main__ as shard
-from slotscops.shard.card import command_options
+from slotscops.shard.card import command_options, make_card
 from slotscops.shard.index import open_dataset
+from slotscops.shard.left_out import read_left_out
 from slotscops.shard.reader import ShardReader
 
 COMMON = ["--no-features", "--size", "32", "--workers", "1"]
@@ -117,6 +118,20 @@ def test_a_card_written_again_keeps_the_licence_that_was_filled_in_and_no_readme
     with pytest.raises(UserError, match="was not written by slotscops"):
         shard.main(["--card", str(shards)])
     card.write_text(before)
+
+
+@pytest.mark.parametrize("content", ["[", "[3]", '[{"image": 3}]', "[" * 100_000])
+def test_a_damaged_list_of_what_was_left_out_is_said_on_the_card_and_refused_where_it_is_needed(
+    shards: Path, content: str
+) -> None:
+    path = shards / "index" / "left_out.json"
+    whole = path.read_text()
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"left_out\.json: is damaged; remove .* and make the shards again"):
+        read_left_out(path, f"remove {shards} and make the shards again")
+    assert "is missing or damaged" in str(make_card(open_dataset(shards)))
+    path.write_text(whole)
+    assert "is missing or damaged" not in str(make_card(open_dataset(shards)))
 
 
 @pytest.mark.parametrize(

@@ -151,3 +151,13 @@ def test_hostile_members_reach_nothing(tmp_path: Path) -> None:
     twice = path.rename(tmp_path / "twice.tar")
     with pytest.raises(UserError, match=r"two files Annotations_Part/twice\.mat"):
         ArchivePlace(twice, twice, "Annotations_Part").names()
+
+
+def test_a_member_of_negative_size_does_not_lead_back_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / "back.tar"
+    entry = tarfile.TarInfo("Annotations_Part/a.mat")
+    entry.size = -1024
+    header = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    path.write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(UserError, match=r"back\.tar: is no readable tar \(a member of -1,024 bytes\); fetch"):
+        ArchivePlace(path, path, "Annotations_Part").names()

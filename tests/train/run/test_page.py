@@ -83,6 +83,7 @@ def test_a_long_run_and_odd_text_make_a_page_that_opens(tmp_path: Path) -> None:
     folder.config.write_text("run_dir: '</script><b>'\n")
     rows = [{"step": step, "loss": 1 / step, "val_nmi": None, "batch_digest": "x"} for step in range(1, 9000)]
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 90')
+    folder.status.write_text("[" * 100_000)  # too deep for Python
     page = content(write_page(folder))
     [points] = [curve["points"] for panel in page["panels"] for curve in panel["curves"]]
     assert 100 < len(points) <= _MAX_POINTS + 1
