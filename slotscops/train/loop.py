@@ -86,6 +86,7 @@ class Trainer:
         microbatch = config.train.batch_size // accelerator.num_processes // self._num_microbatches
         check_shared_memory(self.split, microbatch, config.data.num_workers)
         self.files = SideFiles()
+        self._noted_missing: dict[str, str] = {}  # what status.json says, or was meant to say
         self.damage = DamageLedger(self.dataset, "train", config.data.max_damaged_share, self.folder, self.files)
         self.candidates: dict[str, Any] = {}  # see `train.candidates`; empty if there was nothing to choose
         self._starts: dict[int, list[dict[str, Tensor]]] = {}  # by seed: the tensors of basis and target
@@ -324,9 +325,8 @@ class Trainer:
         digest = row.pop("batch_digest")  # text, which TensorBoard cannot plot
         log_numbers(self.accelerator, self.files, row, self.step)
         if self.accelerator.is_main_process:
-            missing = self.files.missing
             self.files.write("metrics.jsonl", lambda: self.folder.log(row | {"batch_digest": digest}))
-            if self.files.missing != missing:
+            if self.files.missing != self._noted_missing:
                 self._note_running()
             console.say_plainly(
                 f"step {self.step}/{self.config.train.total_steps}  loss {row['loss']:.6g}  "
@@ -393,7 +393,7 @@ class Trainer:
             self.files.write("evaluation.json", lambda: write_json(self.folder.evaluation, evaluation), keep=1)
 
     def _note_running(self) -> None:
-        step = self.step
+        step, self._noted_missing = self.step, self.files.missing
         note = lambda: self.folder.note("running", step, missing=self.files.missing)  # noqa: E731
         self.files.write("status.json", note, keep=1)
 

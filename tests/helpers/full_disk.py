@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import skips
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from slotscops.core import files
@@ -59,11 +60,17 @@ def suppress_full() -> Iterator[None]:
 
 
 @contextmanager
-def small_disk(path: Path, megabytes: int) -> Iterator[Disk]:
-    """A folder on a disk that can be filled."""
-    path.mkdir()
+def small_disk(path: Path, megabytes: int, is_real: bool = False) -> Iterator[Disk]:
+    """A folder on a disk that can be filled.
+
+    Args:
+        is_real: for other processes, which no patch reaches; the test is skipped where no disk can be mounted.
+    """
+    path.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
+        if is_real:
+            pytest.skip(skips.NO_MOUNT)
         with pytest.MonkeyPatch.context() as patches:
             yield Disk(path, patches)
         return
