@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from audit import audited
+from full_disk import small_disk
 from small_runs import photo, save_feature_run
 
 from slotscops.core import console
@@ -20,8 +21,8 @@ from slotscops.shard import __main__ as shard
 from slotscops.train.run import page
 
 WRITES = ("open", "os.mkdir", "os.rename", "os.link")
-# What is refused: everything, as on a read-only disk; the content of files; their final names.
-REFUSED = {errno.EROFS: WRITES, errno.ENOSPC: ("open",), errno.EIO: ("os.rename", "os.link")}
+# What is refused: everything, as on a read-only disk; the final names of files.
+REFUSED = {errno.EROFS: WRITES, errno.EIO: ("os.rename", "os.link")}
 Command = Callable[[Path, Path], int]
 
 
@@ -113,6 +114,62 @@ def test_a_command_that_cannot_write_ends_in_one_line(
     assert ".partial" not in line
     assert "; " in line  # and what to do
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command is not inspect_shards])
+def test_a_command_on_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(
+    command: Command, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "export", lambda model, out, crops: export.write_bytes(out, b"x" * 9000) or (0.0, 0.0))
+    with small_disk(tmp_path / "disk", megabytes=32) as disk:
+        own = Path(shutil.copytree(inputs, disk.path / "inputs"))
+        (disk.path / "out").mkdir()
+        disk.fill()
+        before = {path for path in disk.path.rglob("*") if path.is_file()}
+        code, line = end_of(command, own, disk.path / "out" / "x", capsys)
+        assert {path for path in disk.path.rglob("*") if path.is_file()} == before
+    assert code == 1
+    assert line.startswith(f"slotscops: {disk.path}")
+    assert line.endswith(": no space left on device; make room there and start again")
+    assert ".partial" not in line
+
+
+@pytest.mark.parametrize("command", [shard_photos, add_features, evaluate_run, export_run, report_run])
+def test_a_disk_that_fails_while_a_file_is_written_is_named(
+    command: Command, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(export, "export", lambda model, out, crops: export.write_bytes(out, b"") or (0.0, 0.0))
+    own = Path(shutil.copytree(inputs, tmp_path / "inputs"))
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(os, "fsync", fail)
+    code, line = end_of(command, own, tmp_path / "out", capsys)
+    assert code == 1
+    assert line.startswith(f"slotscops: {tmp_path}")
+    assert line.endswith(": input/output error; the disk may be failing: copy what is there to another one")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (inspect_shards, "shards/index/dataset.json"),
+        (evaluate_run, "run/checkpoints/step-1/model.safetensors"),
+        (report_run, "run/metrics.jsonl"),
+    ],
+)
+def test_a_file_that_opens_but_cannot_be_read_is_named(
+    command: Command, name: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path(shutil.copytree(inputs, tmp_path / "inputs"))
+    (own / name).unlink()
+    (own / name).symlink_to("/proc/self/mem")  # Linux opens it, and reading its first bytes is an input/output error
+    code, line = end_of(command, own, tmp_path / "out", capsys)
+    assert code in (1, 2)
+    assert line.startswith(f"slotscops: {own / name}: ")
+    assert "input/output error" in line.lower()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

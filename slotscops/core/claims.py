@@ -18,7 +18,7 @@ from typing import Any
 
 from slotscops.core import console
 from slotscops.core.errors import ClaimError
-from slotscops.core.files import has_ended, write_once, writer_name
+from slotscops.core.files import has_ended, read_bytes, write_once, writer_name
 
 _SHORT = 100  # characters; longer pairs of values are not printed in the message
 _BEAT_S = 20.0  # seconds between two signs of life of a process that holds a lease
@@ -131,7 +131,7 @@ def claim(path: Path, content: dict[str, Any], remedy: str) -> None:
 
 def _read_claim(path: Path) -> str:
     ends = time.monotonic() + _WRITING_S
-    while not (text := path.read_text()) and time.monotonic() < ends:
+    while not (text := read_bytes(path).decode()) and time.monotonic() < ends:
         time.sleep(0.05)
     return text
 

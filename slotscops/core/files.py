@@ -227,6 +227,15 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a file. An error names the file, also if the file can be opened but its content cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def read_json_or_none(path: Path) -> Any:
     """The content of a file that one can do without; None if it is missing, cannot be read or is damaged."""
     try:

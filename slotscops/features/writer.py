@@ -13,7 +13,7 @@ from torch import Tensor
 from slotscops.core import console
 from slotscops.core.claims import claim, leased_units, remove_leases
 from slotscops.core.errors import RunError, UserError
-from slotscops.core.files import remove_abandoned, sha256_of_file, write_once
+from slotscops.core.files import read_bytes, remove_abandoned, sha256_of_file, write_once
 from slotscops.core.machine import keep_freed_memory, own_device
 from slotscops.core.timm_networks import own_licence
 from slotscops.features.cache import FeatureCache, open_cache
@@ -110,12 +110,12 @@ def _share_projection(
     path = folder / PROJECTION
     for _ in leased_units([PROJECTION], folder, lambda _: path.is_file()):
         if identity["mirrored"]:
-            content = (folder.parent / name_of(identity | {"mirrored": False}) / PROJECTION).read_bytes()
+            content = read_bytes(folder.parent / name_of(identity | {"mirrored": False}) / PROJECTION)
         else:
             content = fit_projection(dataset, teacher, size, identity["components"]).to_bytes()
         write_once(path, content)
     try:
-        return Projection.from_bytes(path.read_bytes())
+        return Projection.from_bytes(read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path}: {error}; {REMOVE_AND_REBUILD}") from None
 

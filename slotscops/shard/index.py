@@ -19,7 +19,7 @@ from safetensors.numpy import load, save
 
 from slotscops.core.address import Address
 from slotscops.core.errors import UserError, first_line
-from slotscops.core.files import sha256_of_bytes, sha256_of_json, size_of_file, write_bytes, write_json
+from slotscops.core.files import read_bytes, sha256_of_bytes, sha256_of_json, size_of_file, write_bytes, write_json
 from slotscops.core.pixels import Context
 from slotscops.core.records import MEMBERS
 from slotscops.shard.remote import RemoteFolder
@@ -286,7 +286,7 @@ def read_dataset(shards: Path) -> ShardDataset:
             f" (or --toy --out {shards})"
         )
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_bytes(path))
         dataset = _from_json(shards, content)
         digest = content["digest"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

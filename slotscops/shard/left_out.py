@@ -6,6 +6,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter
 
 from slotscops.core.errors import UserError
+from slotscops.core.files import read_bytes
 from slotscops.datasets.sources import Candidate, LeftOut
 
 Content = TypeVar("Content")
@@ -36,6 +37,6 @@ def read_scanned(path: Path) -> Scanned:
 
 def _read(path: Path, kind: TypeAdapter[Content], remedy: str) -> Content:
     try:
-        return kind.validate_json(path.read_bytes(), strict=True)
+        return kind.validate_json(read_bytes(path), strict=True)
     except ValueError:
         raise UserError(f"{path}: is damaged; {remedy}") from None

@@ -14,7 +14,7 @@ from slotscops.core import console
 from slotscops.core.address import hide_secrets
 from slotscops.core.claims import differences
 from slotscops.core.errors import UserError, shorten
-from slotscops.core.files import json_numbers, remove_abandoned, write_bytes, write_json
+from slotscops.core.files import json_numbers, read_bytes, remove_abandoned, write_bytes, write_json
 from slotscops.features.cache import FeatureCache
 from slotscops.loader.plan import ORDER
 from slotscops.shard.index import ShardDataset
@@ -320,7 +320,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     """The logged steps, and the damaged lines. A last line without a line end is in neither."""
-    *lines, _cut_short = path.read_bytes().split(b"\n")
+    *lines, _cut_short = read_bytes(path).split(b"\n")
     rows, damaged = [], []
     for line in lines:
         try:

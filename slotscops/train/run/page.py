@@ -14,7 +14,7 @@ from slotscops.config import Config, load_config, to_mapping
 from slotscops.core import console
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError
-from slotscops.core.files import write_bytes
+from slotscops.core.files import read_bytes, write_bytes
 from slotscops.core.pictures import voc_palette
 from slotscops.train.run.folder import RunFolder, read_metrics
 
@@ -105,7 +105,7 @@ def _is_number(value: Any) -> bool:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_bytes(path))
     except (FileNotFoundError, ValueError, RecursionError):  # not written yet, or damaged
         return None
 
