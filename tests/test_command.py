@@ -104,6 +104,12 @@ def test_the_command_imports_nothing_of_the_commands_that_were_not_asked_for() -
     assert not loaded & {"torch", "slotscops.shard", "slotscops.features", "slotscops.segment", "slotscops.train.fit"}
 
 
+def test_crops_are_scored_without_the_segmenter_and_the_library_of_the_hub() -> None:
+    loaded = modules_after("import slotscops.evaluate.__main__")
+    assert "slotscops.evaluate.scoreboard" in loaded
+    assert not loaded & {"huggingface_hub", "slotscops.segment", "slotscops.evaluate.whole_photos"}
+
+
 def test_a_loader_worker_starts_without_the_networks_and_their_libraries() -> None:
     networks = {"torchvision", "sklearn", "accelerate", "slotscops.model", "slotscops.train.loop"}
     loaded = modules_after("import slotscops.loader.batches")

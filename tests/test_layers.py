@@ -19,8 +19,8 @@ ROOMS = [
     "losses",
     "metrics",
     "train",
-    "evaluate",
     "segment",
+    "evaluate",
     "benchmark",
 ]
 # Files that only start a command or hand out a name: they may import anything.

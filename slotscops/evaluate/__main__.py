@@ -8,38 +8,28 @@ parts; see `metrics.protocols`. It runs as a single process or under a launcher.
 """
 
 import math
-import tempfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
-from PIL import Image
 
 from slotscops.config import BaselineTransform, to_mapping
-from slotscops.core import console, pretrained
+from slotscops.core import console
 from slotscops.core.errors import UserError
-from slotscops.core.photos import to_array
-from slotscops.core.pixels import crop_photo, whole_square
-from slotscops.core.records import Batch
 from slotscops.datasets.merging import PartMerge, open_merge
-from slotscops.datasets.pascal_part.source import open_pascal_part
-from slotscops.datasets.photo_folder import PhotoFolder
-from slotscops.datasets.sources import Source
 from slotscops.evaluate import baselines, ceiling, scoreboard
 from slotscops.evaluate.options import parse_options
 from slotscops.evaluate.results_page import write_results_page
 from slotscops.evaluate.scoreboard import Row, Scored
 from slotscops.features.cache import FeatureCache, open_cache, warn_if_random
-from slotscops.features.compact import Compact, project
-from slotscops.features.teacher import Teacher, compute_features
+from slotscops.features.compact import Compact
 from slotscops.loader.split import Split
-from slotscops.metrics.photos import PhotoLabeller, PhotoSet
+from slotscops.metrics.photos import PhotoLabeller
 from slotscops.metrics.protocols import ORDERS, PHOTO, PROTOCOLS, Predictor
 from slotscops.metrics.scoring import (
     BATCH_SIZE,
@@ -51,13 +41,15 @@ from slotscops.metrics.scoring import (
 )
 from slotscops.model.encoder import FeatureEncoder
 from slotscops.model.network import SlotScops
-from slotscops.segment.segmenter import FoundParts, Segmenter
 from slotscops.shard.index import ShardDataset, open_dataset
 from slotscops.train.build import Trained, load_model
 from slotscops.train.processes import join_processes
 from slotscops.train.run.folder import RunFolder
 from slotscops.train.run.page import write_page
 from slotscops.train.run.published import is_published
+
+if TYPE_CHECKING:  # imported where it is needed
+    from slotscops.evaluate.whole_photos import WholePhotos
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,9 +124,7 @@ class _Harness:
     runs: list[Trained]
     accelerator: Accelerator | None  # None: a single process
     merge: PartMerge | None  # None: every true part counts for itself
-    photos: PhotoSet | None  # None: crops only
-    segmenters: list[Segmenter]  # one for each run if there are photos
-    teacher: Teacher | None  # of the baselines, if there are photos
+    photos: "WholePhotos | None"  # None: crops only
 
     def open_split(self, name: str, cache: FeatureCache | None) -> Split:
         return Split(self.dataset, name, cache, with_labels=True, merge=self.merge)
@@ -161,61 +151,16 @@ def _open_harness(options: Namespace, stack: ExitStack) -> _Harness:
         accelerator=accelerator,
         merge=open_merge(options.merge, dataset.part_names) if options.merge else None,
         photos=None,
-        segmenters=[],
-        teacher=None,
     )
     if options.photos is None:
         return harness
+    # Imported here, because it imports the segmenter and with it huggingface_hub, which crops do not need.
+    from slotscops.evaluate.whole_photos import open_whole_photos
+
     # Opened before any work, so that missing photos or weights stop the command at once.
-    source = _open_source(options, dataset, stack)
-    photos = PhotoSet(harness.open_split(options.split, None), source)
-    teachers: dict[tuple[str, str, str], Teacher] = {}  # loaded once for all methods, by network, layer and sha256
-    segmenters = []
-    for trained in runs:
-        teacher = trained.config.teacher
-        name = (teacher.network, teacher.layer, trained.state.teacher_sha256)
-        segmenters.append(Segmenter(trained, options.teacher_weights, harness.device, teachers.get(name)))
-        if segmenters[-1].teacher is not None and trained.state.teacher_sha256:
-            teachers[name] = segmenters[-1].teacher
-    own_teacher = _teacher_of_baselines(harness, options, teachers)
-    return replace(harness, photos=photos, segmenters=segmenters, teacher=own_teacher)
-
-
-def _open_source(options: Namespace, dataset: ShardDataset, stack: ExitStack) -> Source:
-    """The photos that the shards were made of: a PASCAL-Part tree, or a folder of photos if --parts is given."""
-    if options.parts is not None:
-        return PhotoFolder(options.photos, options.parts, 0.0, dataset.class_names[0])
-    scratch = stack.enter_context(tempfile.TemporaryDirectory())
-    return stack.enter_context(open_pascal_part(options.photos, Path(scratch)))
-
-
-def _teacher_of_baselines(
-    harness: _Harness, options: Namespace, loaded: Mapping[tuple[str, str, str], Teacher]
-) -> Teacher | None:
-    """The network that computes the baselines' features of whole photos. None if no baseline needs it.
-
-    Raises:
-        UserError: its weights cannot be found, or are not those that the cached features were made with.
-    """
-    if not {"kmeans", "dff"} & set(options.baseline):
-        return None
-    settings = harness.baseline
-    made_with = _open_baseline_cache(harness).manifest
-    name = (settings.teacher, settings.layer, made_with["weights_sha256"])
-    if name in loaded:
-        return loaded[name]
-    if options.teacher_weights is None and not pretrained.is_found_by_name(made_with["weights"]):
-        raise UserError(
-            f"--photos: the features of the shards were made with the weights {made_with['weights']}; give that file "
-            "with --teacher-weights"
-        )
-    teacher = Teacher(settings.layer, options.teacher_weights or made_with["weights"], settings.teacher)
-    if teacher.fingerprint != made_with["weights_sha256"]:
-        raise UserError(
-            f"--teacher-weights: the features of the shards were made with the weights {made_with['weights']} (sha256 "
-            f"{made_with['weights_sha256'][:12]}), came {teacher.weights_name} ({teacher.fingerprint[:12]})"
-        )
-    return teacher.to(harness.device)
+    cache = _open_baseline_cache(harness) if {"kmeans", "dff"} & set(options.baseline) else None
+    split = harness.open_split(options.split, None)
+    return replace(harness, photos=open_whole_photos(options, split, runs, cache, harness.device, stack))
 
 
 def shards_of_run(trained: Trained, path: Path) -> Path:
@@ -278,37 +223,9 @@ def _score_run(harness: _Harness, trained: Trained, path: Path) -> Scored:
     train, split = (harness.open_split(name, cache) for name in ("train", harness.split))
     classes = _classes_of_network(trained, harness.dataset, path) if network.num_classes is not None else None
     predict = network_predictor(network, device, classes)
-    segmenter = next((one for one in harness.segmenters if one.trained is trained), None)
-    label = None if segmenter is None else _labeller_of_run(segmenter)
+    label = harness.photos.labeller_of_run(trained) if harness.photos is not None else None
     scored = _score(harness, str(path), predict, train, split, network.num_slots, classes is not None, label)
     return replace(scored, kind="run", settings=to_mapping(config), step=trained.state.step)
-
-
-def _labeller_of_run(segmenter: Segmenter) -> PhotoLabeller:
-    """Finds parts as `segment` does. A network with parts of their own for each class is told the class."""
-
-    def label(photos: Sequence[Image.Image], class_name: str) -> list[NDArray[np.uint8]]:
-        told = class_name if segmenter.class_names else None
-        return [found.winners for found in segmenter.segment_batch(photos, told)]
-
-    return label
-
-
-def _labeller_of_baseline(harness: _Harness, baseline: baselines.Baseline, cache: FeatureCache | None) -> PhotoLabeller:
-    """Clusters whole photos as `segment` gives them to a network: padded to a square, then at the photo's own size."""
-
-    def label(photos: Sequence[Image.Image], class_name: str) -> list[NDArray[np.uint8]]:
-        squares = [crop_photo(photo, whole_square(photo.size), harness.dataset.size) for photo in photos]
-        images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
-        features = None
-        if cache is not None:
-            assert harness.teacher is not None
-            features = project(compute_features(harness.teacher, images, harness.baseline.size).cpu(), cache.projection)
-        unknown = torch.zeros(len(photos), dtype=torch.int64)
-        logits = baseline.logits(Batch(images, features, None, None, unknown, [""] * len(photos))).numpy()
-        return [FoundParts(to_array(photo), maps).labels for photo, maps in zip(photos, logits, strict=True)]
-
-    return label
 
 
 def check_same_projection(cache: FeatureCache, network: SlotScops, path: Path) -> None:
@@ -374,7 +291,7 @@ def _score_baseline(harness: _Harness, name: str) -> Scored:
         predict = ceiling.fit(train, settings.seed, settings.transform, settings.refine)
         return _score(harness, title, predict, train, split, ceiling.num_predicted(split), own_parts=True)
     baseline = baselines.fit(name, train, settings.clusters, settings.seed, settings.transform, settings.refine)
-    label = _labeller_of_baseline(harness, baseline, cache)
+    label = harness.photos.labeller_of_baseline(baseline, cache) if harness.photos is not None else None
     return _score(harness, title, baseline, train, split, settings.clusters, label=label)
 
 
@@ -393,8 +310,7 @@ def _score(
     scores = score_predictions(predict, batches, split.part_names, num_predicted, own_parts)
     protocols: tuple[str, ...] = PROTOCOLS
     if harness.photos is not None and label is not None:
-        mine = harness.photos.batches()[console.rank() :: console.world_size()]
-        harness.photos.score(label, console.track(mine, len(mine), f"scoring {name}, batches of whole photos"), scores)
+        harness.photos.score(label, scores, name)
         protocols = (*PROTOCOLS, PHOTO)
     scores.set_counts(sum_over_processes(scores.counts(), harness.accelerator))
     landmarks = {}

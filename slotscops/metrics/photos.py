@@ -10,6 +10,7 @@ Shapes: H x W pixels of a photo.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from slotscops.core.batching import batches_by_pixels
 from slotscops.core.errors import DamageError, UserError
 from slotscops.core.photos import shown_name
 from slotscops.core.records import IGNORED
@@ -25,7 +27,6 @@ from slotscops.loader.split import Split
 from slotscops.metrics.protocols import ProtocolScores
 
 _BATCH_SIZE = 8
-_BATCH_PIXELS = 50_000_000  # pixels of a batch of several photos, so that huge photos fit into memory
 
 # The parts of several photos of one class: (photos, class) -> (H, W) uint8 labels of each, 0 = background.
 PhotoLabeller = Callable[[Sequence[Image.Image], str], Sequence[NDArray[np.uint8]]]
@@ -38,6 +39,10 @@ class _Listed:
     image: str
     class_name: str
     size: tuple[int, int]  # width, height
+
+
+def _class_of(photo: _Listed) -> str:
+    return photo.class_name
 
 
 class PhotoSet:
@@ -65,18 +70,9 @@ class PhotoSet:
 
     def batches(self) -> list[list[_Listed]]:
         """Batches of photos of one class. They are the same for any number of processes."""
-        batches: list[list[_Listed]] = []
-        num_pixels = 0
-        for photo in sorted(self._photos, key=lambda photo: self._split.dataset.class_names.index(photo.class_name)):
-            pixels = photo.size[0] * photo.size[1]
-            last = batches[-1] if batches else []
-            is_new = not last or last[0].class_name != photo.class_name or len(last) == _BATCH_SIZE
-            if is_new or num_pixels + pixels > _BATCH_PIXELS:
-                batches.append([])
-                num_pixels = 0
-            batches[-1].append(photo)
-            num_pixels += pixels
-        return batches
+        names = self._split.dataset.class_names
+        by_class = sorted(self._photos, key=lambda photo: names.index(photo.class_name))
+        return list(batches_by_pixels(by_class, lambda photo: math.prod(photo.size), _BATCH_SIZE, _class_of))
 
     def score(self, label: PhotoLabeller, batches: Iterable[list[_Listed]], scores: ProtocolScores) -> None:
         """Finds the parts in the photos of some `batches`, and adds them to the protocol `photo` of `scores`.

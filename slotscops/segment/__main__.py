@@ -28,6 +28,7 @@ from safetensors.numpy import save
 
 from slotscops.core import console
 from slotscops.core.address import hide_secrets
+from slotscops.core.batching import batches_by_pixels
 from slotscops.core.command_line import command_parser, program_name
 from slotscops.core.errors import RunError, UserError, first_line, shorten
 from slotscops.core.files import write_bytes
@@ -41,35 +42,26 @@ from slotscops.segment.naming import name_parts
 from slotscops.segment.segmenter import FoundParts, Segmenter, load
 from slotscops.segment.video import check_can_segment, is_clip, segment_clips
 
-_BATCH_PIXELS = 50_000_000  # pixels of a batch of several photos, so that huge photos fit into memory
 _LONGEST_COMMAND = 2000  # characters; a shell writes out every photo of photos/*.jpg
+_Photo = tuple[Path, Image.Image, str]  # with the name of its results
 _ERRORS_OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
 
 
-def _batches(
-    named: Iterable[tuple[Path, str]], size: int, skipped: list[Skipped]
-) -> Iterator[list[tuple[Path, Image.Image, str]]]:
+def _batches(named: Iterable[tuple[Path, str]], size: int, skipped: list[Skipped]) -> Iterator[list[_Photo]]:
     """Yields the readable photos, `size` at a time. Adds the others to `skipped` with the reason."""
-    batch: list[tuple[Path, Image.Image, str]] = []
-    num_pixels = 0
+    return batches_by_pixels(_readable(named, skipped), lambda photo: photo[1].width * photo[1].height, size)
+
+
+def _readable(named: Iterable[tuple[Path, str]], skipped: list[Skipped]) -> Iterator[_Photo]:
     for path, name in named:
         try:
-            image = read_photo(path)
+            yield path, read_photo(path), name  # kept in no variable, so that the caller can free the photo
         except UserError as error:
             skipped.append(Skipped(str(path), str(error)))
-            continue
-        if batch and (len(batch) == size or num_pixels + image.width * image.height > _BATCH_PIXELS):
-            yield batch
-            batch, num_pixels = [], 0
-        batch.append((path, image, name))
-        num_pixels += image.width * image.height
-        del image  # so that the caller can free it
-    if batch:
-        yield batch
 
 
 def _find_parts(
-    model: Segmenter, batch: list[tuple[Path, Image.Image, str]], class_name: str | None, skipped: list[Skipped]
+    model: Segmenter, batch: list[_Photo], class_name: str | None, skipped: list[Skipped]
 ) -> list[tuple[Path, str, FoundParts]]:
     """Segments a batch and empties it, so that its images are freed. A photo without memory for it is skipped."""
     paths, names = [path for path, _, _ in batch], [name for _, _, name in batch]

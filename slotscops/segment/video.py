@@ -12,10 +12,11 @@ Shapes: S slots, H x W pixels of a frame, upright.
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slotscops.core import console
+from slotscops.core.batching import batches_by_pixels
 from slotscops.core.errors import UserError, first_line
 from slotscops.core.files import fsync, remove_abandoned, writer_name
 from slotscops.core.photos import shown_name, unique_names
@@ -39,7 +41,6 @@ FOLDER = "videos"  # among the results
 # FFmpeg's names of the file formats. Others, such as playlists, could make it open further files and addresses.
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,asf"
 _MAX_PIXELS = 40_000_000  # of a frame, a little more than 8K
-_BATCH_PIXELS = 16_000_000  # of the frames that the network sees at once: eight of 1920 x 1080
 _SHORT_S, _SHORT_SHARE = 0.5, 0.05  # a clip that ends earlier than this before its promised end is truncated
 # Of x264. At 18 the loss is hardly visible. Without B-frames, MP4 keeps the duration of every frame, the last included.
 _ENCODING = {"crf": "18", "preset": "veryfast", "bf": "0"}
@@ -317,7 +318,7 @@ def segment_clip(
     """
     smoother = Smoother(smooth)
     with open_clip(path) as clip, _open_writer(folder, clip) as writer:
-        frames = console.track(clip.frames(), clip.num_frames(), "frames")
+        frames = iter(console.track(clip.frames(), clip.num_frames(), "frames"))
         for batch in _batches(frames, batch_size):
             for frame, parts in zip(batch, _find_parts(model, batch, class_name), strict=True):
                 class_name = parts.class_name
@@ -325,19 +326,10 @@ def segment_clip(
         return writer.count
 
 
-def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
+def _batches(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
     """Yields the first frame alone, and then `size` frames at a time, or fewer if they are large."""
-    batch: list[Frame] = []
-    wanted = 1
-    for frame in frames:
-        batch.append(frame)
-        if len(batch) == wanted:
-            yield batch
-            batch = []
-            height, width = frame.photo.shape[:2]
-            wanted = max(1, min(size, _BATCH_PIXELS // (height * width)))
-    if batch:
-        yield batch
+    yield from ([frame] for frame in islice(frames, 1))
+    yield from batches_by_pixels(frames, lambda frame: frame.photo.shape[0] * frame.photo.shape[1], size)
 
 
 def _find_parts(model: Segmenter, batch: Sequence[Frame], class_name: str | None) -> list[FoundParts]:
