@@ -131,11 +131,12 @@ class FileTable(Mapping[str, dict[str, Any]]):
 
 def _is_table(files: Any) -> bool:
     return isinstance(files, dict) and all(
-        isinstance(row, dict)
-        and all(type(row.get(name)) is kind for name, kind in _OF_EACH_FILE.items())
+        is_plain_name(name)
+        and isinstance(row, dict)
+        and all(type(row.get(field)) is kind for field, kind in _OF_EACH_FILE.items())
         and _SHA256.fullmatch(row["sha256"])
         and 0 <= row["bytes"] < 1 << 63
-        for row in files.values()
+        for name, row in files.items()
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from slotscops.core.errors import DamageError, RunError, UserError
 from slotscops.core.files import sha256_of_json
-from slotscops.features.manifest import FileTable
+from slotscops.features.manifest import IDENTITY, FileTable, read_manifest, write_manifest
 from slotscops.features.rows import FeatureShard, encode
 
 any_float16 = hnp.arrays(
@@ -142,3 +142,14 @@ def test_a_table_of_files_is_the_mapping_that_it_was_made_of() -> None:
     assert "train-000004" not in table
     assert "val-000000" not in table
     assert len(FileTable({})) == 0
+
+
+@pytest.mark.parametrize("name", ["\ud800", "../x", "a\0", ""])
+def test_a_manifest_that_lists_a_file_of_a_strange_name_is_refused(tmp_path: Path, name: str) -> None:
+    row = {"sha256": "0" * 64, "bytes": 1, "encoding": "dense"}
+    path, identity = tmp_path / "manifest.json", dict.fromkeys(IDENTITY, "")
+    write_manifest(path, identity, (1, 2, 3), {"train-000000": row})
+    assert list(read_manifest(path)["files"]) == ["train-000000"]
+    write_manifest(path, identity, (1, 2, 3), {name: row})
+    with pytest.raises(UserError, match="table of files is damaged"):
+        read_manifest(path)
