@@ -22,11 +22,18 @@ import numpy as np
 
 from slotscops.core.claims import claim, leased_units, remove_leases
 from slotscops.core.errors import ClaimError, UserError
-from slotscops.core.files import remove_abandoned, sha256_of_file, sha256_of_json, write_bytes, write_json
+from slotscops.core.files import (
+    read_json_or_none,
+    remove_abandoned,
+    sha256_of_file,
+    sha256_of_json,
+    write_bytes,
+    write_json,
+)
 from slotscops.core.pixels import DEFAULT_CONTEXT, Context
 from slotscops.core.pool import WorkerPool
 from slotscops.core.records import MEMBERS, to_members
-from slotscops.datasets.sources import SPLITS, Candidate, LeftOut, Source, count_kinds
+from slotscops.datasets.sources import SPLITS, WHOLE_FOLDER, Candidate, LeftOut, Source, count_kinds
 from slotscops.shard.index import (
     ShardDataset,
     ShardEntry,
@@ -92,12 +99,11 @@ def write_shards(
         RunError: a worker process died.
     """
     images = source.list_images()
-    plan = {
-        "source": description,
-        "settings": settings.to_json(),
-        "images": len(images),
-        "images_sha256": sha256_of_json(images),
-    }
+    plan = {"source": description, "settings": settings.to_json(), **_fields_of(images)}
+    # Earlier versions had no entry for what the search for images passed over.
+    older = plan | _fields_of([image for image in images if image != WHOLE_FOLDER])
+    if read_json_or_none(plan_path(out)) == older:
+        plan = older
     if _claim_folder(out, plan):
         try:
             _write_all(source, out, settings, images, num_workers)
@@ -106,6 +112,11 @@ def write_shards(
                 raise
             raise ClaimError(f"{out}: another process found no object to write there and says why") from None
     return Outcome(open_dataset(out), read_left_out(left_out_path(out), f"remove {out} and make the shards again"))
+
+
+def _fields_of(images: list[str]) -> dict[str, Any]:
+    """What the plan says of the images."""
+    return {"images": len(images), "images_sha256": sha256_of_json(images)}
 
 
 def _write_all(source: Source, out: Path, settings: ShardSettings, images: list[str], num_workers: int) -> None:

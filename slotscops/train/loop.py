@@ -360,7 +360,7 @@ class Trainer:
         values = monitors.watch(*self._watched)
         means = self.accelerator.reduce(torch.stack(list(values.values())), "mean").tolist()
         row = dict(zip(values, means, strict=True))
-        for cause, message in monitors.likely_causes(row, self.step, self.config.train.total_steps).items():
+        for cause, message in monitors.likely_causes(row, self.step, self.config).items():
             if cause not in self._warned and self.accelerator.is_main_process:
                 console.warn(f"WARNING: step {self.step}: {message}")
             self._warned.add(cause)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from slotscops.config import Config
 from slotscops.core.errors import RunError
 
 # A slot that wins a smaller share is dead. For 16 crops on a 16 x 16 grid this is 4 cells; eyes win more.
@@ -73,53 +74,67 @@ def dead_parts(counts: NDArray[np.int64]) -> list[int]:
     return [slot for slot in range(1, counts.shape[1]) if (shares[:, slot] < DEAD_SHARE).all()]
 
 
-def likely_causes(row: dict[str, float], step: int, total_steps: int) -> dict[str, str]:
-    """Signs of collapse in a logged step: cause -> what was seen, why, and the setting to change. Usually empty.
+def likely_causes(row: dict[str, float], step: int, config: Config) -> dict[str, str]:
+    """Signs of collapse in a logged step: cause -> what was seen, why, and what to change. Usually empty.
 
     Args:
         row: the values of `watch`.
         step: steps done; the first tenth of a run and its first 100 steps give no warnings.
+        config: of the run. No change is advised that it has made already.
     """
-    if step < max(_GRACE_STEPS, total_steps // 10):
+    if step < max(_GRACE_STEPS, config.train.total_steps // 10):
         return {}
+    kmeans = (config.basis.init == "random", "set basis.init=kmeans")
+    fewer = (config.slots.num_parts > 1, "lower slots.num_parts")
+    slower_basis = (True, "lower train.basis_learning_rate")
+    weaker_entropy = (config.losses.entropy > 0, "lower losses.entropy")
+    later_entropy = (config.losses.entropy > 0, "raise losses.entropy_ramp_steps")
     shares = [value for name, value in row.items() if name.startswith("slot_share_")]
     causes = {}
     if row["map_entropy"] > _UNDECIDED:
         causes["undecided"] = (
             f"all slots share every cell about equally (map_entropy {row['map_entropy']:.3f}), as they do if they all "
-            "start alike or learn too slowly: set slots.init=learned, or raise train.learning_rate"
+            "start alike or learn too slowly: "
+            + _advice((config.slots.init != "learned", "set slots.init=learned"), (True, "raise train.learning_rate"))
         )
     elif max(shares) > _ALL:
         slot = shares.index(max(shares))
         who = "the background" if slot == 0 else f"slot {slot}"
         causes["one slot takes all"] = (
             f"{who} wins {100 * max(shares):.1f} % of all cells; the basis fits too little of the features for the "
-            "other slots to win anything, or an entropy loss decided too early: set basis.init=kmeans, a lower "
-            "losses.entropy, and train.optimizer=adamw if it is sgd"
+            "other slots to win anything, or an entropy loss decided too early: "
+            + _advice(
+                kmeans, weaker_entropy, (config.train.optimizer == "sgd", "set train.optimizer=adamw"), slower_basis
+            )
         )
     elif shares[0] < DEAD_SHARE:
         causes["no background"] = (
             f"the background wins {100 * shares[0]:.2f} % of all cells, so a part has taken its place; this "
-            "happens if there are more slots than the features fill: lower slots.num_parts, or set basis.init=kmeans"
+            "happens if there are more slots than the features fill: " + _advice(fewer, kmeans, slower_basis)
         )
     dead = [slot for slot, share in enumerate(shares) if slot and share < DEAD_SHARE]
     if dead and not causes:
         causes["dead slots"] = (
             f"slot(s) {', '.join(map(str, dead))} win nothing; their basis rows fit no feature, or an entropy loss "
-            "decided before they had found one: set losses.entropy_ramp_steps if losses.entropy is on, set "
-            "basis.init=kmeans, lower slots.num_parts, or lower train.basis_learning_rate"
+            "decided before they had found one: " + _advice(later_entropy, kmeans, fewer, slower_basis)
         )
     if row["zero_basis_rows"] >= 1:
         causes["zero basis rows"] = (
-            f"{row['zero_basis_rows']:.0f} row(s) of the basis are all zero and get no gradient any more: lower "
-            "train.basis_learning_rate"
+            f"{row['zero_basis_rows']:.0f} row(s) of the basis are all zero and get no gradient any more: "
+            + _advice(slower_basis)
         )
     if row["basis_cosine"] > _ALIKE:
         causes["rows alike"] = (
-            f"two rows of the basis are alike (cosine {row['basis_cosine']:.3f}), so two slots share one part: lower "
-            "slots.num_parts, or set basis.init=kmeans"
+            f"two rows of the basis are alike (cosine {row['basis_cosine']:.3f}), so two slots share one part: "
+            + _advice(fewer, kmeans, slower_basis)
         )
     return causes
+
+
+def _advice(*remedies: tuple[bool, str]) -> str:
+    """The remedies that are still open, as one text."""
+    *others, last = [text for is_open, text in remedies if is_open]
+    return f"{', '.join(others)}, or {last}" if others else last
 
 
 class FiniteWatch:

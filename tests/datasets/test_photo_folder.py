@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from slotscops.core.errors import UserError
+from slotscops.core.files import sha256_of_json
 from slotscops.core.photos import read_photo
 from slotscops.core.pixels import PADDING
 from slotscops.core.records import IGNORED, MEMBERS, Record, from_members
 from slotscops.datasets.label_maps import read_part_names
+from slotscops.datasets.photo_folder import PhotoFolder
 from slotscops.shard import __main__ as shard
 from slotscops.shard.index import open_dataset
 from slotscops.shard.reader import ShardReader
@@ -316,6 +318,20 @@ def test_litter_alone_is_no_reason_to_fail_and_does_not_change_the_plan(tmp_path
     assert write(tmp_path / "photos", tmp_path / "out", "--strict") == 0
     (tmp_path / "photos" / ".DS_Store").write_bytes(b"x")
     assert write(tmp_path / "photos", tmp_path / "out", "--strict") == 0
+
+
+def test_shards_of_an_earlier_version_which_counted_photos_only_are_added_to(tmp_path: Path) -> None:
+    for number in range(3):
+        draw(tmp_path / "photos", number)
+    write(tmp_path / "photos", tmp_path / "out")
+    path = tmp_path / "out" / "index" / "plan.json"
+    names = [image for image in PhotoFolder(tmp_path / "photos", None, 0.1, "object").list_images() if image != "."]
+    plan = json.loads(path.read_text()) | {"images": 3, "images_sha256": sha256_of_json(names)}
+    path.write_text(json.dumps(plan))
+    assert write(tmp_path / "photos", tmp_path / "out") == 0
+    draw(tmp_path / "photos", 3)
+    with pytest.raises(UserError, match="was made with another images"):
+        write(tmp_path / "photos", tmp_path / "out")
 
 
 def test_photos_of_a_test_folder_are_never_trained_on(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from slotscops.config import setting_names
+from slotscops.config import Config, load_config, setting_names
 from slotscops.train.monitors import likely_causes, watch
 
 
@@ -16,6 +16,10 @@ def logits_of(winners: list[list[int]], num_slots: int, strength: float = 20.0) 
 
 def row_of(logits: torch.Tensor, basis: torch.Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in watch(logits, basis).items()}
+
+
+def settings_of(*overrides: str) -> Config:
+    return load_config(None, ["train.total_steps=2000", *overrides])
 
 
 HEALTHY = row_of(logits_of([[0, 0], [1, 2]], 3), torch.eye(2, 4))
@@ -50,16 +54,23 @@ def test_equal_maps_have_the_largest_entropy_and_a_single_basis_row_no_cosine() 
     ],
 )
 def test_each_collapse_is_named_with_settings_that_exist(logits: torch.Tensor, basis: torch.Tensor, cause: str) -> None:
-    causes = likely_causes(row_of(logits, basis), step=1000, total_steps=2000)
+    causes = likely_causes(row_of(logits, basis), 1000, settings_of())
     assert list(causes) == [cause]
     settings = re.findall(r"\b[a-z_]+\.[a-z_]+\b", causes[cause])
     assert settings
     assert set(settings) <= set(setting_names())
+    # What has been done already is not advised.
+    changed = settings_of("basis.init=kmeans", "slots.init=learned", "train.optimizer=adamw", "slots.num_parts=1")
+    advised = likely_causes(row_of(logits, basis), 1000, changed)[cause].rsplit(": ", 1)[1]
+    assert not re.search("basis.init|slots.init|optimizer|entropy|num_parts", advised)
+    assert re.fullmatch("(lower|raise) train.[a-z_]+", advised)
+    entropy = likely_causes(row_of(logits, basis), 1000, settings_of("losses.entropy=0.1"))[cause].rsplit(": ", 1)[1]
+    assert ("losses.entropy" in entropy) == (cause in ("one slot takes all", "dead slots"))
 
 
 def test_a_healthy_run_is_not_warned_of_nor_is_a_young_one() -> None:
-    assert likely_causes(HEALTHY, step=1000, total_steps=2000) == {}
+    assert likely_causes(HEALTHY, 1000, settings_of()) == {}
     collapsed = row_of(torch.zeros(1, 3, 4, 4), torch.eye(2, 4))
-    assert likely_causes(collapsed, step=99, total_steps=500) == {}
-    assert likely_causes(collapsed, step=199, total_steps=2000) == {}
-    assert likely_causes(collapsed, step=200, total_steps=2000) != {}
+    assert likely_causes(collapsed, 99, settings_of("train.total_steps=500")) == {}
+    assert likely_causes(collapsed, 199, settings_of()) == {}
+    assert likely_causes(collapsed, 200, settings_of()) != {}

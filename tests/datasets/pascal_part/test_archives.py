@@ -153,6 +153,36 @@ def test_hostile_members_reach_nothing(tmp_path: Path) -> None:
         ArchivePlace(twice, twice, "Annotations_Part").names()
 
 
+def _header(kind: bytes, size: int, content: bytes = b"") -> bytes:
+    entry = tarfile.TarInfo("x")
+    entry.type, entry.size = kind, size
+    return entry.tobuf(tarfile.GNU_FORMAT) + content
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (_header(tarfile.XHDTYPE, 6 << 30), "a header of 6,442,450,944 bytes, needed at most"),
+        (_header(tarfile.GNUTYPE_LONGNAME, 6 << 30), "a header of 6,442,450,944 bytes, needed at most"),
+        (
+            b"".join(
+                _header(tarfile.XGLTYPE, 14, f"14 key{number}=abc\n".encode().ljust(512, b"\0"))
+                for number in range(100, 220)
+            )
+            + tarfile.TarInfo("y").tobuf(),
+            "global header fields",
+        ),
+        (_header(tarfile.GNUTYPE_SPARSE, 512, bytes(512)), "a sparse file; pack the archive without"),
+    ],
+    ids=["attributes", "long name", "global fields", "sparse"],
+)
+def test_headers_that_expand_without_bound_are_refused(content: bytes, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.tar"
+    path.write_bytes(content + bytes(1024))
+    with pytest.raises(UserError, match=rf"bomb\.tar: is no readable tar \(.*{what}"):
+        ArchivePlace(path, path, "Annotations_Part").names()
+
+
 def test_a_member_of_negative_size_does_not_lead_back_for_ever(tmp_path: Path) -> None:
     path = tmp_path / "back.tar"
     entry = tarfile.TarInfo("Annotations_Part/a.mat")

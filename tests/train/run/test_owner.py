@@ -102,3 +102,11 @@ def test_the_best_checkpoint_is_found_where_no_link_can_be_made(tmp_path: Path) 
     (tmp_path / "best.txt").write_text("../elsewhere\n")
     with pytest.raises(UserError, match="best: no such run or checkpoint"):
         resolve_checkpoint(tmp_path / "best")
+
+
+def test_a_long_reason_of_several_lines_is_one_short_line_in_the_status(tmp_path: Path) -> None:
+    RunFolder(tmp_path).note("failed", 3, "first\nsecond " + "x" * 10_000 + " last")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert len(status["reason"]) <= 300
+    assert status["reason"].startswith("first second x")
+    assert status["reason"].endswith("x last")
