@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,16 @@ HELPERS = str(ROOT.parent / "helpers")
 
 
 def test_a_few_hundred_damaged_files_end_in_a_result_or_a_one_line_error(toy_shards: Path) -> None:
-    done = python(ROOT / "fuzz.py", "--inputs", "240", "--seed", "3", "--corpus", toy_shards, PYTHONPATH=HELPERS)
+    done = python(
+        ROOT / "fuzz.py",
+        "--inputs",
+        "240",
+        "--seed",
+        "3",
+        "--corpus",
+        toy_shards,
+        PYTHONPATH=f"{ROOT.parent.parent}{os.pathsep}{HELPERS}",
+    )
     assert done.returncode == 0, done.stdout
     assert "240 inputs, seed 3: 0 failures" in done.stdout
     assert {line.split()[0] for line in done.stdout.splitlines() if re.search(" read | refused ", line)} == {
