@@ -243,8 +243,8 @@ def damage_tensors(tensors: dict[str, torch.Tensor], generator: Generator) -> di
         kind = TENSOR_KINDS[generator.integers(len(TENSOR_KINDS))]
         if kind == "other name":
             changed[sorted(tensors)[generator.integers(len(tensors))]] = tensor
-        elif kind == "other values":
-            value = (0, -1, 1e30, math.nan, math.inf)[generator.integers(5)] if tensor.is_floating_point() else 99
+        elif kind == "other values":  # 6e4 is as large as float16 takes
+            value = (0, -1, 6e4, math.nan, math.inf)[generator.integers(5)] if tensor.is_floating_point() else 99
             changed[name] = torch.full_like(tensor, value)
         elif kind == "other type":
             changed[name] = tensor.to(DTYPES[generator.integers(len(DTYPES))])
