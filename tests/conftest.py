@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import skips
 import torch
+from filelock import FileLock
 from skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 from slotscops.shard import __main__ as shard
@@ -46,10 +47,18 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small toy data set of 64 px crops in several shards, with features of a random teacher. Not to be changed."""
-    out = tmp_path_factory.mktemp("toy") / "shards"
-    assert shard.main([*TOY, "--out", str(out), "--teacher-weights", "random:0"]) == 0
-    return out
+    """A small toy data set of 64 px crops in several shards, with features of a random teacher. Not to be changed.
+
+    One worker of pytest makes it for all.
+    """
+    of_worker = tmp_path_factory.getbasetemp()
+    folder = (of_worker.parent if "PYTEST_XDIST_WORKER" in os.environ else of_worker) / "toy"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "made").exists():
+            command = [*TOY, "--out", str(folder / "shards"), "--teacher-weights", "random:0"]
+            assert shard.main(command) == 0
+            (folder / "made").touch()
+    return folder / "shards"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import skips
 from commands import PYTHON, run
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", "1"])
 @pytest.mark.parametrize(
     ("environment", "reason", "status"),
     [

@@ -1,13 +1,17 @@
 import gc
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slotscops.benchmark import loader, scale, step
+from slotscops.benchmark import loader, scale, scaling, start, step
 from slotscops.benchmark.__main__ import main
 from slotscops.benchmark.loss import materialised
 from slotscops.benchmark.measure import peak_extra_memory_bytes, take_turns
@@ -44,6 +48,12 @@ def test_the_loss_it_is_compared_with_is_the_same_loss() -> None:
     )
 
 
+def run_forked(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """Runs what a measurement starts as `subprocess.run` does, but forks it: a new interpreter takes seconds."""
+    launcher = ["-m", "torch.distributed.run"]
+    return run(["torchrun", *command[3:]] if command[1:3] == launcher else command)
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the garbage collector
 def test_the_commands_write_the_figures_they_promise(
     toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,6 +62,8 @@ def test_the_commands_write_the_figures_they_promise(
     monkeypatch.setattr(loader, "_STARTS", (10, 100))
     monkeypatch.setattr(step, "_CHECKPOINTS", 1)
     monkeypatch.setattr(scale, "_JOINED", (2,))
+    for module in (scale, scaling, start):
+        monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run_forked))
     promised = {
         "loss": {"loss_speedup", "loss_memory_ratio"},
         "loader": {"loader_over_webdataset", "loader_over_decode", "features_per_second"},

@@ -53,12 +53,6 @@ class Running:
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command of the project from its root; its whole process group ends with it."""
-    if not environment and forks.can_fork(command, _clean_environment()):
-        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-            code = forks.run_forked(command, ROOT, Path(out.name), Path(err.name), TIMEOUT_S)
-            return subprocess.CompletedProcess(command, code, out.read(), err.read())
-    if command[0] == forks.RANKS:  # no fork here: the real launcher
-        command = [*_ACCELERATE, "--multi_gpu", "--num_processes", command[1], *_ON_ITS_OWN, *command[2:]]
     with started(command, **environment) as running:
         code = running.wait()
         return subprocess.CompletedProcess(command, code, running.said(running.out), running.said(running.err))
@@ -79,13 +73,9 @@ def run_without_reader(command: list[str], folder: Path) -> int:
 
     reader = threading.Thread(target=read_one_line, daemon=True)
     reader.start()
-    if forks.can_fork(command, _clean_environment()):
-        return forks.run_forked(command, ROOT, pipe, pipe, TIMEOUT_S)
     with pipe.open("wb") as out:
-        done = subprocess.run(
-            command, cwd=ROOT, env=_clean_environment(), stdout=out, stderr=out, timeout=TIMEOUT_S, check=False
-        )
-    return done.returncode
+        process = _start(command, _clean_environment(), out, out)
+    return process.wait(TIMEOUT_S)
 
 
 @contextmanager
@@ -97,14 +87,7 @@ def started(command: list[str], **environment: str) -> Iterator[Running]:
     mark = uuid.uuid4().hex
     # Files, because a pipe that nobody reads stops the process once it is full.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=clean | {_MARK: mark} | environment,
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-        )
+        process = _start(command, clean | {_MARK: mark} | environment, out, err)
         try:
             yield Running(process, out, err)
         finally:
@@ -113,6 +96,20 @@ def started(command: list[str], **environment: str) -> Iterator[Running]:
                 with suppress(ProcessLookupError):
                     os.kill(number, signal.SIGKILL)
             process.wait()
+
+
+def popen(command: list[str], stdout: IO[Any], stderr: IO[Any] = sys.__stderr__) -> subprocess.Popen[bytes]:
+    """What `subprocess.Popen` does for a command of the project."""
+    return _start(command, _clean_environment(), stdout, stderr)
+
+
+def _start(command: list[str], environment: dict[str, str], out: IO[Any], err: IO[Any]) -> subprocess.Popen[bytes]:
+    """Forks the command where that shows the same as starting it."""
+    if forks.can_fork(command, environment):
+        return forks.start(command, environment, ROOT, out.fileno(), err.fileno())
+    if command[0] == forks.RANKS:  # no fork here: the real launcher
+        command = [*_ACCELERATE, "--multi_gpu", "--num_processes", command[1], *_ON_ITS_OWN, *command[2:]]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True)
 
 
 def _clean_environment() -> dict[str, str]:
@@ -184,12 +181,17 @@ def process_ids(marker: str, variable: str = "") -> dict[int, dict[str, str]]:
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         with suppress(OSError):
-            variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-            if marker in (folder / "cmdline").read_bytes().decode(errors="replace") and (
-                not variable or variable in variables
-            ):
-                found[int(folder.name)] = dict(item.split("=", 1) for item in variables if "=" in item)
+            command, variables = forks.description(folder) or _description(folder)
+            if marker in command and (not variable or variables.get(variable.split("=")[0]) == variable.split("=")[1]):
+                found[int(folder.name)] = variables
     return found
+
+
+def _description(folder: Path) -> tuple[str, dict[str, str]]:
+    """Command line and environment of a process, given its folder in /proc."""
+    words = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+    command = (folder / "cmdline").read_bytes().decode(errors="replace")
+    return command, dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def rank_id(run_dir: Path, rank: int) -> int:

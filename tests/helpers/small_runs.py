@@ -1,5 +1,6 @@
 """Quickly made runs and photos, for tests of what comes after training."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,15 @@ def save_run(folder: Path, config: Config) -> Path:
     """A run's folder with one checkpoint of the untrained network."""
     folder.mkdir()
     write_config(config, folder / "config.yaml")
-    fingerprint = Teacher("relu5_4", "random:0").fingerprint
-    state = checkpoint.State(1, 8, to_mapping(config), "", "", "random:0", fingerprint, {"nmi": 0.25})
+    state = checkpoint.State(1, 8, to_mapping(config), "", "", "random:0", _fingerprint(), {"nmi": 0.25})
     tensors = {"model": build_model(config, 512).state_dict(), "optimizer": {}, "rng": {}}
     checkpoint.save_checkpoint(folder / "checkpoints", tensors, state, keep=1)
     return folder
+
+
+@functools.cache
+def _fingerprint() -> str:
+    return Teacher("relu5_4", "random:0").fingerprint
 
 
 def save_resnet_run(folder: Path, *settings: str) -> Path:

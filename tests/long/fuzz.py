@@ -1,6 +1,6 @@
 """Damages real files at random and reads them: each must end in a result or a one-line error.
 
-    PYTHONPATH=.:tests/helpers python tests/long/fuzz.py --inputs 100000 --seed 0 [--readers photo,labels] [--workers 2]
+    PYTHONPATH=. python tests/long/fuzz.py --inputs 100000 --seed 0 [--readers photo,labels] [--workers 2]
 
 Input i goes to reader i modulo their number and depends on (seed, i) only: `--first I --inputs 1` repeats one. Readers
 run in processes of their own, so that a crash is seen and counted; one that takes longer than 20 s on an input hangs.
@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 from audit import audited
 from fuzz_folders import READERS as READERS_OF_FOLDERS
 from fuzz_folders import folders

@@ -3,34 +3,35 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fuzz
 import fuzz_readers
 import numpy as np
 import pytest
-from commands import python
+from commands import popen
 
 ROOT = Path(__file__).parent
 HELPERS = str(ROOT.parent / "helpers")
 
 
-def test_a_few_hundred_damaged_files_end_in_a_result_or_a_one_line_error(toy_shards: Path) -> None:
-    done = python(
-        ROOT / "fuzz.py",
-        "--inputs",
-        "240",
-        "--seed",
-        "3",
-        "--corpus",
-        toy_shards,
-        PYTHONPATH=f"{ROOT.parent.parent}{os.pathsep}{HELPERS}",
-    )
-    assert done.returncode == 0, done.stdout
-    assert "240 inputs, seed 3: 0 failures" in done.stdout
-    assert {line.split()[0] for line in done.stdout.splitlines() if re.search(" read | refused ", line)} == {
-        *fuzz.READERS
-    }
-    assert len([line for line in done.stdout.splitlines() if " refused " in line]) >= len(fuzz.READERS) - 2
+@pytest.fixture(autouse=True)
+def forked_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forks the processes that read, because each new interpreter imports all that the readers need."""
+    as_always = SimpleNamespace(Popen=popen, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(fuzz, "subprocess", as_always)
+
+
+def test_a_few_hundred_damaged_files_end_in_a_result_or_a_one_line_error(
+    toy_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fuzz.py", "--inputs", "240", "--seed", "3", "--corpus", str(toy_shards)]
+    monkeypatch.setattr(sys, "argv", command)
+    code, told = fuzz.main(), capsys.readouterr().out
+    assert code == 0, told
+    assert "240 inputs, seed 3: 0 failures" in told
+    assert {line.split()[0] for line in told.splitlines() if re.search(" read | refused ", line)} == {*fuzz.READERS}
+    assert len([line for line in told.splitlines() if " refused " in line]) >= len(fuzz.READERS) - 2
 
 
 def test_an_input_that_crashes_a_reader_is_seen_and_counted(

@@ -104,6 +104,9 @@ def test_a_model_with_such_an_encoder_trains_and_segments_without_any_teacher(to
         "from slotscops.segment.__main__ import main\n"
         "console.run_command(lambda: main(sys.argv[1:]))\n"
     )
-    done = python("-c", blocked, "--checkpoint", tmp_path / "run", "--out", tmp_path / "out", tmp_path / "a.png")
+    (tmp_path / "blocked.py").write_text(blocked)
+    done = python(
+        tmp_path / "blocked.py", "--checkpoint", tmp_path / "run", "--out", tmp_path / "out", tmp_path / "a.png"
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "a.parts.png").is_file()

@@ -227,7 +227,8 @@ console.run_command(lambda: segment.main(sys.argv[1:]))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA reserves address space beyond any limit")
 def test_a_huge_photo_takes_little_more_memory_than_its_pixels(run: Path, tmp_path: Path) -> None:
     Image.new("1", (6000, 5000)).save(tmp_path / "a.png")  # 30 million pixels in a few kilobytes
-    done = python("-c", LIMITED, "--checkpoint", run, "--out", tmp_path / "out", tmp_path / "a.png")
+    (tmp_path / "limited.py").write_text(LIMITED)
+    done = python(tmp_path / "limited.py", "--checkpoint", run, "--out", tmp_path / "out", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
 
 

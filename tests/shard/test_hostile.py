@@ -3,7 +3,6 @@
 import io
 import shutil
 import struct
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from audit import audited
-from commands import run
+from commands import python
 from damages import ROW, SHARD, index_of
 from PIL import Image
 
@@ -199,7 +198,8 @@ def test_sharding_leaves_out_bombs_in_one_line_each_and_in_little_memory(
     for photo, bomb in zip(photos, ("png", "jpg"), strict=False):
         photo.write_bytes(bombs[bomb])
     arguments = ["--root", str(tree), "--out", str(tmp_path / "out"), "--size", "64", "--workers", "1", "--no-features"]
-    done = run([sys.executable, "-c", LIMITED, *arguments])
+    (tmp_path / "limited.py").write_text(LIMITED)
+    done = python(tmp_path / "limited.py", *arguments)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "left out" in line]
     left_out = {line.split()[3].removesuffix(":") for line in lines}

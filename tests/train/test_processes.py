@@ -92,8 +92,9 @@ print(given_back, faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told to keep memory")
-def test_large_tensors_take_the_memory_of_those_before_them() -> None:
-    done = python("-c", SCRIPT)
+def test_large_tensors_take_the_memory_of_those_before_them(tmp_path: Path) -> None:
+    (tmp_path / "faults.py").write_text(SCRIPT)
+    done = python(tmp_path / "faults.py")
     assert done.returncode == 0, done.stderr
     given_back, kept = map(int, done.stdout.split())
     assert given_back > 200

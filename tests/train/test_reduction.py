@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import PYTHON, assert_same_tensors, metrics, run, train
+from commands import PYTHON, assert_same_tensors, metrics, python, train
 from forks import ranks
 from safetensors.torch import load_file
 from torch import nn
@@ -20,13 +20,14 @@ COMPARED = ("losses.part_contrast=0.1", "losses.presence=0.1")  # terms that com
 
 FIRST_TENSORS = """
 import os
+import sys
 import torch
 import torch.distributed as dist
 from slotscops.model.encoder import FrozenBatchNorm
 from slotscops.train.reduction import take_first_process_tensors
 
 rank = int(os.fork() == 0)
-dist.init_process_group("gloo", init_method=f"file://{os.environ['MEETING']}", rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
 torch.manual_seed(rank)
 network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), FrozenBatchNorm(4)).to(memory_format=torch.channels_last)
 network[1].running_mean.fill_(rank)
@@ -45,7 +46,8 @@ if rank == 0:
 
 
 def test_every_process_starts_with_the_tensors_of_the_first(tmp_path: Path) -> None:
-    done = run([*PYTHON, "-c", FIRST_TENSORS], MEETING=str(tmp_path / "meeting"))
+    (tmp_path / "first_tensors.py").write_text(FIRST_TENSORS)
+    done = python(tmp_path / "first_tensors.py", tmp_path / "meeting")
     assert done.returncode == 0, done.stderr
 
 

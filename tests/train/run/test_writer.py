@@ -1,12 +1,10 @@
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from commands import PYTHON, ROOT, metrics, run, train, training
+from commands import PYTHON, ROOT, metrics, python, run, sabotaged, train, training
 
 from slotscops.train.run.checkpoint import State, list_checkpoints, load_checkpoint
 from slotscops.train.run.folder import resolve_checkpoint
@@ -59,8 +57,8 @@ def test_killed_at_whatever_write_an_earlier_or_the_new_checkpoint_is_whole(tmp_
             with CheckpointWriter(tmp_path / str(number), keep=2) as writer:
                 writer.save(tensors_of(earlier), state_of(earlier))
     places = os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests" / "helpers")])
-    command = [sys.executable, "-c", KILLED_WHILE_WRITING, places, str(tmp_path), str(step)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    (tmp_path / "killed.py").write_text(KILLED_WHILE_WRITING)
+    done = python(tmp_path / "killed.py", places, tmp_path, str(step))
     assert done.returncode == 0, done.stderr
     num_moments = int(done.stdout)
     assert 20 < num_moments < 60
@@ -95,11 +93,15 @@ def test_what_is_saved_is_the_tensors_as_they_were_when_asked(tmp_path: Path) ->
     assert torch.equal(load_checkpoint(tmp_path / "step-1").model["weight"], torch.ones(4, 3))
 
 
-def test_a_full_disk_costs_the_checkpoint_but_not_the_run(toy_shards: Path, tmp_path: Path) -> None:
+def test_a_full_disk_costs_the_checkpoint_but_not_the_run(
+    toy_shards: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     assert train(PYTHON, toy_shards, tmp_path, "train.stop_after_steps=1").returncode == 0
     # The kernel refuses files beyond 64 KB, as a full disk would; the model is larger.
-    limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "limited"]
-    done = run([*limited, *training(PYTHON, toy_shards, tmp_path, "train.save_every_steps=2")])
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+    script = sabotaged(tmp_path_factory.mktemp("limited"), "pass")
+    script.write_text(limit + script.read_text())
+    done = run(training(PYTHON, toy_shards, tmp_path, "train.save_every_steps=2", script=script))
     assert done.returncode == 1
     assert done.stderr.count("could not be written") >= 2
     assert "training goes on" in done.stderr
