@@ -22,5 +22,5 @@ fi
 ruff format --check .
 ruff check .
 mypy
-# Each worker uses one thread, because two workers of two threads each would compete for two cores.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal -rfEs "$@"
+# Three workers keep two cores busy, because some tests mostly wait. Each uses one thread: more would compete for the cores.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n "${TEST_WORKERS:-3}" --dist worksteal -rfEs "$@"

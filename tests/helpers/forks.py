@@ -17,17 +17,20 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing import util
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Never
 
 # What the commands import. Their `__main__` modules are left out, because runpy runs those anew.
 _PRELOADED = (
@@ -167,8 +170,8 @@ def _control(option: int, value: Any) -> None:
 # ---- in the process that forks, and in its forks -------------------------------------------------------------------
 
 
-def _serve(channel: socket.socket) -> None:
-    """Forks for each request. Returns in the forked processes, which have then run their command; otherwise never."""
+def _serve(channel: socket.socket) -> Never:
+    """Forks for each request."""
     while True:
         message, streams, *_ = socket.recv_fds(channel, _MOST_BYTES, 8)
         if not message:
@@ -183,13 +186,38 @@ def _serve(channel: socket.socket) -> None:
             channel.close()
             os.close(read_end)
             os.close(write_end)
-            _become(*json.loads(message), streams)
-            return
+            _run_and_exit(partial(_become, *json.loads(message), streams))
         os.close(write_end)
         os.waitpid(between, 0)
         channel.send(os.read(read_end, 100))
         for descriptor in (*streams, read_end):
             os.close(descriptor)
+
+
+def _run_and_exit(run: Callable[[], None]) -> Never:
+    """Runs it and ends as the interpreter does, but does not take all imported modules apart: this takes half a second.
+
+    Above all, it would copy the memory that holds them.
+    """
+    code = 0
+    try:
+        run()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code & 0xFF)
 
 
 def _become(
@@ -217,8 +245,6 @@ def _become(
         exec(command[2], {})
         return
     forker = _start_helper()
-    if forker is None:
-        return  # what the helper has forked has run
     if command[0] in _LAUNCHERS:
         _launch(command, forker)
     else:
@@ -235,20 +261,15 @@ def _give_numbers(descriptors: list[int], numbers: list[int]) -> None:
         os.close(descriptor)
 
 
-def _start_helper() -> socket.socket | None:
-    """A process that forks for this one, which will have threads, and a process with threads cannot fork safely.
-
-    Returns:
-        How to ask it; None in the processes that it has forked.
-    """
+def _start_helper() -> socket.socket:
+    """How to ask a process that forks for this one, which will have threads and then cannot fork safely."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if os.fork():
-        theirs.close()
-        return ours
-    ours.close()
-    _control(_PR_SET_NAME, _HELPER.encode())
-    _serve(theirs)
-    return None
+    if os.fork() == 0:
+        ours.close()
+        _control(_PR_SET_NAME, _HELPER.encode())
+        _serve(theirs)
+    theirs.close()
+    return ours
 
 
 def _run(arguments: list[str], forker: socket.socket) -> None:
@@ -258,7 +279,7 @@ def _run(arguments: list[str], forker: socket.socket) -> None:
         if "forkserver" not in args[-1]:
             return start_anew(path, args, descriptors)
         same_numbers = {number: number for number in descriptors}
-        server = _ask(forker, [path, *args[-2:]], dict(os.environ), same_numbers, new_session=False)
+        server = _ask(forker, [sys.executable, *args[-2:]], dict(os.environ), same_numbers, new_session=False)
         server.returncode = 0  # nobody waits for it
         return server.pid
 
