@@ -42,10 +42,9 @@ _PRELOADED = (
 RANKS = "forked-ranks"
 _LAUNCHERS = ("accelerate", "torchrun")
 _OTHER_NETWORK = ["ip", "netns", "exec"]
-# Variables that are read when they are needed. Some libraries read others as they are imported, so a command with
-# another value of one of those starts a new interpreter.
-_READ_LATE = ("SLOTSCOPS_", "TORCH_ELASTIC_", "GLOO_", "TORCH_GLOO_", "WANDB_", "ACCELERATE_", "AWS_", "CUBLAS_",
-              "KINETO_", "KMP_", "TORCH_CPP_", "PATH")  # fmt: skip
+# Variables that some libraries read as they are imported. A command with others starts a new interpreter.
+_READ_EARLY = ("PYTHON", "HOME", "TMP", "XDG_", "LD_", "LC_", "LANG", "TZ", "TERM", "COLUMNS", "NO_COLOR",
+               "FORCE_COLOR", "OMP_", "MKL_", "CUDA_", "TORCH_LOGS", "HF_", "HUGGINGFACE_", "FSSPEC_")  # fmt: skip
 # pyarrow, which pandas imports for scikit-learn, would start a thread.
 _WITHOUT_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER, _CLONE_NEWNET = 15, 36, 0x40000000
@@ -85,9 +84,14 @@ def can_fork(command: list[str], environment: dict[str, str]) -> bool:
     is_python = command[0] in (sys.executable, "python")
     if not _is_linux or not (_is_of_project(command[1:]) if is_python else command[0] in (RANKS, *_LAUNCHERS)):
         return False
-    read_early = {name: value for name, value in environment.items() if not name.startswith(_READ_LATE)}
-    _environment = _environment or read_early
-    return read_early == _environment
+    _environment = _environment or {
+        name: environment[name] for name in environment if not name.startswith("SLOTSCOPS_")
+    }
+    return _read_early(environment) == _read_early(_environment)
+
+
+def _read_early(environment: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(_READ_EARLY)}
 
 
 def _is_of_project(arguments: list[str]) -> bool:
