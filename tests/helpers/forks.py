@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,9 +43,10 @@ _PRELOADED = (
 RANKS = "forked-ranks"
 _LAUNCHERS = ("accelerate", "torchrun")
 _OTHER_NETWORK = ["ip", "netns", "exec"]
-# Variables that some libraries read as they are imported. A command with others starts a new interpreter.
+# Variables that some libraries read as they are imported. A command with others starts a new interpreter. So does one
+# with variables of wandb, which makes a folder as it is imported: the first fork that ends removes it.
 _READ_EARLY = ("PYTHON", "HOME", "TMP", "XDG_", "LD_", "LC_", "LANG", "TZ", "TERM", "COLUMNS", "NO_COLOR",
-               "FORCE_COLOR", "OMP_", "MKL_", "CUDA_", "TORCH_LOGS", "HF_", "HUGGINGFACE_", "FSSPEC_")  # fmt: skip
+               "FORCE_COLOR", "OMP_", "MKL_", "CUDA_", "TORCH_LOGS", "HF_", "HUGGINGFACE_", "FSSPEC_", "WANDB_")  # fmt: skip
 # pyarrow, which pandas imports for scikit-learn, would start a thread.
 _WITHOUT_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER, _CLONE_NEWNET = 15, 36, 0x40000000
@@ -54,7 +56,7 @@ _MOST_BYTES = 1 << 20  # of a request
 _is_linux = Path("/proc/self/task").is_dir()
 _forker: socket.socket | None = None
 _environment: dict[str, str] = {}
-_labels = Path()  # a file for each forked process
+_labels = Path()  # a folder with a file for each forked process, and what libraries make in TMPDIR as they are imported
 
 
 class Forked(subprocess.Popen[bytes]):
@@ -109,7 +111,7 @@ def start(command: list[str], environment: dict[str, str], folder: Path, out: in
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno()), str(_labels)], cwd=folder,
-                env=_environment | _WITHOUT_THREADS | {"PATH": environment["PATH"], "ACCELERATE_USE_CPU": "true"},
+                env=_environment | _WITHOUT_THREADS | {"PATH": environment["PATH"], "TMPDIR": str(_labels)},
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=[theirs.fileno()],
             )  # fmt: skip
         atexit.register(_end, process)
@@ -140,9 +142,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.kill()
     assert _forker is not None
     _forker.close()
-    for label in _labels.iterdir():
-        label.unlink()
-    _labels.rmdir()
+    shutil.rmtree(_labels)
 
 
 def _ask(
@@ -365,6 +365,7 @@ def _main() -> None:
     if len(list(Path("/proc/self/task").iterdir())) != 1:
         raise RuntimeError("a process with several threads cannot be forked safely")
     _labels = Path(sys.argv[2])
+    tempfile.tempdir = None  # each fork has a TMPDIR of its own
     gc.collect()
     gc.freeze()  # so that no fork looks through, and thereby copies, what was imported
     with suppress(KeyboardInterrupt):
