@@ -45,8 +45,10 @@ _LAUNCHERS = ("accelerate", "torchrun")
 _OTHER_NETWORK = ["ip", "netns", "exec"]
 # Variables that some libraries read as they are imported. A command with others starts a new interpreter. So does one
 # with variables of wandb, which makes a folder as it is imported: the first fork that ends removes it.
-_READ_EARLY = ("PYTHON", "HOME", "TMP", "XDG_", "LD_", "LC_", "LANG", "TZ", "TERM", "COLUMNS", "NO_COLOR",
-               "FORCE_COLOR", "OMP_", "MKL_", "CUDA_", "TORCH_LOGS", "HF_", "HUGGINGFACE_", "FSSPEC_", "WANDB_")  # fmt: skip
+_READ_EARLY = (
+    "PYTHON", "HOME", "TMP", "XDG_", "LD_", "LC_", "LANG", "TZ", "TERM", "COLUMNS", "NO_COLOR", "FORCE_COLOR", "OMP_",
+    "MKL_", "CUDA_", "TORCH_LOGS", "HF_", "HUGGINGFACE_", "FSSPEC_", "WANDB_",
+)  # fmt: skip
 # pyarrow, which pandas imports for scikit-learn, would start a thread.
 _WITHOUT_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER, _CLONE_NEWNET = 15, 36, 0x40000000
@@ -361,7 +363,8 @@ def _launch(command: list[str], forker: socket.socket) -> None:
 def _main() -> None:
     global _labels
     for module in _PRELOADED:
-        importlib.import_module(module)
+        with suppress(ModuleNotFoundError):  # an optional package
+            importlib.import_module(module)
     if len(list(Path("/proc/self/task").iterdir())) != 1:
         raise RuntimeError("a process with several threads cannot be forked safely")
     _labels = Path(sys.argv[2])
