@@ -105,8 +105,8 @@ def popen(command: list[str], stdout: IO[Any], stderr: IO[Any] = sys.__stderr__)
 
 def _start(command: list[str], environment: dict[str, str], out: IO[Any], err: IO[Any]) -> subprocess.Popen[bytes]:
     """Forks the command where that shows the same as starting it."""
-    if forks.can_fork(command, environment):
-        return forks.start(command, environment, ROOT, out.fileno(), err.fileno())
+    if forks.can_fork(command, environment, _USUAL):
+        return forks.start(command, environment, _USUAL, ROOT, out.fileno(), err.fileno())
     if command[0] == forks.RANKS:  # no fork here: the real launcher
         command = [*_ACCELERATE, "--multi_gpu", "--num_processes", command[1], *_ON_ITS_OWN, *command[2:]]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True)
@@ -118,6 +118,9 @@ def _clean_environment() -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if name not in of_others}
     path = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
     return clean | {"PATH": path, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+_USUAL = _clean_environment()  # before the first test can change it
 
 
 def train(launcher: list[str], shards: Path, run_dir: Path, *settings: str) -> subprocess.CompletedProcess[str]:

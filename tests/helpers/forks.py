@@ -57,7 +57,6 @@ _MOST_BYTES = 1 << 20  # of a request
 
 _is_linux = Path("/proc/self/task").is_dir()
 _forker: socket.socket | None = None
-_environment: dict[str, str] = {}
 _labels = Path()  # a folder with a file for each forked process, and what libraries make in TMPDIR as they are imported
 
 
@@ -78,20 +77,19 @@ def ranks(count: int) -> list[str]:
     return [RANKS, str(count)]
 
 
-def can_fork(command: list[str], environment: dict[str, str]) -> bool:
+def can_fork(command: list[str], environment: dict[str, str], usual: dict[str, str]) -> bool:
     """Whether the command is Python or a launcher with a script or a module of the project, and can be a fork.
 
     The launcher may run in a network namespace.
+
+    Args:
+        usual: the environment of a command for which a test changed nothing.
     """
-    global _environment
     command = command[4:] if command[:3] == _OTHER_NETWORK else command
     is_python = command[0] in (sys.executable, "python")
     if not _is_linux or not (_is_of_project(command[1:]) if is_python else command[0] in (RANKS, *_LAUNCHERS)):
         return False
-    _environment = _environment or {
-        name: environment[name] for name in environment if not name.startswith("SLOTSCOPS_")
-    }
-    return _read_early(environment) == _read_early(_environment)
+    return _read_early(environment) == _read_early(usual)
 
 
 def _read_early(environment: dict[str, str]) -> dict[str, str]:
@@ -104,7 +102,9 @@ def _is_of_project(arguments: list[str]) -> bool:
     return first.endswith(".py") or (first == "-m" and second.startswith("slotscops"))
 
 
-def start(command: list[str], environment: dict[str, str], folder: Path, out: int, err: int) -> Forked:
+def start(
+    command: list[str], environment: dict[str, str], usual: dict[str, str], folder: Path, out: int, err: int
+) -> Forked:
     """Starts the command in `folder`, with descriptors of its two streams."""
     global _forker, _labels
     if _forker is None:
@@ -113,7 +113,7 @@ def start(command: list[str], environment: dict[str, str], folder: Path, out: in
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno()), str(_labels)], cwd=folder,
-                env=_environment | _WITHOUT_THREADS | {"PATH": environment["PATH"], "TMPDIR": str(_labels)},
+                env=usual | _WITHOUT_THREADS | {"TMPDIR": str(_labels)},
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=[theirs.fileno()],
             )  # fmt: skip
         atexit.register(_end, process)
