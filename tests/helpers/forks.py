@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import uuid
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -43,11 +44,10 @@ _PRELOADED = (
 RANKS = "forked-ranks"
 _LAUNCHERS = ("accelerate", "torchrun")
 _OTHER_NETWORK = ["ip", "netns", "exec"]
-# Variables that some libraries read as they are imported. A command with others starts a new interpreter. So does one
-# with variables of wandb, which makes a folder as it is imported: the first fork that ends removes it.
+# Variables that some libraries read as they are imported. A command with others starts a new interpreter.
 _READ_EARLY = (
     "PYTHON", "HOME", "TMP", "XDG_", "LD_", "LC_", "LANG", "TZ", "TERM", "COLUMNS", "NO_COLOR", "FORCE_COLOR", "OMP_",
-    "MKL_", "CUDA_", "TORCH_LOGS", "HF_", "HUGGINGFACE_", "FSSPEC_", "WANDB_",
+    "MKL_", "CUDA_", "TORCH_LOGS", "HF_", "HUGGINGFACE_", "FSSPEC_",
 )  # fmt: skip
 # pyarrow, which pandas imports for scikit-learn, would start a thread.
 _WITHOUT_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
@@ -125,15 +125,15 @@ def description(process: Path) -> tuple[str, dict[str, str]] | None:
 
     /proc itself has those of the process that forked it.
     """
-    while Path(__file__).name in (process / "cmdline").read_text():  # a fork, and not dead
-        name = (process / "comm").read_text().strip()
+    while Path(__file__).name.encode() in (process / "cmdline").read_bytes():  # a fork, and not dead
+        name = (process / "comm").read_text(errors="replace").strip()
         if name == _HELPER:
             return None
         for label in (_labels / name, _labels / process.name):  # torch changes the names of some processes
             if label.is_file():
                 command, environment = json.loads(label.read_text())
                 return " ".join(command), environment
-        parent = (process / "stat").read_text().rpartition(") ")[2].split()[1]
+        parent = (process / "stat").read_text(errors="replace").rpartition(") ")[2].split()[1]
         process = process.with_name(parent)
     return None
 
@@ -360,11 +360,24 @@ def _launch(command: list[str], forker: socket.socket) -> None:
         run.main()
 
 
+def _register_unless_it_removes(
+    register: Callable[..., Any], function: Callable[..., Any], *arguments: Any, **named: Any
+) -> Any:
+    """What wandb makes in TMPDIR as it is imported is for all forks, and the first one that ends must not remove it."""
+    removes = isinstance(getattr(function, "__self__", None), tempfile.TemporaryDirectory)
+    return function if removes else register(function, *arguments, **named)
+
+
 def _main() -> None:
     global _labels
+    register = atexit.register
+    atexit.register = partial(_register_unless_it_removes, register)  # type: ignore[assignment]
     for module in _PRELOADED:
         with suppress(ModuleNotFoundError):  # an optional package
             importlib.import_module(module)
+    atexit.register = register
+    for made in weakref.finalize._registry:  # type: ignore[attr-defined]
+        made.atexit = False
     if len(list(Path("/proc/self/task").iterdir())) != 1:
         raise RuntimeError("a process with several threads cannot be forked safely")
     _labels = Path(sys.argv[2])
