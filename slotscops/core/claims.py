@@ -67,8 +67,9 @@ def _finished_units(names: list[str], folder: Path, is_done: Callable[[int], boo
 
 def remove_leases(folder: Path) -> None:
     """Removes the leases of processes that were killed just before they gave them back. No unit may be left to do."""
-    for left in folder.glob(".*.lease"):
-        left.unlink(missing_ok=True)
+    for pattern in (".*.lease", ".*.taking"):
+        for left in folder.glob(pattern):
+            left.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -95,13 +96,32 @@ def _lease(path: Path) -> Iterator[bool]:
 
 
 def _take_over(path: Path) -> bool:
-    """Takes a lease whose owner was killed. Two processes that try it at once may both get it and do the work twice."""
+    """Takes a lease whose owner was killed. Of several processes that try it at once, one gets it.
+
+    The file `.NAME.taking` keeps the others out between the look at the lease and its removal. Without it, a process
+    that looked before could remove the new lease of the one that has just taken over.
+    """
     with suppress(FileNotFoundError):  # its owner has just given it back; it is looked at again later
-        if not has_ended(path.read_text(), time.time() - path.stat().st_mtime > _SILENT_S):
+        if not _is_left(path):
             return False
-        path.unlink()
-        return write_once(path, writer_name().encode())
+        taking = path.with_suffix(".taking")
+        if not write_once(taking, writer_name().encode()):
+            if _is_left(taking):
+                taking.unlink()
+            return False
+        try:
+            if not _is_left(path):  # another process was faster
+                return False
+            path.unlink()
+            return write_once(path, writer_name().encode())
+        finally:
+            taking.unlink(missing_ok=True)
     return False
+
+
+def _is_left(path: Path) -> bool:
+    """Whether the process that wrote the file has ended, or has given no sign of life for ten minutes."""
+    return has_ended(path.read_text(), time.time() - path.stat().st_mtime > _SILENT_S)
 
 
 def claim(path: Path, content: dict[str, Any], remedy: str) -> None:

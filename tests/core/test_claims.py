@@ -85,6 +85,26 @@ def test_leased_units_are_done_once_and_those_of_a_killed_process_by_another(tmp
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_process_that_looked_before_another_took_over_does_not_get_the_lease_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = tmp_path / ".unit.lease"
+    lease.write_text("its owner was killed")
+    looks: list[bool] = []
+
+    def has_ended(owner: str, is_silent: bool) -> bool:
+        if not looks:  # the first process looks at the old lease, and before it goes on the second takes over
+            looks.append(True)
+            looks.append(claims._take_over(lease))
+        return owner != writer_name()
+
+    monkeypatch.setattr(claims, "has_ended", has_ended)
+    assert not claims._take_over(lease) or not looks[1]
+    assert looks == [True, True]
+    assert lease.read_text() == writer_name()
+    assert [path.name for path in tmp_path.iterdir()] == [".unit.lease"]
+
+
 def test_a_lease_of_another_machine_is_taken_over_once_it_is_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -243,7 +243,7 @@ def test_a_crop_is_segmented_as_its_cached_row_is_scored_up_to_the_stored_roundi
 def test_a_run_on_a_compact_cache_is_scored_and_exported(shards: Path, run: Path, tmp_path: Path) -> None:
     assert evaluate.main(["--checkpoint", str(run), "--shards", str(shards), "--baseline", "kmeans"]) == 0
     out = tmp_path / "model.pt2"
-    assert export.main(["--checkpoint", str(run), "--out", str(out)]) == 0
+    assert export.main(["--checkpoint", str(run), "--out", str(out), "--keep-dead"]) == 0
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
     model = slotscops.load(run)
     expected = model.network.segment_maps(model.forward(torch.from_numpy(images)), torch.from_numpy(images))
