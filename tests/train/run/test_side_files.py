@@ -66,7 +66,7 @@ def test_a_process_trains_on_while_its_disks_are_full_and_catches_up_when_there_
     kinds = {"metrics.jsonl", "pictures", "tensorboard events", "report.html", "evaluation.json", "status.json"}
     with (
         small_disk(tmp_path / "disk", megabytes=40, is_real=True) as disk,
-        small_disk(disk.path / "run" / "pictures", megabytes=1, is_real=True) as pictures,
+        small_disk(disk.path / "run" / "pictures", megabytes=30, is_real=True) as pictures,
     ):
         run = disk.path / "run"
         settings = ["train.total_steps=100000", "train.eval_every_steps=2", "train.save_every_steps=2"]
