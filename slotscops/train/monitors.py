@@ -123,7 +123,8 @@ def likely_causes(row: dict[str, float], step: int, config: Config) -> dict[str,
             f"{row['zero_basis_rows']:.0f} row(s) of the basis are all zero and get no gradient any more: "
             + _advice(slower_basis)
         )
-    if row["basis_cosine"] > _ALIKE:
+    # With places, two parts may look alike and differ in where they lie, as front and hind legs do.
+    if row["basis_cosine"] > _ALIKE and config.decoder.places == "none":
         causes["rows alike"] = (
             f"two rows of the basis are alike (cosine {row['basis_cosine']:.3f}), so two slots share one part: "
             + _advice(fewer, kmeans, slower_basis)

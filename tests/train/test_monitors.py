@@ -68,6 +68,12 @@ def test_each_collapse_is_named_with_settings_that_exist(logits: torch.Tensor, b
     assert ("losses.entropy" in entropy) == (cause in ("one slot takes all", "dead slots"))
 
 
+def test_parts_that_look_alike_but_have_places_are_no_collapse() -> None:
+    row = row_of(logits_of([[0, 0], [1, 2]], 3), torch.tensor([[1.0, 2], [1, 2]]))
+    assert likely_causes(row, 1000, settings_of())
+    assert likely_causes(row, 1000, settings_of("decoder.places=facing", "losses.mixture=1")) == {}
+
+
 def test_a_healthy_run_is_not_warned_of_nor_is_a_young_one() -> None:
     assert likely_causes(HEALTHY, 1000, settings_of()) == {}
     collapsed = row_of(torch.zeros(1, 3, 4, 4), torch.eye(2, 4))
