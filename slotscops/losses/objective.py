@@ -27,9 +27,10 @@ from slotscops.losses.regularisers import (
 )
 from slotscops.losses.semantic import semantic_consistency
 from slotscops.losses.warp import Warp, draw_warps, equivariance, landmark_equivariance, warp_images
+from slotscops.model.basis import Directions
 from slotscops.model.maps import upsample
 from slotscops.model.network import ModelOutput
-from slotscops.model.object_frame import ObjectFrame, find_facing, place_densities
+from slotscops.model.object_frame import find_facing, place_densities
 from slotscops.model.object_guess import ObjectGuess
 from slotscops.model.target import TargetTransform
 
@@ -198,17 +199,22 @@ def _facing_of_features(output: ModelOutput, features: Tensor, config: Config) -
     The maps alone do not say it before they are trained.
     """
     assert output.placed is not None
-    assert output.directions is not None
     num_images, grid = len(features), (features.shape[2], features.shape[3])
-    parts, background, places = output.directions
+    parts, background, places = _directions_of(output, num_images, config)
     assert places is not None
-    if config.slots.per_class == "own":
-        parts, background, places = parts[:num_images], background[:num_images], places[:num_images]
     with torch.autocast(features.device.type, enabled=False):
         shares = upsample(output.placed.logits[:num_images], grid).log_softmax(1)
     likelihoods = slot_likelihoods(features, parts, background, config.losses.mixture_kappa)
-    frame = ObjectFrame(*(tensor[:num_images] for tensor in output.placed.frame))
-    return find_facing(shares + likelihoods, places, frame, output.placed.spread)
+    return find_facing(shares + likelihoods, places, output.placed.frame.first(num_images), output.placed.spread)
+
+
+def _directions_of(output: ModelOutput, num_images: int, config: Config) -> Directions:
+    """The directions for the first images, without those of the warped photos that may follow them."""
+    assert output.directions is not None
+    if config.slots.per_class == "shared":
+        return output.directions
+    parts, background, places = output.directions
+    return Directions(parts[:num_images], background[:num_images], None if places is None else places[:num_images])
 
 
 def _needs_warp(wanted: Mapping[str, float]) -> bool:
@@ -231,16 +237,11 @@ def _terms_of_features(
         basis = output.basis[:num_images] if has_own_rows else output.basis
         terms["semantic"] = semantic_consistency(logits, features, basis, size, masks)
     if "mixture" in wanted:
-        assert output.directions is not None
-        parts, background, places = output.directions
-        if has_own_rows:
-            parts, background = parts[:num_images], background[:num_images]
-            places = None if places is None else places[:num_images]
+        parts, background, places = _directions_of(output, num_images, config)
         densities = None
         if output.placed is not None:
             assert places is not None
-            frame = ObjectFrame(*(tensor[:num_images] for tensor in output.placed.frame))
-            densities = place_densities(places, frame, output.placed.spread, size)
+            densities = place_densities(places, output.placed.frame.first(num_images), output.placed.spread, size)
         kappa = config.losses.mixture_kappa
         terms["mixture"] = mixture_loss(logits, features, parts, background, size, kappa, densities=densities)
     if "background" in wanted:

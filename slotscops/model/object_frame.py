@@ -28,6 +28,10 @@ class ObjectFrame(NamedTuple):
     extent: Tensor  # (B, 2) half the height and the width of the object, in half sides of the crop
     facing: Tensor  # (B,) 1, or -1 where the frame's x axis points to the left
 
+    def first(self, num_images: int) -> "ObjectFrame":
+        """The frames of the first images only."""
+        return ObjectFrame(*(tensor[:num_images] for tensor in self))
+
 
 class Densities(NamedTuple):
     """How likely each slot is at each place, before anything is seen: the logarithm of a density over the crop.

@@ -62,28 +62,16 @@ def read_range(text: str) -> list[int]:
 
 def show(content: dict, out: Path) -> None:  # type: ignore[type-arg]
     """Prints the table, the recommendation and the command to go on with."""
-    from slotscops.train.choose_k.page import PAGE
+    from slotscops.train.choose_k.page import PAGE, cells_of, number_text
 
-    def number(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    rows = [
-        (
-            str(row["num_parts"]),
-            number(row["stability"], ".3f"),
-            number(row["likelihood"], ".4f"),
-            number(row["dead_share"], ".0%"),
-            number(row["seconds"], ".0f"),
-        )
-        for row in content["measured"]
-    ]
+    rows = [cells_of(row) for row in content["measured"]]
     console.show_table("numbers of parts", ("parts", "stability", "likelihood", "dead", "seconds"), rows)
     if content["recommended"] is None:
         console.say("no recommendation: parts died, or trainings collapsed, at every number; try smaller numbers")
     else:
         console.say(
             f"recommended: {content['recommended']} parts, {content['rule']} "
-            f"({number(content['least_stability'], '.3f')} or more). {content['note']}"
+            f"({number_text(content['least_stability'], '.3f')} or more). {content['note']}"
         )
         console.say(f"train with: {content['next_command']}")
     console.say(f"{out / PAGE}: the plot")

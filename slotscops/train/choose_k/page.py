@@ -59,20 +59,25 @@ def _table(content: dict[str, Any]) -> str:
     lines = ["".join(f'<th scope="col">{head}</th>' for head in heads)]
     body = [f"<tr>{lines[0]}</tr>"]
     for row in content["measured"]:
-        cells = (
-            str(row["num_parts"]),
-            _number(row["stability"], ".3f"),
-            _number(row["likelihood"], ".4f"),
-            _number(row["dead_share"], ".0%"),
-            _number(row["seconds"], ".0f"),
-        )
         kind = ' class="chosen"' if row["num_parts"] == content["recommended"] else ""
-        body.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        body.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in cells_of(row))}</tr>")
     around = '<div class="scroll" tabindex="0" role="group" aria-label="What was measured">'
     return f"{around}<table>{''.join(body)}</table></div>"
 
 
-def _number(value: float | None, form: str) -> str:
+def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """The texts of a row of the table, for one of `measured`: parts, stability, likelihood, dead parts, seconds."""
+    return (
+        str(row["num_parts"]),
+        number_text(row["stability"], ".3f"),
+        number_text(row["likelihood"], ".4f"),
+        number_text(row["dead_share"], ".0%"),
+        number_text(row["seconds"], ".0f"),
+    )
+
+
+def number_text(value: float | None, form: str) -> str:
+    """The number in that format, or a dash if there is none."""
     return "–" if value is None else format(value, form)
 
 

@@ -22,9 +22,11 @@ from slotscops.core import console
 from slotscops.core.claims import differences
 from slotscops.core.errors import RunError, UserError, first_line
 from slotscops.core.files import remove_abandoned, write_json
+from slotscops.features.cache import FeatureCache
 from slotscops.loader.plan import disjoint_halves, held_out_samples
 from slotscops.metrics.stability import LabelledPhotos, count_pairs_of_labels, label_photos, stability_of
 from slotscops.metrics.without_labels import score_without_labels
+from slotscops.shard.index import ShardDataset
 from slotscops.train import failures
 from slotscops.train.candidates import candidate_seeds
 from slotscops.train.choose_k.rule import RULE, Measured, recommend
@@ -79,13 +81,14 @@ def choose_k(
         basis=replace(config.basis, candidates=1),
         train=replace(config.train, compile=False, stop_after_steps=None),
     )
-    settings = identity(config, amount)
+    dataset, cache = open_training_data(config)
+    settings = identity(config, amount, dataset, cache)
     done = on_first_process(lambda: _open(out, settings))
     for number in numbers:
         if number in done:
             console.say(f"{number} parts: measured by an earlier start")
             continue
-        done[number] = _measure(config, number, amount, accelerator)
+        done[number] = _measure(config, number, amount, dataset, accelerator)
         console.say(_in_words(done[number]))
         on_first_process(lambda: _keep(out, describe(done, settings, command)))
     content = describe(done, settings, command)
@@ -93,9 +96,8 @@ def choose_k(
     return content
 
 
-def identity(config: Config, amount: Amount) -> dict[str, Any]:
+def identity(config: Config, amount: Amount, dataset: ShardDataset, cache: FeatureCache) -> dict[str, Any]:
     """What has to be the same for results to be comparable: settings, amounts, and digests of shards and features."""
-    dataset, cache = open_training_data(config)
     return {
         "settings": to_mapping(config),
         "choose_k": asdict(amount),
@@ -132,7 +134,7 @@ def describe(done: Mapping[int, Measured], settings: dict[str, Any], command: st
 # ---- the trainings -----------------------------------------------------------------------------------------------
 
 
-def _measure(config: Config, number: int, amount: Amount, accelerator: Accelerator) -> Measured:
+def _measure(config: Config, number: int, amount: Amount, dataset: ShardDataset, accelerator: Accelerator) -> Measured:
     """Trains all networks with that number of parts, and compares them pair by pair."""
     start = time.perf_counter()
     config = replace(config, slots=replace(config.slots, num_parts=number))
@@ -141,7 +143,7 @@ def _measure(config: Config, number: int, amount: Amount, accelerator: Accelerat
     for repeat in range(amount.repeats):
         pair: list[LabelledPhotos] = []
         num_classes, is_finite = 1, True
-        held_out, halves = _divide(config, amount, repeat)
+        held_out, halves = _divide(config, amount, dataset, repeat)
         for half, seed in zip(halves, seeds[2 * repeat : 2 * repeat + 2], strict=True):
             trainer = _train(replace(config, seed=seed), half, amount.steps, accelerator)
             network, photos = trainer.network, replace(trainer.split, only=held_out)
@@ -158,10 +160,9 @@ def _measure(config: Config, number: int, amount: Amount, accelerator: Accelerat
 
 
 def _divide(
-    config: Config, amount: Amount, repeat: int
+    config: Config, amount: Amount, dataset: ShardDataset, repeat: int
 ) -> tuple[NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """The held-out samples, the same for every training, and the two halves of the others for one repeat."""
-    dataset, _ = open_training_data(config)
     num_samples = dataset.num_samples("train")
     num_held_out = min(amount.held_out, num_samples // 4)
     if not num_held_out:
