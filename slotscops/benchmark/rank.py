@@ -127,7 +127,7 @@ def measure(shards: Path, small: Path, run_dir: Path, rank: int, num_ranks: int,
     with CheckpointWriter(trainer.folder.checkpoints, keep=3) as writer:
         trainer.save(writer)
     with _counted_opens(trainer.folder.checkpoints) as opened:
-        start_from = find_start(trainer.folder, "auto", is_main=rank == 0)
+        start_from = find_start(trainer.folder, "auto")
         Trainer(config, trainer.accelerator, start_from)
     figures["opened_on_resume"] = max(opened.values())
     trainer.folder.release()

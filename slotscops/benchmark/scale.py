@@ -136,7 +136,7 @@ def _join(rank: int, count: int, port: int, shards: Path, counts: Any) -> None:
     before = num_descriptors()
     config = settings(shards, shards / "run", 2 * count)
     accelerator = start_accelerator(config)
-    check_same_on_all_ranks(config, *open_training_data(config), None)
+    check_same_on_all_ranks(config, *open_training_data(config))
     agreement = Agreement(timedelta(minutes=1))
     for _ in range(3):
         agreement.exchange(0)

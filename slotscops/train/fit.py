@@ -9,7 +9,7 @@ from slotscops.core import console
 from slotscops.train import failures
 from slotscops.train.candidates import check_candidates, choose_start
 from slotscops.train.loop import Trainer
-from slotscops.train.processes import start_accelerator
+from slotscops.train.processes import read_on_first_process, start_accelerator
 from slotscops.train.run.checkpoint import Checkpoint
 from slotscops.train.run.folder import RunFolder
 from slotscops.train.stopwatch import peak_memory_bytes
@@ -40,10 +40,9 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
     trainer = None
     try:
         with failures.named(lambda: trainer.step if trainer else 0):
-            # No name is given to the checkpoint, so that its tensors do not stay in memory during the training.
-            trainer = Trainer(
-                config, accelerator, None if dry_run else find_start(folder, resume, accelerator.is_main_process)
-            )
+            start_from = None if dry_run else read_on_first_process(lambda: find_start(folder, resume))
+            trainer = Trainer(config, accelerator, start_from)
+            del start_from  # its tensors take memory
             if config.basis.candidates > 1 and not trainer.step and not dry_run:
                 choose_start(trainer)
             signal_number = _rehearse(trainer) if dry_run else trainer.train()
@@ -60,9 +59,12 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
     return 128 + signal_number if signal_number else 0
 
 
-def find_start(folder: RunFolder, resume: str, is_main: bool) -> Checkpoint | None:
-    """The checkpoint to continue from, or None. A folder with checkpoints is owned before they are read."""
-    if is_main and folder.checkpoints.is_dir():
+def find_start(folder: RunFolder, resume: str) -> Checkpoint | None:
+    """The checkpoint to continue from, or None. A folder with checkpoints is owned before they are read.
+
+    In a training, only the first process calls it.
+    """
+    if folder.checkpoints.is_dir():
         folder.own()
     return folder.find_checkpoint(resume)
 

@@ -77,7 +77,7 @@ class Trainer:
         self._num_microbatches = microbatches_of_process(config, accelerator.num_processes)
         check_objective(config, accelerator.num_processes, self._num_microbatches)
         self.dataset, self.cache = open_training_data(config)
-        check_same_on_all_ranks(config, self.dataset, self.cache, start_from)
+        check_same_on_all_ranks(config, self.dataset, self.cache)
         # Part labels are never read. Object masks are read only if the target is masked by them.
         needs_masks = config.losses.target_mask == "object"
         self.split = Split(

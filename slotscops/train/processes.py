@@ -136,9 +136,7 @@ def microbatches_of_process(config: Config, num_processes: int) -> int:
     return train.microbatches // num_processes
 
 
-def check_same_on_all_ranks(
-    config: Config, dataset: ShardDataset, cache: FeatureCache, start_from: Checkpoint | None
-) -> None:
+def check_same_on_all_ranks(config: Config, dataset: ShardDataset, cache: FeatureCache) -> None:
     """Refuses to train if settings or data differ between processes, such as an old copy on one node.
 
     One process of each node looks whether all files of the shards and features are there.
@@ -155,7 +153,6 @@ def check_same_on_all_ranks(
         "settings": sha256_of_json(to_mapping(config) | {"data": config.data.size, "run_dir": ""}),
         "shards": dataset.digest,
         "features": cache.digest,
-        "a checkpoint": "none" if start_from is None else start_from.path.name,
     }
     everyone: list[Any] = [None] * console.world_size()
     with _between_hosts() as group:
@@ -202,6 +199,35 @@ def on_first_process(work: Callable[[], Result]) -> Result:
         raise outcome[1]
     result: Result = outcome[0]
     return result
+
+
+def read_on_first_process(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """The checkpoint that `find` finds on rank 0, sent to all processes; all must call it.
+
+    Each file is thus opened once, however many processes resume, and only rank 0 has to see the run's folder.
+
+    Raises:
+        UserError: on every process, if `find` raises it.
+    """
+    if console.world_size() == 1:
+        return find()
+    own: list[Checkpoint] = []
+
+    def describe() -> Checkpoint | None:
+        found = find()
+        if found is None:
+            return None
+        own.append(found)
+        return found.with_tensors(lambda tensor: tensor.to("meta"))  # shapes and types without values
+
+    described = on_first_process(describe)
+    if described is None:
+        return None
+    checkpoint = own[0] if own else described.with_tensors(lambda tensor: torch.empty_like(tensor, device="cpu"))
+    with _between_hosts() as group:
+        for tensor in checkpoint.tensors():
+            dist.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=group)
+    return checkpoint
 
 
 @contextmanager

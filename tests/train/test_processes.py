@@ -10,6 +10,7 @@ from forks import ranks
 
 from slotscops.config import load_config
 from slotscops.core.errors import UserError
+from slotscops.core.files import sha256_of_file
 from slotscops.train.garbage import SynchronisedGarbage
 from slotscops.train.processes import (
     check_same_on_all_ranks,
@@ -28,10 +29,10 @@ def test_a_missing_file_is_looked_for_by_one_process_of_a_node_and_refused_by_al
         for module in ("slotscops.shard.index", "slotscops.features.cache"):
             patched.setattr(f"{module}.size_of_file", None)
         data = open_training_data(config)  # looks at no file of them
-    check_same_on_all_ranks(config, *data, None)
+    check_same_on_all_ranks(config, *data)
     next(shards.glob("train-*.tar")).unlink()
     with pytest.raises(UserError, match=r"tar: is missing"):
-        check_same_on_all_ranks(config, *data, None)
+        check_same_on_all_ranks(config, *data)
     done = train(ranks(2), shards, tmp_path / "run")
     assert done.returncode == 1  # the launcher's own
     assert done.stderr.count("tar: is missing") == 1
@@ -59,6 +60,39 @@ def test_only_the_first_process_clusters_features_and_the_others_take_its_basis(
         done = run(training(launcher, toy_shards, tmp_path / name, *few, script=script))
         assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "one")[0]["loss"] == metrics(tmp_path / "two")[0]["loss"]
+
+
+def test_a_checkpoint_is_read_by_one_process_and_the_others_go_on_from_what_it_read(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "reader.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(Path('launch').resolve())!r})\n"
+        "import train\n"
+        "from slotscops.core import console\n"
+        "def note(event, arguments):\n"
+        "    name = str(arguments[0]) if event == 'open' else ''\n"
+        "    if name.endswith('.safetensors') and 'checkpoints/step-' in name:\n"
+        "        with open(os.environ['OPENED'], 'a') as file:\n"
+        "            file.write(os.environ['RANK'] + ' ' + os.path.basename(name) + '\\n')\n"
+        "sys.addaudithook(note)\n"
+        "console.run_command(train.main)\n"
+    )
+    few = ("train.ema_decay=0.5", "train.total_steps=2", "train.log_every_steps=1")
+    whole, stopped, opened = tmp_path / "whole", tmp_path / "stopped", tmp_path / "opened.txt"
+    for arguments in ([whole, *few], [stopped, *few, "train.stop_after_steps=1"]):
+        assert train(ranks(2), toy_shards, *arguments).returncode == 0
+    done = run(training(TWO_PROCESSES, toy_shards, stopped, *few, script=script), OPENED=str(opened))
+    assert done.returncode == 0, done.stderr
+    assert sorted(opened.read_text().splitlines()) == [
+        f"0 {name}.safetensors" for name in ("ema", "model", "optimizer", "rng")
+    ]
+    assert metrics(stopped)[-1]["loss"] == metrics(whole)[-1]["loss"]
+    of_whole, of_stopped = (
+        sha256_of_file(path / "checkpoints/step-2/optimizer.safetensors") for path in (whole, stopped)
+    )
+    assert of_whole == of_stopped
 
 
 def test_garbage_is_collected_at_every_hundredth_step_and_at_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

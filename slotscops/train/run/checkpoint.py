@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -92,6 +92,19 @@ class Checkpoint:
     rng: dict[str, Tensor]
     ema: dict[str, Tensor] | None  # averaged weights, under the model's names
     state: State
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the same order on every process."""
+        return [*self.model.values(), *self.optimizer.values(), *self.rng.values(), *(self.ema or {}).values()]
+
+    def with_tensors(self, make: Callable[[Tensor], Tensor]) -> Self:
+        """The same checkpoint with the tensors that `make` makes of its own."""
+
+        def remade(group: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: make(tensor) for name, tensor in group.items()}
+
+        ema = None if self.ema is None else remade(self.ema)
+        return replace(self, model=remade(self.model), optimizer=remade(self.optimizer), rng=remade(self.rng), ema=ema)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
