@@ -11,6 +11,7 @@ from slotscops.benchmark.contestants import BATCH_SIZE, make_contestants
 from slotscops.benchmark.measure import take_turns
 from slotscops.benchmark.start import measure_start
 from slotscops.core import console
+from slotscops.core.machine import keep_freed_memory
 from slotscops.features.cache import FeatureCache
 from slotscops.features.rows import FeatureShard
 from slotscops.loader.plan import permutation
@@ -24,11 +25,16 @@ _NAMES = {
     "litdata": "litdata",
     "JPEG decoding alone": "decode",
 }
+_SPARSE = "features alone, sparse as for a GPU"  # of an untrained teacher they are dense
 _STARTS = (1_000, 1_000_000)
 
 
 def compare(dataset: ShardDataset, cache: FeatureCache, rounds: int, folder: Path) -> dict[str, Any]:
-    """Images a second of each contestant. All run on one thread of this process and read each sample once a round."""
+    """Images a second of each contestant. All run on one thread of this process and read each sample once a round.
+
+    The process keeps freed memory for all of them, as a loader worker does.
+    """
+    keep_freed_memory()
     split = Split(dataset, "train", cache, with_labels=False)
     jpegs = [bytes(split.read_member(sample, "jpg")) for sample in range(len(split))]
     shards = [cache.open_shard(entry) for entry in dataset.split("train")]
@@ -37,8 +43,9 @@ def compare(dataset: ShardDataset, cache: FeatureCache, rounds: int, folder: Pat
         **make_contestants(split, folder),
         "JPEG decoding alone": lambda: [simplejpeg.decode_jpeg(jpeg) for jpeg in jpegs],
         "features alone": lambda: _read_features_shuffled(shards),
-        "features alone, sparse as for a GPU": lambda: _read_sparse_features_shuffled(shards),
     }
+    if {shard.encoding for shard in shards} == {"sparse"}:
+        contestants[_SPARSE] = lambda: _read_sparse_features_shuffled(shards)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -49,12 +56,13 @@ def compare(dataset: ShardDataset, cache: FeatureCache, rounds: int, folder: Pat
     rows = [(name, f"{rate[name]:,.0f}", times[name].spread) for name in contestants]
     console.show_table(f"loader, one core, {len(split)} samples a round", ("", "images/s", "ms a round"), rows)
     ratios = {f"loader_over_{_NAMES[name]}": rate["slotscops"] / rate[name] for name in contestants if name in _NAMES}
-    setting = f"{dataset.size} px, {cache.manifest['layer']}, {len(split)} samples"
+    weights = "untrained" if cache.manifest["weights"].startswith("random:") else "trained"
+    setting = f"{dataset.size} px, {cache.manifest['layer']} of a teacher that is {weights}, {len(split)} samples"
     return {
         "setting": setting,
         "loader_images_per_second": rate["slotscops"],
         "features_per_second": rate["features alone"],
-        "sparse_features_per_second": rate["features alone, sparse as for a GPU"],
+        **({"sparse_features_per_second": rate[_SPARSE]} if _SPARSE in rate else {}),
         **ratios,
         **_time_starts(split, folder),
     }

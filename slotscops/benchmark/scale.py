@@ -41,7 +41,7 @@ _FIGURES = {
     "epoch_end_ms": ("longest planning of a step at an epoch's end, ms", 100),
     "read_ms_a_sample": ("reading a sample, each from another shard, ms", None),
     "descriptors": ("open files", 1024),
-    "opened_on_resume": ("opens of each file of a checkpoint on resume", 1),
+    "opened_on_resume": ("opens of each file of a checkpoint on resume, by all processes", 1),
 }
 
 

@@ -38,7 +38,7 @@ _LINES = {
     "scale_log_ms": ("work of a logged step outside the network", "{:.0f} ms"),
     "scale_log_processor_ms": ("the same in processor time", "{:.0f} ms"),
     "scale_epoch_end_ms": ("longest planning of a step at an epoch's end", "{:.2f} ms"),
-    "scale_opened_on_resume": ("opens of each file of a checkpoint by a process that resumes", "{:.0f}"),
+    "scale_opened_on_resume": ("opens of each file of a checkpoint on resume, by all processes together", "{:.0f}"),
 }
 
 
