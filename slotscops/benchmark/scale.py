@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from multiprocessing import connection
 from multiprocessing.context import ForkContext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from slotscops.benchmark.cluster import label_features, write_cluster
 from slotscops.benchmark.rank import READ_BATCHES, num_descriptors, plan_of, settings
@@ -96,7 +98,7 @@ def _run(module: list[Any]) -> Any:
     """What a module of the benchmark prints as JSON in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", *map(str, module)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},  # more processes than GPUs
         capture_output=True,
         text=True,
         check=False,
@@ -122,7 +124,12 @@ def _descriptors_of_joined(count: int, folder: Path) -> dict[int, int]:
     processes = [context.Process(target=_join, args=(rank, count, port, small, counts)) for rank in range(count)]
     for process in processes:
         process.start()
-    for process in processes:
+    running = processes
+    while running and not any(process.exitcode for process in processes):
+        connection.wait([process.sentinel for process in running])
+        running = [process for process in running if process.exitcode is None]
+    for process in running:  # they wait for one that failed
+        process.terminate()
         process.join()
     if any(process.exitcode for process in processes):
         raise RunError(f"{count} processes could not join; see above for the reason")
@@ -141,10 +148,10 @@ def _join(rank: int, count: int, port: int, shards: Path, counts: Any) -> None:
     for _ in range(3):
         agreement.exchange(0)
     agreement.finish()
-    accelerator.wait_for_everyone()
+    dist.barrier()  # Accelerate's own names the GPU of this rank, which may not exist
     if rank in (0, count - 1):
         counts.put((rank, num_descriptors() - before))
-    accelerator.wait_for_everyone()
+    dist.barrier()
     accelerator.end_training()
 
 
