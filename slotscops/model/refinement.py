@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_DILATIONS = (1, 2, 4, 8)  # pixels
+_SMALL = 128  # pixels; smaller photos have the same dilations
 _NUM_ITERATIONS = 10
 _BANDWIDTH = 0.1  # as a share of the standard deviation of the colours around a pixel
 _EPSILON = 1e-8  # avoids division by 0 where all neighbours have one colour; they then get equal weights
 
 
 def refine_maps(
-    maps: Tensor, images: Tensor, num_iterations: int = _NUM_ITERATIONS, dilations: Sequence[int] = _DILATIONS
+    maps: Tensor, images: Tensor, num_iterations: int = _NUM_ITERATIONS, dilations: Sequence[int] | None = None
 ) -> Tensor:
     """Repeatedly replaces each pixel's shares by a mean over its neighbours, weighted by similarity of colour.
 
@@ -30,6 +30,7 @@ def refine_maps(
         images: (B, 3, H, W) RGB, uint8, or floating point in [0, 1].
         num_iterations: how often the shares are replaced.
         dilations: distances in pixels from a pixel to its neighbours. The border's pixels repeat beyond the border.
+            None takes `dilations_for` the size of the photos.
 
     Returns:
         (B, S, H, W) float32.
@@ -37,6 +38,7 @@ def refine_maps(
     Source: pixel-adaptive mask refinement (PAMR), Araslanov and Roth (CVPR 2020, arXiv:2005.08104). The bandwidth
     of a tenth of the deviation and the dilations are our choice.
     """
+    dilations = dilations_for(maps.shape[-2], maps.shape[-1]) if dilations is None else dilations
     colours = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     with torch.autocast(maps.device.type, enabled=False):
         weights = _affinities(colours, dilations)  # (B, P, H, W)
@@ -47,6 +49,19 @@ def refine_maps(
                 total = total + weights[:, number : number + 1] * moved
             refined = total
     return refined
+
+
+def dilations_for(height: int, width: int) -> list[int]:
+    """Distances to neighbours in pixels: 1, 2, 4, ... up to a sixteenth of the shorter side, which is the last one.
+
+    Photos of up to 128 pixels have 1, 2, 4 and 8, those of 224 pixels also 14. Refined maps therefore look the same at
+    any size.
+    """
+    farthest = max(_SMALL, min(height, width)) // 16
+    dilations = [1]
+    while 2 * dilations[-1] < farthest:
+        dilations.append(2 * dilations[-1])
+    return [*dilations, farthest]
 
 
 def _affinities(colours: Tensor, dilations: Sequence[int]) -> Tensor:

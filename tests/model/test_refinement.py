@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slotscops.model.refinement import refine_maps
+from slotscops.model.refinement import dilations_for, refine_maps
 
 
 def by_hand(maps: torch.Tensor, images: torch.Tensor, dilations: tuple[int, ...]) -> torch.Tensor:
@@ -52,6 +52,15 @@ def test_shares_stay_shares(batch: int, slots: int, height: int, width: int, fla
     assert refined.shape == (batch, slots, height, width)
     assert (refined >= 0).all()
     torch.testing.assert_close(refined.sum(1), torch.ones(batch, height, width), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(20, [1, 2, 4, 8]), (128, [1, 2, 4, 8]), (224, [1, 2, 4, 8, 14]), (256, [1, 2, 4, 8, 16])]
+)
+def test_neighbours_reach_a_sixteenth_of_the_photo(size: int, expected: list[int]) -> None:
+    assert dilations_for(size, size + 50) == dilations_for(size + 50, size) == expected
+    images, maps = torch.rand(1, 3, size, size), torch.rand(1, 2, size, size).softmax(1)
+    assert torch.equal(refine_maps(maps, images, 1), refine_maps(maps, images, 1, expected))
 
 
 def test_a_border_moves_to_where_the_colours_change() -> None:
