@@ -15,6 +15,7 @@ from slotscops.core.errors import UserError
 from slotscops.core.machine import own_device
 from slotscops.core.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from slotscops.core.pretrained import draw
+from slotscops.features import teacher as teacher_module
 from slotscops.features.teacher import Teacher, channels_of_layers, compute_features
 
 MEAN = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
@@ -294,6 +295,17 @@ def test_crops_are_resized_on_the_cpu_and_then_go_to_the_teachers_device(monkeyp
     features = compute_features(Through(), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), 96)  # type: ignore[arg-type]
     assert (features.device.type, features.shape) == ("meta", (2, 3, 96, 96))
     assert [(images.device.type, images.dtype) for images in resized] == [("cpu", torch.uint8)]
+
+
+def test_a_gpu_computes_features_with_cudnn_but_without_tf32() -> None:
+    def flags() -> tuple[bool, bool, bool, bool]:
+        cudnn = torch.backends.cudnn
+        return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+
+    before = flags()
+    with teacher_module._true_float32():
+        assert flags() == (True, False, True, False)
+    assert flags() == before
 
 
 @pytest.mark.parametrize(("local_rank", "device"), [(None, "cuda:0"), ("1", "cuda:1"), ("5", "cuda:1")])
