@@ -14,10 +14,11 @@ def rows_of_classes(rows: Tensor, class_ids: Tensor) -> Tensor:
     """Selects for each image the row of its class: rows (G, ...) and class_ids (B,) -> (B, ...).
 
     We use a matrix product, because its gradient is the same in every run. On a GPU the gradient of indexing is not.
+    Autocast is off: it would round the rows, and their gradients, to bfloat16.
     """
-    chosen: Tensor = functional.one_hot(class_ids, len(rows)).to(rows.dtype) @ rows.flatten(
-        1
-    )  # (B, the others flattened)
+    with torch.autocast(rows.device.type, enabled=False):
+        choice = functional.one_hot(class_ids, len(rows)).to(rows.dtype)  # (B, G)
+        chosen: Tensor = choice @ rows.flatten(1)  # (B, the others flattened)
     return chosen.view(-1, *rows.shape[1:])
 
 

@@ -49,6 +49,14 @@ def test_each_image_is_seen_as_by_a_network_of_its_class_alone(init: str) -> Non
         torch.testing.assert_close(output.basis[number], expected.basis)
 
 
+def test_bf16_does_not_round_the_rows_of_a_class() -> None:
+    network, class_ids = network_of(3), torch.tensor([2, 0])
+    exact = network.basis(class_ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network.basis(class_ids)
+    assert torch.equal(rounded, exact)
+
+
 def test_the_guess_decides_where_no_class_is_given_and_trains_nothing_but_itself() -> None:
     network = network_of(3)
     inputs = torch.randn(5, 8, 4, 4)
