@@ -219,7 +219,9 @@ class FrozenBatchNorm(nn.Module):
         is_low = maps.dtype == torch.bfloat16
         scale, shift = (self.scale_bf16, self.shift_bf16) if is_low else (self.scale, self.shift)
         scale, shift = scale.to(maps.dtype), shift.to(maps.dtype)
-        if not (maps.requires_grad and torch.is_grad_enabled()):
+        # The compiler fuses the plain operators. A function of our own would be a graph within the graph for it, which
+        # not every version can cut where DDP needs it.
+        if torch.compiler.is_compiling() or not (maps.requires_grad and torch.is_grad_enabled()):
             return torch.addcmul(shift, maps, scale)
         normalised: Tensor = _ScaleAndShift.apply(maps, scale, shift)
         return normalised

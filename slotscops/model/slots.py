@@ -146,7 +146,20 @@ class SlotAttention(nn.Module):
         """(B, S, D) slots after one update from the positions that they won."""
         weights = attention + self.epsilon
         updates = weights / weights.sum(dim=2, keepdim=True) @ values  # (B, S, D)
-        state: Tensor = self.gru(updates.flatten(0, 1), slots.flatten(0, 1))  # (B * S, D)
+        inputs, state = updates.flatten(0, 1), slots.flatten(0, 1)  # (B * S, D)
+        state = _plain_gru(self.gru, inputs, state) if torch.compiler.is_compiling() else self.gru(inputs, state)
         slots = state.view_as(updates)
         refined: Tensor = slots + self.mlp(self.norm_mlp(slots))
         return refined
+
+
+def _plain_gru(cell: nn.GRUCell, inputs: Tensor, state: Tensor) -> Tensor:
+    """What the cell computes, (B, D) and (B, D) -> (B, D), from operators that the compiler can fuse.
+
+    On a GPU the cell itself is an operator that the compiler does not know: it can only run it to see what it gives.
+    """
+    of_inputs = functional.linear(inputs, cell.weight_ih, cell.bias_ih).chunk(3, dim=1)  # reset, update, new
+    of_state = functional.linear(state, cell.weight_hh, cell.bias_hh).chunk(3, dim=1)
+    reset, update = ((own + other).sigmoid() for own, other in zip(of_inputs[:2], of_state[:2], strict=True))
+    new = (of_inputs[2] + reset * of_state[2]).tanh()
+    return (state - new) * update + new
