@@ -210,7 +210,9 @@ class Split(Dataset[Batch]):
         if self.sparse_features and len(places) * math.prod(self.cache.shape) <= np.iinfo(np.int32).max:
             found = [self._feature_shard(shard, flip).read_sparse_row(row) for shard, row, flip in places]
             sparse = [pair for pair in found if pair is not None]
-            if len(sparse) == len(places):
+            # More than a third of the values as places and values would be larger than the dense features.
+            num_bytes = sum(row.nbytes + values.nbytes for row, values in sparse)
+            if len(sparse) == len(places) and num_bytes <= self.batch_bytes(len(places))["features"]:
                 return _join_sparse(sparse, self.cache.shape)
         features = torch.zeros(len(shards), *self.cache.shape, dtype=torch.float16)
         maps = features.view(len(shards), -1).numpy()

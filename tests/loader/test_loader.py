@@ -83,6 +83,22 @@ def test_a_sparse_batch_becomes_the_dense_one_where_it_arrives(toy_shards: Path,
     assert_same(batch.to(torch.device("cpu")), dense)
 
 
+def test_a_batch_that_would_be_larger_sparse_than_dense_is_dense(toy_shards: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(toy_shards, shards)
+    split = open_split(shards)
+    assert split.cache is not None
+    for path in split.cache.folder.glob("*.safetensors"):
+        whole = FeatureShard(path)
+        features = whole.read_rows(range(len(whole))).numpy()
+        two_fifths = np.where(features > np.quantile(features, 0.6), features, np.float16(0))
+        path.write_bytes(encode(two_fifths, whole.label))
+        assert FeatureShard(path).encoding == "sparse"  # 4 bytes a value on disk, 6 in a batch
+    batch = replace(split, sparse_features=True).read(np.arange(4))
+    assert batch.feature_values is None
+    assert_same(batch, split.read(np.arange(4)))
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_training_batches_follow_the_plan_with_any_number_of_workers(toy_shards: Path, num_workers: int) -> None:
     split = open_split(toy_shards, labels=False)
