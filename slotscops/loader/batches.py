@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from multiprocessing import queues
 from multiprocessing.context import BaseContext
+from threading import Thread
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def training_batches(
 
     Raises:
         UserError: if the split holds no samples.
-        SilentLoaderError: if a worker does not answer in time, when a batch is asked for.
+        SilentLoaderError: if a worker does not answer in time, or the thread that receives its batches has ended, when
+            a batch is asked for.
         RunError: if a worker died, when a batch is asked for.
     """
     if len(split) == 0:
@@ -83,6 +85,14 @@ def _next_batch(iterator: Iterator[Batch], timeout_s: float) -> Batch | None:
         except RuntimeError as error:
             if not str(error).startswith("DataLoader timed out"):
                 raise
+            # For a GPU, a thread receives the batches and pins them. Its errors do not reach the DataLoader.
+            receiver: Thread | None = getattr(iterator, "_pin_memory_thread", None)
+            if receiver is not None and not receiver.is_alive():
+                raise SilentLoaderError(
+                    "the thread that receives the batches of the loader workers has ended, for what it said above; "
+                    "raise the limit of open files if these were short, as with ulimit -n 1024, or set "
+                    "data.num_workers=0"
+                ) from None
             if time.monotonic() - since >= timeout_s:
                 raise SilentLoaderError(
                     f"no loader worker has answered for {timeout_s / 60:g} minutes (train.timeout_minutes); see to the "

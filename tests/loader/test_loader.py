@@ -3,17 +3,18 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 from commands import python
 
-from slotscops.core.errors import RunError
+from slotscops.core.errors import RunError, SilentLoaderError
 from slotscops.core.records import Batch, decode_image
 from slotscops.features.cache import open_cache
 from slotscops.features.rows import FeatureShard, encode
-from slotscops.loader.batches import evaluation_batches, training_batches
+from slotscops.loader.batches import _next_batch, evaluation_batches, training_batches
 from slotscops.loader.plan import TrainingPlan, samples_at
 from slotscops.loader.split import Split
 from slotscops.shard import reader
@@ -108,6 +109,20 @@ def test_training_batches_follow_the_plan_with_any_number_of_workers(toy_shards:
     for batch, row in zip(batches, samples, strict=True):
         assert_same(batch, split.read(row))
         assert batch.part_labels is None
+
+
+def test_a_thread_that_pins_batches_and_has_died_is_not_waited_for() -> None:
+    class Iterator:
+        """What the DataLoader's iterator does on a GPU if that thread died of an error of its own."""
+
+        def __init__(self, receiver: Thread) -> None:
+            self._pin_memory_thread = receiver
+
+        def __next__(self) -> Batch:
+            raise RuntimeError("DataLoader timed out after 5 seconds")
+
+    with pytest.raises(SilentLoaderError, match=r"receives the batches .* has ended, .* open files"):
+        _next_batch(Iterator(Thread()), timeout_s=0)  # type: ignore[arg-type]
 
 
 def test_the_microbatches_of_all_ranks_make_up_the_global_batch(toy_shards: Path) -> None:
