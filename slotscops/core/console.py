@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from slotscops.core.errors import ClaimError, RunError, SilentLoaderError, UserError, visible
+from slotscops.core.errors import ClaimError, RunError, SilentLoaderError, UserError, first_line, visible
 
 _PLAIN_LINE_EVERY_S = 10.0
 _LEAST_NAME = 12  # columns of a terminal for the names of a table that is spread over several
@@ -239,6 +239,14 @@ def run_command(command: Callable[[], int]) -> None:
             raise
         warn(explain_system_error(error))
         code = 1 if error.errno in _FAILURES else 2
+    except RuntimeError as error:
+        if not _is_full_gpu(error):
+            raise
+        warn(
+            f"the GPU has too little memory free ({first_line(error)}); end other programs that use it, or compute "
+            "without it: CUDA_VISIBLE_DEVICES="
+        )
+        code = 1
     except KeyboardInterrupt:
         warn("interrupted")
         code = 130
@@ -277,6 +285,11 @@ _REMEDIES = {
     errno.ENFILE: "the machine has too many open files: end other programs, or raise fs.file-max",
     errno.ENOMEM: "the memory is full: end other programs, or take smaller batches",
 }
+
+
+def _is_full_gpu(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")  # not imported here: some commands start without it
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def raise_limit_of_open_files() -> None:

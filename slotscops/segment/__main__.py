@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,17 @@ def _find_parts(
     model: Segmenter, batch: list[_Photo], class_name: str | None, skipped: list[Skipped]
 ) -> list[tuple[Path, str, FoundParts]]:
     """Segments a batch and empties it, so that its images are freed. A photo without memory for it is skipped."""
-    paths, names = [path for path, _, _ in batch], [name for _, _, name in batch]
-    try:
-        found = model.segment_batch([image for _, image, _ in batch], class_name)
-    except MemoryError:
-        if len(batch) > 1:
-            return [parts for item in batch for parts in _find_parts(model, [item], class_name, skipped)]
-        skipped.append(Skipped(str(paths[0]), f"{shown_name(paths[0])}: there is no memory for it; make it smaller"))
-        return []
-    finally:
-        batch.clear()
-    return list(zip(paths, names, found, strict=True))
+    items = list(batch)
+    batch.clear()
+    with suppress(MemoryError):
+        found = model.segment_batch([image for _, image, _ in items], class_name)
+        return [(path, name, parts) for (path, _, name), parts in zip(items, found, strict=True)]
+    # The error is gone, and with it what its traceback holds of the batch.
+    if len(items) > 1:
+        return [parts for item in items for parts in _find_parts(model, [item], class_name, skipped)]
+    path = items[0][0]
+    skipped.append(Skipped(str(path), f"{shown_name(path)}: there is no memory for it; make it smaller"))
+    return []
 
 
 def _write(

@@ -333,8 +333,17 @@ class Segmenter(HubModel):
         Raises:
             UserError: as in `segment`.
             RunError: if the network's output is not finite.
+            MemoryError: if the photos do not fit into the memory, of the host or of the GPU.
         """
         images = [to_rgb(p) if isinstance(p, Image.Image) else read_photo(Path(p)) for p in photos]
+        try:
+            return self._segment_images(images, class_name)
+        except torch.OutOfMemoryError:
+            pass
+        # Raised here, where PyTorch's error and all tensors that its traceback holds are gone: fewer photos may fit.
+        raise MemoryError("the GPU has too little memory free; give fewer photos at once, or end what else uses it")
+
+    def _segment_images(self, images: list[Image.Image], class_name: str | None) -> list[FoundParts]:
         crops = torch.stack([self.crop(image) for image in images]).to(self.device)
         class_ids = None if class_name is None else torch.full((len(images),), self._class_id(class_name))
         output = self.forward(crops, class_ids)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import python
 from commands import run as run_process
 
@@ -26,6 +27,19 @@ def raises(error: BaseException) -> object:
         raise error
 
     return command
+
+
+def test_a_full_gpu_is_one_line_and_another_error_of_pytorch_keeps_its_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, told = run(raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it")), capsys)
+    assert code == 1
+    (line,) = told.splitlines()
+    assert line.startswith(
+        "slotscops: the GPU has too little memory free (CUDA out of memory. Tried to allocate 2 GiB.)"
+    )
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        console.run_command(raises(RuntimeError("a fault of ours")))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("show", [console.say, console.warn, console.say_plainly])

@@ -194,8 +194,13 @@ def test_whatever_one_photo_does_it_is_listed_and_the_others_go_on(
     assert "encoder error -2" in page
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
 def test_a_photo_without_memory_for_it_is_listed_and_the_rest_of_its_batch_goes_on(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: type[Exception],
 ) -> None:
     for name, width in (("a", 40), ("b", 41), ("c", 42)):
         photo((width, 30)).save(tmp_path / f"{name}.png")
@@ -203,7 +208,7 @@ def test_a_photo_without_memory_for_it_is_listed_and_the_rest_of_its_batch_goes_
 
     def refuse_one(self: Segmenter, image: Image.Image) -> Any:
         if image.width == 41:
-            raise MemoryError
+            raise error
         return crop(self, image)
 
     monkeypatch.setattr(Segmenter, "crop", refuse_one)
