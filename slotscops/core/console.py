@@ -239,12 +239,11 @@ def run_command(command: Callable[[], int]) -> None:
             raise
         warn(explain_system_error(error))
         code = 1 if error.errno in _FAILURES else 2
-    except RuntimeError as error:
-        if not _is_full_gpu(error):
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _is_full_gpu(error)):
             raise
         warn(
-            f"the GPU has too little memory free ({first_line(error)}); end other programs that use it, or compute "
-            "without it: CUDA_VISIBLE_DEVICES="
+            f"too little memory is free ({first_line(error)}); end other programs that use it, or take smaller batches"
         )
         code = 1
     except KeyboardInterrupt:

@@ -341,7 +341,7 @@ class Segmenter(HubModel):
         except torch.OutOfMemoryError:
             pass
         # Raised here, where PyTorch's error and all tensors that its traceback holds are gone: fewer photos may fit.
-        raise MemoryError("the GPU has too little memory free; give fewer photos at once, or end what else uses it")
+        raise MemoryError("the GPU has too little memory free for these photos")
 
     def _segment_images(self, images: list[Image.Image], class_name: str | None) -> list[FoundParts]:
         crops = torch.stack([self.crop(image) for image in images]).to(self.device)

@@ -29,15 +29,15 @@ def raises(error: BaseException) -> object:
     return command
 
 
-def test_a_full_gpu_is_one_line_and_another_error_of_pytorch_keeps_its_traceback(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    code, told = run(raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it")), capsys)
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_full_memory_is_one_line(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = run(raises(kind("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it")), capsys)
     assert code == 1
     (line,) = told.splitlines()
-    assert line.startswith(
-        "slotscops: the GPU has too little memory free (CUDA out of memory. Tried to allocate 2 GiB.)"
-    )
+    assert line.startswith("slotscops: too little memory is free (CUDA out of memory. Tried to allocate 2 GiB.); end")
+
+
+def test_another_error_of_pytorch_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="a fault of ours"):
         console.run_command(raises(RuntimeError("a fault of ours")))  # type: ignore[arg-type]
 
