@@ -24,6 +24,7 @@ _LINES = {
     "loader_images_per_second": ("loader, images a second on one core", "{:,.0f}"),
     "features_per_second": ("cached features decoded into batches, images a second on one core", "{:,.0f}"),
     "loader_over_webdataset": ("loader, against webdataset's own pipeline", "{:.1f} x"),
+    "loader_over_webdataset_simplejpeg": ("loader, against webdataset with the same JPEG library", "{:.1f} x"),
     "loader_over_streaming": ("loader, against mosaicml-streaming", "{:.1f} x"),
     "loader_over_litdata": ("loader, against litdata", "{:.1f} x"),
     "loader_over_decode": ("loader, against JPEG decoding alone", "{:.0%}"),
