@@ -56,7 +56,7 @@ def compare(dataset: ShardDataset, cache: FeatureCache, rounds: int, folder: Pat
     rows = [(name, f"{rate[name]:,.0f}", times[name].spread) for name in contestants]
     console.show_table(f"loader, one core, {len(split)} samples a round", ("", "images/s", "ms a round"), rows)
     ratios = {f"loader_over_{_NAMES[name]}": rate["slotscops"] / rate[name] for name in contestants if name in _NAMES}
-    weights = "untrained" if cache.manifest["weights"].startswith("random:") else "trained"
+    weights = "untrained" if cache.is_random else "trained"
     setting = f"{dataset.size} px, {cache.manifest['layer']} of a teacher that is {weights}, {len(split)} samples"
     return {
         "setting": setting,
