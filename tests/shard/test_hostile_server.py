@@ -2,6 +2,7 @@
 
 import sys
 import tracemalloc
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +27,10 @@ INDEX = "index/train-000000.safetensors"
 FEATURES = "features/vgg19-relu5_4-64/train-000000.safetensors"
 JSON = "index/dataset.json"
 MANIFEST = "features/vgg19-relu5_4-64/manifest.json"
-USER, QUERY = "anna:S3cret-Word", "sig=Sign%2Fature&se=2030"
-SECRETS = (b"anna", b"S3cret-Word", b"Sign%2Fature", b"Sign/ature", b"2030")
+# Each secret is long enough that no time, path or tensor holds it by chance.
+NAME, PASSWORD = "anna-of-somewhere", "S3cret-Word"
+USER, QUERY = f"{NAME}:{PASSWORD}", "sig=Sign%2Fature&se=2030-last-day"
+SECRETS = (NAME.encode(), PASSWORD.encode(), b"Sign%2Fature", b"Sign/ature", b"2030-last-day", b64encode(USER.encode()))
 
 
 @pytest.fixture
@@ -160,7 +163,7 @@ def test_a_password_may_stay_in_the_users_netrc(
     server: WebServer, toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.user = USER
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login anna password S3cret-Word\n")
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login {NAME} password {PASSWORD}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert read_all(open_dataset(server.url)) == read_all(open_dataset(toy_shards))
 
