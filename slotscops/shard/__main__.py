@@ -1,5 +1,6 @@
 """Turns PASCAL-Part into WebDataset shards with an index and the teacher's features.
 
+    python -m slotscops.shard --root DIR --out SHARDS [--classes horse,cow] --config RECIPE [NAME=VALUE ...]
     python -m slotscops.shard --root DIR --out SHARDS [--classes horse,cow] [--size 128] [--teacher-weights FILE]
     python -m slotscops.shard --images DIR [--parts DIR] --out SHARDS [--val-share 0.1] [--class-name NAME]
     python -m slotscops.shard --toy --out shards/toy
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from slotscops.config import Config
 from slotscops.core import console
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError
@@ -28,7 +30,7 @@ from slotscops.datasets.pascal_part.source import open_pascal_part
 from slotscops.datasets.photo_folder import PhotoFolder
 from slotscops.datasets.sources import SPLITS
 from slotscops.datasets.toy import tree as toy
-from slotscops.features.__main__ import add_teacher_options, compact_of, show_cache
+from slotscops.features.__main__ import add_feature_options, features_of, recipe_of, show_cache, show_next_command
 from slotscops.features.teacher import Teacher
 from slotscops.features.verify import verify_shards
 from slotscops.features.writer import build_cache
@@ -58,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
     settings, source = _settings(options), _source_text(options)
     # Built before any work, so that missing weights stop the command at once and not after an hour.
-    teacher = None if options.no_features else Teacher(options.layer, options.teacher_weights, options.teacher)
+    asked = features_of(options, options.size)
+    teacher = None if options.no_features else Teacher(asked.layer, asked.weights, asked.network)
     root = options.out / "photos" if options.toy else options.root
     if options.toy:
         # The plan is written after the whole tree. If a tree exists, the plan checks that these options drew it.
@@ -74,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome = write_shards(pascal_part, options.out, settings, options.workers, source)
     _show(outcome, options.out)
     if teacher is not None:
-        show_cache(build_cache(outcome.dataset, teacher, options.size, options.mirrored, compact_of(options)))
+        show_cache(build_cache(outcome.dataset, teacher, asked.size, asked.mirrored, asked.compact))
+        show_next_command(options, options.out, options.size, asked)
     if options.card:
         write_card(options.out)
     return 1 if options.strict and outcome.num_damaged else 0
@@ -131,7 +135,10 @@ def _context(text: str) -> Context:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    options.recipe = recipe_of(options)
+    if options.size is None:
+        options.size = options.recipe.data.size
     makes_shards = bool(options.root or options.toy or options.images)
     if not (makes_shards or options.inspect or options.verify or options.card):
         parser.error("one of the arguments --root --toy --images --inspect --verify or --card SHARDS is required")
@@ -191,13 +198,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--class-name", default="object", help="for --images: class of all photos (default: object)")
     parser.add_argument("--out", type=shards_argument, help="folder for the shards")
     parser.add_argument("--classes", help="VOC classes to shard, separated by commas (default: all 20)")
-    parser.add_argument("--size", type=int, default=128, help="side of the crops, pixels (default: 128)")
+    parser.add_argument("--size", type=int, help=f"side of the crops, pixels (default: {Config().data.size})")
     parser.add_argument(
         "--context", default=f"{DEFAULT_CONTEXT.share:g}", metavar="SHARE[,JITTER]",
         help="surroundings on every side of an object's box, as a share of its longer side, and by how much the crop "
         "is moved at random (default: %(default)s); a sample's crop is always the same",
     )  # fmt: skip
-    add_teacher_options(parser)
+    add_feature_options(parser)
     parser.add_argument(
         "--no-features", action="store_true", help="write shards without features, which slotscops features adds later"
     )

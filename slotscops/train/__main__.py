@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pydantic import TypeAdapter
 
 from slotscops.config import Config, load_config, to_yaml
-from slotscops.core import console
+from slotscops.core import console, recipes
 from slotscops.core.command_line import command_parser
-from slotscops.train import recipes
 
 _MORE = """\
 For several processes: accelerate launch -m slotscops.train --config toy ...

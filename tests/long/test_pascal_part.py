@@ -8,7 +8,7 @@ from slotscops.datasets.toy import tree as toy
 
 SMALL = (
     "data.num_workers=0", "train.batch_size=4", "train.total_steps=4", "train.save_every_steps=2",
-    "train.log_every_steps=1", "train.eval_every_steps=2",
+    "train.log_every_steps=1", "train.eval_every_steps=2", "data.size=48", "teacher.size=64",
 )  # fmt: skip
 TRAIN = 2  # its number among the script's commands
 
@@ -25,7 +25,7 @@ def test_the_benchmark_script_continues_after_a_kill_and_ends_with_a_page(tmp_pa
         (tmp_path / name).mkdir()
         done = run_script(
             "pascal_part.sh", tmp_path / "tree", *SMALL, *settings, folder=tmp_path / name, killed=killed,
-            OUT=str(out), CLASSES="cow", TEACHER_WEIGHTS="random:0", SIZE="64", CROP="48",
+            OUT=str(out), CLASSES="cow", TEACHER_WEIGHTS="random:0",
         )  # fmt: skip
         assert killed >= 0 or done.returncode == 0, done.stdout + done.stderr
         return done.returncode

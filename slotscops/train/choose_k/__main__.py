@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slotscops.config import load_config
-from slotscops.core import console
+from slotscops.core import console, recipes
 from slotscops.core.address import hide_secrets
 from slotscops.core.command_line import command_parser
 from slotscops.core.errors import UserError
-from slotscops.train import recipes
 
 _MOST = 254  # as slots.num_parts
 
