@@ -22,7 +22,7 @@ from slotscops.loader.split import Split
 from slotscops.metrics.without_labels import DATA_TERMS, score_without_labels
 from slotscops.train.build import load_model
 from slotscops.train.loop import Trainer
-from slotscops.train.processes import on_first_process, open_training_data
+from slotscops.train.processes import on_first_process, open_training_data, timeout_of
 
 
 def check_candidates(config: Config) -> None:
@@ -67,7 +67,7 @@ def choose_start(trainer: Trainer) -> None:
             "basis.candidates; set basis.candidates=1"
         )
     # Before the work, not after it, is when to find out that the folder cannot be written.
-    on_first_process(lambda: trainer.folder.open(config, step=0))
+    on_first_process(lambda: trainer.folder.open(config, step=0), timeout_of(config))
     held_out = held_out_samples(num_samples, num_held_out, config.seed)
     num_steps = min(config.basis.candidate_steps, config.train.total_steps)
     rows: list[dict[str, Any]] = []
@@ -82,7 +82,7 @@ def choose_start(trainer: Trainer) -> None:
         scores = score_without_labels(trainer.network, trainer.split, config, held_out, accelerator)
         rows.append({"candidate": number, "seed": seed, **scores})
         console.say(f"candidate {number + 1} of {len(seeds)}, {num_steps} steps: {_in_words(scores)}")
-    chosen = on_first_process(lambda: find_best([row[config.basis.choose_by] for row in rows]))
+    chosen = on_first_process(lambda: find_best([row[config.basis.choose_by] for row in rows]), timeout_of(config))
     console.say(f"the run begins from candidate {chosen + 1}, the best by {config.basis.choose_by}")
     accelerator.free_memory()
     trainer.begin(seeds[chosen])

@@ -9,7 +9,7 @@ from slotscops.core import console
 from slotscops.train import failures
 from slotscops.train.candidates import check_candidates, choose_start
 from slotscops.train.loop import Trainer
-from slotscops.train.processes import read_on_first_process, start_accelerator
+from slotscops.train.processes import read_on_first_process, start_accelerator, timeout_of
 from slotscops.train.run.checkpoint import Checkpoint
 from slotscops.train.run.folder import RunFolder
 from slotscops.train.stopwatch import peak_memory_bytes
@@ -40,7 +40,9 @@ def fit(config: Config, resume: str = "auto", dry_run: bool = False, trackers: S
     trainer = None
     try:
         with failures.named(lambda: trainer.step if trainer else 0):
-            start_from = None if dry_run else read_on_first_process(lambda: find_start(folder, resume))
+            start_from = None
+            if not dry_run:
+                start_from = read_on_first_process(lambda: find_start(folder, resume), timeout_of(config))
             trainer = Trainer(config, accelerator, start_from)
             del start_from  # its tensors take memory
             if config.basis.candidates > 1 and not trainer.step and not dry_run:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from slotscops.train.processes import (
     microbatches_of_process,
     on_first_process,
     open_training_data,
+    timeout_of,
     weigh_layers,
 )
 from slotscops.train.reduction import FixedOrderReducer, take_first_process_tensors
@@ -138,7 +138,7 @@ class Trainer:
             return [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in parts]
 
         if seed not in self._starts:
-            self._starts[seed] = on_first_process(start)
+            self._starts[seed] = on_first_process(start, timeout_of(self.config))
         for part, state in zip(parts, self._starts[seed], strict=True):
             part.load_state_dict(state)
 
@@ -180,7 +180,7 @@ class Trainer:
             last = min(last, start + train.stop_after_steps)
         self.open_run()
         batches = self.open_batches(last - start)
-        agreement = Agreement(timedelta(minutes=train.timeout_minutes))
+        agreement = Agreement(timeout_of(self.config))
         signal_number = 0
         with (
             StopRequest() as request,

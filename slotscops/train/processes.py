@@ -59,7 +59,7 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
         log_with=choose_trackers(trackers, config),
         project_dir=config.run_dir,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.timeout_minutes)),
+            InitProcessGroupKwargs(timeout=timeout_of(config)),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
@@ -67,6 +67,11 @@ def start_accelerator(config: Config, trackers: Sequence[str] = ()) -> Accelerat
         keep_freed_memory()
     warn_of_small_share(config, accelerator.device, accelerator.num_processes)
     return accelerator
+
+
+def timeout_of(config: Config) -> timedelta:
+    """How long a process waits for the others, in whichever group."""
+    return timedelta(minutes=config.train.timeout_minutes)
 
 
 def warn_of_small_share(config: Config, device: torch.device, num_processes: int) -> None:
@@ -155,7 +160,7 @@ def check_same_on_all_ranks(config: Config, dataset: ShardDataset, cache: Featur
         "features": cache.digest,
     }
     everyone: list[Any] = [None] * console.world_size()
-    with _between_hosts() as group:
+    with _between_hosts(timeout_of(config)) as group:
         dist.all_gather_object(everyone, (missing, mine), group=group)
     for missing, _ in everyone:
         if missing:
@@ -179,8 +184,11 @@ def _find_missing_file(dataset: ShardDataset, cache: FeatureCache) -> str:
     return ""
 
 
-def on_first_process(work: Callable[[], Result]) -> Result:
+def on_first_process(work: Callable[[], Result], timeout: timedelta) -> Result:
     """Runs `work` on rank 0 and gives its result to all processes; all must call it.
+
+    Args:
+        timeout: how long the other processes wait for the result; see `timeout_of`.
 
     Raises:
         UserError, RunError: on every process, if `work` raises it.
@@ -193,7 +201,7 @@ def on_first_process(work: Callable[[], Result]) -> Result:
             outcome[0] = work()
         except (UserError, RunError) as error:
             outcome[1] = error
-    with _between_hosts() as group:
+    with _between_hosts(timeout) as group:
         dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
@@ -201,10 +209,13 @@ def on_first_process(work: Callable[[], Result]) -> Result:
     return result
 
 
-def read_on_first_process(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+def read_on_first_process(find: Callable[[], Checkpoint | None], timeout: timedelta) -> Checkpoint | None:
     """The checkpoint that `find` finds on rank 0, sent to all processes; all must call it.
 
     Each file is thus opened once, however many processes resume, and only rank 0 has to see the run's folder.
+
+    Args:
+        timeout: how long the other processes wait for each message; see `timeout_of`.
 
     Raises:
         UserError: on every process, if `find` raises it.
@@ -220,20 +231,21 @@ def read_on_first_process(find: Callable[[], Checkpoint | None]) -> Checkpoint |
         own.append(found)
         return found.with_tensors(lambda tensor: tensor.to("meta"))  # shapes and types without values
 
-    described = on_first_process(describe)
+    described = on_first_process(describe, timeout)
     if described is None:
         return None
     checkpoint = own[0] if own else described.with_tensors(lambda tensor: torch.empty_like(tensor, device="cpu"))
-    with _between_hosts() as group:
+    with _between_hosts(timeout) as group:
         for tensor in checkpoint.tensors():
             dist.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=group)
     return checkpoint
 
 
 @contextmanager
-def _between_hosts() -> Iterator[Any]:
+def _between_hosts(timeout: timedelta) -> Iterator[Any]:
     """A group of all processes for messages before the training, which takes no GPU memory. Its sockets are closed."""
-    group: Any = dist.new_group(backend="gloo")
+    # A new group does not inherit the default group's timeout.
+    group: Any = dist.new_group(backend="gloo", timeout=timeout)
     try:
         yield group
     finally:

@@ -1,7 +1,9 @@
 import gc
 import platform
 import shutil
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,14 @@ from slotscops.core.files import sha256_of_file
 from slotscops.train.garbage import SynchronisedGarbage
 from slotscops.train.processes import (
     check_same_on_all_ranks,
+    on_first_process,
     open_training_data,
+    read_on_first_process,
     start_accelerator,
+    timeout_of,
     warn_of_small_share,
 )
+from slotscops.train.run.checkpoint import Checkpoint, State
 
 
 def test_a_missing_file_is_looked_for_by_one_process_of_a_node_and_refused_by_all(
@@ -73,8 +79,8 @@ def test_a_checkpoint_is_read_by_one_process_and_the_others_go_on_from_what_it_r
         "from slotscops.core import console\n"
         "from slotscops.train import fit\n"
         "plain = fit.read_on_first_process\n"
-        "def read(find):\n"
-        "    found = plain(find)\n"
+        "def read(*arguments):\n"
+        "    found = plain(*arguments)\n"
         "    groups = (found.model, found.optimizer, found.rng, found.ema)\n"
         "    content = b''.join(tensor.numpy().tobytes() for group in groups for tensor in group.values())\n"
         "    with open(os.environ['OPENED'] + os.environ['RANK'], 'w') as file:\n"
@@ -103,6 +109,31 @@ def test_a_checkpoint_is_read_by_one_process_and_the_others_go_on_from_what_it_r
     for name in ("model", "optimizer", "ema"):
         file = f"checkpoints/step-2/{name}.safetensors"
         assert sha256_of_file(stopped / file) == sha256_of_file(whole / file)
+
+
+def test_messages_before_the_training_wait_as_long_as_the_settings_say(
+    toy_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(None, [f"data.shards={toy_shards}", "data.size=64", "train.timeout_minutes=7"])
+    data = open_training_data(config)
+    found = Checkpoint(Path(), {"tensor": torch.zeros(2)}, {}, {}, None, State(1, 4, {}))
+    timeouts = []
+
+    def new_group(backend: str, timeout: timedelta | None = None) -> None:
+        timeouts.append((backend, timeout))
+
+    def all_gather_object(everyone: list[Any], mine: Any, group: None) -> None:
+        everyone[:] = [mine] * len(everyone)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for replacement in (new_group, all_gather_object):
+        monkeypatch.setattr(torch.distributed, replacement.__name__, replacement)
+    for name in ("destroy_process_group", "broadcast_object_list", "broadcast"):
+        monkeypatch.setattr(torch.distributed, name, lambda *arguments, **options: None)
+    check_same_on_all_ranks(config, *data)
+    assert on_first_process(lambda: "result", timeout_of(config)) == "result"
+    assert read_on_first_process(lambda: found, timeout_of(config)) is not None
+    assert timeouts == [("gloo", timedelta(minutes=7))] * 4
 
 
 def test_garbage_is_collected_at_every_hundredth_step_and_at_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

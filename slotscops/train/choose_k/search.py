@@ -32,7 +32,7 @@ from slotscops.train.candidates import candidate_seeds
 from slotscops.train.choose_k.rule import RULE, Measured, recommend
 from slotscops.train.loop import Trainer
 from slotscops.train.monitors import dead_parts
-from slotscops.train.processes import on_first_process, open_training_data
+from slotscops.train.processes import on_first_process, open_training_data, timeout_of
 from slotscops.train.run.owner import take_ownership
 
 RESULT = "choose_k.json"
@@ -83,16 +83,16 @@ def choose_k(
     )
     dataset, cache = open_training_data(config)
     settings = identity(config, amount, dataset, cache)
-    done = on_first_process(lambda: _open(out, settings))
+    done = on_first_process(lambda: _open(out, settings), timeout_of(config))
     for number in numbers:
         if number in done:
             console.say(f"{number} parts: measured by an earlier start")
             continue
         done[number] = _measure(config, number, amount, dataset, accelerator)
         console.say(_in_words(done[number]))
-        on_first_process(lambda: _keep(out, describe(done, settings, command)))
+        on_first_process(lambda: _keep(out, describe(done, settings, command)), timeout_of(config))
     content = describe(done, settings, command)
-    on_first_process(lambda: _keep(out, content))
+    on_first_process(lambda: _keep(out, content), timeout_of(config))
     return content
 
 
