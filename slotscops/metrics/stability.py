@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slotscops.core.seeding import seeded
 from slotscops.loader.split import Split
 from slotscops.metrics.scores import PartScores, adjusted_rand_index
 from slotscops.metrics.scoring import scored_batches, sum_over_processes
@@ -43,8 +44,7 @@ def label_photos(
     was_training = network.training
     network.eval()
     labels, class_ids = [torch.empty(0, side, side, dtype=torch.uint8)], [torch.empty(0, dtype=torch.int64)]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         for batch in scored_batches(split, accelerator):
             moved = batch.to(device)
             inputs = moved.features if network.takes_features else moved.images

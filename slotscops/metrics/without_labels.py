@@ -15,6 +15,7 @@ from torch import Tensor
 from slotscops.config import Config, LossWeights
 from slotscops.core.errors import UserError
 from slotscops.core.records import Batch
+from slotscops.core.seeding import seeded
 from slotscops.loader.split import Split
 from slotscops.losses.objective import compute_terms
 from slotscops.metrics.scores import PartScores, normalized_mutual_information
@@ -108,8 +109,7 @@ def _score_batch(
     only_data |= {name: getattr(config.losses, name) for name in DATA_TERMS}
     config = replace(config, losses=replace(config.losses, **only_data))
     # Shared-Gaussian slots draw numbers. They are the same for every network, and training draws on as if none were.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed, device):
         output, terms = compute_terms(network, network.target, batch, config, 0, network.object_guess)
         views = _label_views(network, split, batch, samples, output)
     scores = PartScores(network.num_slots, network.num_slots)

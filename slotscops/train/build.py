@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from slotscops.config import Config
 from slotscops.core.errors import UserError
+from slotscops.core.seeding import seeded
 from slotscops.core.timm_networks import is_timm
 from slotscops.losses.objective import trains_basis
 from slotscops.model.encoder import Encoder, FeatureEncoder, ResNetEncoder, TimmEncoder
@@ -41,8 +41,7 @@ def build_model(
     Raises:
         UserError: if settings exclude each other, or the encoder's weights cannot be obtained or do not fit.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         encoder: Encoder
         if config.encoder.name == "features":
             encoder = FeatureEncoder(feature_channels, projection)
