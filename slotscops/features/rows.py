@@ -152,6 +152,17 @@ class FeatureShard:
         else:
             self._scatter_row(row, values)
 
+    def num_sparse_values(self, row: int) -> int | None:
+        """Z, the number of values that `read_sparse_row` returns, or None if this shard is not sparse.
+
+        Nothing of the row is read or checked. If the row is damaged, the number may be wrong, but never negative.
+        """
+        if self.encoding != "sparse":
+            return None
+        first = row * self._num_segments
+        start = int(self._ends[first - 1]) if first else 0
+        return int(self._ends[first + self._num_segments - 1]) - start
+
     def read_sparse_row(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.float16]] | None:
         """(Z,) places and values of one row, or None if this shard is not sparse.
 

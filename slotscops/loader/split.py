@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # loader workers merge no parts, and start faster without wha
 # and 0.06 ms for its features; decoding a crop of 128 px takes 0.14 ms.
 _MAX_INDEX_BYTES = 32 << 20  # of a quarter of a million samples
 _MAX_FEATURE_SHARDS = 256  # each is a memory map
+_SPARSE_BYTES = 6  # in a batch: an int32 place and a float16 value
 
 
 @dataclass
@@ -208,17 +209,26 @@ class Split(Dataset[Batch]):
             return {"features": None}
         places = list(zip(shards.tolist(), rows.tolist(), mirrored.tolist(), strict=True))
         if self.sparse_features and len(places) * math.prod(self.cache.shape) <= np.iinfo(np.int32).max:
-            found = [self._feature_shard(shard, flip).read_sparse_row(row) for shard, row, flip in places]
-            sparse = [pair for pair in found if pair is not None]
-            # More than a third of the values as places and values would be larger than the dense features.
-            num_bytes = sum(row.nbytes + values.nbytes for row, values in sparse)
-            if len(sparse) == len(places) and num_bytes <= self.batch_bytes(len(places))["features"]:
+            sparse = self._read_sparse([(self._feature_shard(shard, flip), row) for shard, row, flip in places])
+            if sparse is not None:
                 return _join_sparse(sparse, self.cache.shape)
         features = torch.zeros(len(shards), *self.cache.shape, dtype=torch.float16)
         maps = features.view(len(shards), -1).numpy()
         for place, (shard, row, flip) in enumerate(places):
             self._feature_shard(shard, flip).read_row_into(row, maps[place])
         return {"features": features}
+
+    def _read_sparse(
+        self, rows: list[tuple[FeatureShard, int]]
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.float16]]] | None:
+        """Places and values of each row; None if a shard is not sparse, or they are larger than the dense features."""
+        counts = [shard.num_sparse_values(row) for shard, row in rows]
+        stored = [count for count in counts if count is not None]
+        # This is decided before any row is read. More than a third of the values, as places and values, are larger.
+        if len(stored) < len(rows) or _SPARSE_BYTES * sum(stored) > self.batch_bytes(len(rows))["features"]:
+            return None
+        found = [shard.read_sparse_row(row) for shard, row in rows]
+        return [pair for pair in found if pair is not None]
 
     def _locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shard number and row in the shard of each sample. Mirroring does not matter."""

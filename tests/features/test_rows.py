@@ -72,10 +72,12 @@ def test_places_and_values_of_a_row_are_those_of_its_dense_map(tmp_path: Path) -
     for row, expected in enumerate(features):
         sparse = shard.read_sparse_row(row)
         assert sparse is not None
+        assert len(sparse[0]) == len(sparse[1]) == shard.num_sparse_values(row)
         dense = np.zeros(expected.size, np.float16)
         dense[sparse[0]] = sparse[1]
         assert (dense == expected.reshape(-1)).all()
-    assert stored(tmp_path, sparse_maps((2, 4, 3, 3), 1.0)).read_sparse_row(0) is None
+    full = stored(tmp_path, sparse_maps((2, 4, 3, 3), 1.0))
+    assert full.read_sparse_row(0) is full.num_sparse_values(0) is None
 
 
 def test_a_place_beyond_the_map_never_reaches_a_gpu(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from commands import python
+from safetensors.numpy import load_file, save
 
-from slotscops.core.errors import RunError, SilentLoaderError
+from slotscops.core.errors import DamageError, RunError, SilentLoaderError
 from slotscops.core.records import Batch, decode_image
 from slotscops.features.cache import open_cache
 from slotscops.features.rows import FeatureShard, encode
@@ -84,20 +85,44 @@ def test_a_sparse_batch_becomes_the_dense_one_where_it_arrives(toy_shards: Path,
     assert_same(batch.to(torch.device("cpu")), dense)
 
 
-def test_a_batch_that_would_be_larger_sparse_than_dense_is_dense(toy_shards: Path, tmp_path: Path) -> None:
-    shards = tmp_path / "shards"
-    shutil.copytree(toy_shards, shards)
-    split = open_split(shards)
+def sparser(toy_shards: Path, folder: Path, share: float) -> Split:
+    """A copy of the shards in whose features a share of the values is not 0, read sparse where that is smaller."""
+    split = open_split(Path(shutil.copytree(toy_shards, folder / "shards")), labels=False)
     assert split.cache is not None
     for path in split.cache.folder.glob("*.safetensors"):
         whole = FeatureShard(path)
         features = whole.read_rows(range(len(whole))).numpy()
-        two_fifths = np.where(features > np.quantile(features, 0.6), features, np.float16(0))
-        path.write_bytes(encode(two_fifths, whole.label))
+        kept = np.where(features > np.quantile(features, 1 - share), features, np.float16(0))
+        path.write_bytes(encode(kept, whole.label))
         assert FeatureShard(path).encoding == "sparse"  # 4 bytes a value on disk, 6 in a batch
-    batch = replace(split, sparse_features=True).read(np.arange(4))
+    return replace(split, sparse_features=True)
+
+
+def test_a_batch_that_would_be_larger_sparse_than_dense_is_read_once_and_dense(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = sparser(toy_shards, tmp_path, 0.4)
+    monkeypatch.setattr(FeatureShard, "read_sparse_row", None)
+    batch = split.read(np.arange(4))
     assert batch.feature_values is None
-    assert_same(batch, split.read(np.arange(4)))
+    assert_same(batch, replace(split, sparse_features=False).read(np.arange(4)))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_a_damaged_row_is_found_whether_its_batch_is_sparse_or_dense(
+    toy_shards: Path, tmp_path: Path, share: float
+) -> None:
+    split = sparser(toy_shards, tmp_path, share)
+    assert split.cache is not None
+    path = split.cache.folder / "train-000000.safetensors"
+    arrays, label = load_file(path), FeatureShard(path).label
+    arrays["values"][arrays["ends"][0]] += 1  # the first value of row 1
+    path.write_bytes(save(arrays, {"label": label}))
+    with pytest.raises(DamageError, match=r"train-000000\.safetensors: row 1 is damaged \(crc32 differs\)"):
+        split.read(np.arange(4))
+    batch = replace(split, replace_damaged=True).read(np.arange(4))
+    assert list(batch.damaged) == [split.key(1)]
+    assert (batch.features is None) == (share < 1 / 3)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
