@@ -8,11 +8,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.error import HTTPError
 
 import numpy as np
 import pytest
+import uvicorn
 from commands import TIMEOUT_S, started
 from PIL import Image
 from small_runs import photo
@@ -106,6 +108,43 @@ def test_a_dropped_photo_shows_its_parts_and_their_names(browser: Any, address: 
     assert tab.locator("#legend .here span").inner_text() == names[labels[30, 45]]
     assert tab.errors == []
     assert all(url.startswith((address, "data:", "blob:")) for url in tab.asked)
+
+
+def test_parts_of_a_pruned_model_keep_their_names_and_colours_on_the_page(browser: Any, published: Path) -> None:
+    model = slotscops.load(published)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        settings = uvicorn.Config(app.make_app(model, "pruned"), log_level="warning", lifespan="off", ws="none")
+        server = uvicorn.Server(settings)
+        thread = Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            tab = opened(browser, f"http://127.0.0.1:{listening.getsockname()[1]}/")
+            tab.locator("#file").set_input_files({"name": "cow.png", "mimeType": "image/png", "buffer": png()})
+            tab.wait_for_selector("#result:not([hidden])")
+            names = tab.locator("#legend span").all_inner_texts()
+            swatches = tab.evaluate(
+                "[...document.querySelectorAll('#legend .swatch')]"
+                ".map(swatch => getComputedStyle(swatch).backgroundColor.match(/[0-9]+/g).map(Number))"
+            )
+            shares = [float(text.split()[0]) for text in tab.locator("#legend small").all_inner_texts()]
+            pixels = tab.evaluate("[...byId('parts').getContext('2d').getImageData(0, 0, 90, 60).data]")
+            labels = model.segment(photo((90, 60))).labels
+            y, x = np.argwhere(labels == 4)[0]
+            box = tab.locator("#parts").bounding_box()
+            tab.mouse.move(box["x"] + box["width"] * (x + 0.5) / 90, box["y"] + box["height"] * (y + 0.5) / 60)
+            pointed_at = tab.locator("#legend .here span").all_inner_texts()
+            assert tab.errors == []
+            tab.context.close()
+        finally:
+            server.should_exit = True
+            thread.join(TIMEOUT_S)
+    numbers = [0, 1, 2, 4, 5]
+    assert names == ["background", "head", "leg", "tail", "part 5"]
+    assert swatches == voc_palette()[numbers].tolist()
+    assert shares == pytest.approx([100 * (labels == number).mean() for number in numbers], abs=0.051)
+    painted = np.array(pixels, np.uint8).reshape(60, 90, 4)
+    assert (painted[..., :3] == voc_palette()[labels]).all()
+    assert pointed_at == ["tail"]
 
 
 def test_the_page_tells_what_is_wrong_with_a_file_and_that_a_teacher_was_untrained(browser: Any, address: str) -> None:

@@ -5,8 +5,12 @@ import onnxruntime
 import pytest
 import torch
 from small_runs import photo, save_feature_run, save_resnet_run
+from torch import Tensor, nn
 
+import slotscops
 from slotscops.core.errors import UserError
+from slotscops.core.pixels import normalise_images
+from slotscops.model.encoder import Encoder
 from slotscops.model.refinement import refine_maps
 from slotscops.segment import export
 from slotscops.segment.segmenter import load
@@ -38,6 +42,34 @@ def test_what_is_exported_answers_as_the_model_does_for_any_number_of_photos(
         output = model.forward(torch.from_numpy(images))
         of_model = model.network.segment_maps(output, torch.from_numpy(images)).numpy()
         np.testing.assert_allclose(maps, of_model, atol=export.TOLERANCE)
+
+
+class Patches(Encoder):
+    """Stands for ResNet-18, which takes ten times as long to export: one convolution of patches."""
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels, self.takes_features = out_channels, False
+        self.patches = nn.Conv2d(3, out_channels, 8, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.patches(normalise_images(images))
+        return found
+
+
+def test_an_onnx_file_of_a_pruned_model_gives_the_labels_of_segment(published: Path, tmp_path: Path) -> None:
+    model = slotscops.load(published)
+    model.network.encoder = Patches(model.network.encoder.out_channels)
+    image, out = photo((64, 64)), tmp_path / "model.onnx"
+    crops = model.crop(image)[None].numpy()
+    export.export(model, out, crops)
+    session = onnxruntime.InferenceSession(str(out))
+    assert session.get_modelmeta().custom_metadata_map["numbers"] == "0,1,2,4,5"
+    maps, labels = session.run(["maps", "labels"], {"images": crops})
+    parts = model.segment(image)
+    assert set(np.unique(parts.labels)) == {0, 1, 2, 4, 5}
+    np.testing.assert_array_equal(labels[0], parts.labels)
+    np.testing.assert_allclose(maps[0], parts.maps, atol=export.TOLERANCE)
 
 
 def test_slots_that_are_drawn_at_random_are_refused(tmp_path: Path) -> None:

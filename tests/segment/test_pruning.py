@@ -10,50 +10,21 @@ from safetensors.torch import load_file, save_file
 from small_runs import photo
 
 import slotscops
-from slotscops.config import load_config, write_config
+from slotscops.config import load_config
 from slotscops.core.errors import UserError
 from slotscops.core.pictures import voc_palette
 from slotscops.evaluate.__main__ import main as evaluate_main
 from slotscops.model.encoder import FeatureEncoder
 from slotscops.model.network import build_network
-from slotscops.model.part_logits import HeadLogits
 from slotscops.segment import __main__ as segment
 from slotscops.segment import export
-from slotscops.segment.names import PartNames, write_names
 from slotscops.segment.naming import name_parts
 from slotscops.segment.pruning import find_dead, without_dead
 from slotscops.train.build import Trained, load_model
-from slotscops.train.run.checkpoint import save_checkpoint
-
-NAMES = ["head", "leg", "ghost", "tail", None]
 
 
-@pytest.fixture(scope="module")
-def run(varied_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose part 3 wins nothing anywhere, and says so. Its parts have names."""
-    trained = load_model(varied_run)
-    head = trained.network.part_logits
-    assert isinstance(head, HeadLogits)
-    with torch.no_grad():
-        head.head.branches[0].get_parameter("bias")[3] -= 100
-    state = replace(trained.state, slot_pixels={"horse": [500, 300, 200, 0, 100, 400]})
-    folder = tmp_path_factory.mktemp("dead") / "run"
-    tensors = {"model": trained.network.state_dict(), "optimizer": {}, "rng": {}}
-    checkpoint = save_checkpoint(folder / "checkpoints", tensors, state, keep=1)
-    write_config(trained.config, folder / "config.yaml")
-    write_names(checkpoint, PartNames({"": NAMES}, 0.5, 3))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def published(run: Path) -> Path:
-    folder = run.parent / "published"
-    slotscops.load(run).save_pretrained(folder)
-    return folder
-
-
-def test_a_published_model_has_no_dead_part_and_the_same_labels(run: Path, published: Path) -> None:
-    whole, pruned = slotscops.load(run), slotscops.load(published)
+def test_a_published_model_has_no_dead_part_and_the_same_labels(run_with_dead: Path, published: Path) -> None:
+    whole, pruned = slotscops.load(run_with_dead), slotscops.load(published)
     assert (whole.part_numbers, pruned.part_numbers) == ([1, 2, 3, 4, 5], [1, 2, 4, 5])
     before, after = whole.segment(photo((90, 70))), pruned.segment(photo((90, 70)))
     assert set(np.unique(before.labels)) == {0, 1, 2, 4, 5}
@@ -67,7 +38,7 @@ def test_a_published_model_has_no_dead_part_and_the_same_labels(run: Path, publi
 
 
 def test_it_is_said_in_a_line_and_on_the_card_and_can_be_switched_off(
-    run: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_with_dead: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = (published / "README.md").read_text()
     assert "Finds 4 parts" in card
@@ -77,7 +48,7 @@ def test_it_is_said_in_a_line_and_on_the_card_and_can_be_switched_off(
     assert "ghost" not in card
     with safe_open(published / "model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["slotscops.state"])["slot_numbers"] == [0, 1, 2, 4, 5]
-    model = slotscops.load(run)
+    model = slotscops.load(run_with_dead)
     model.save_pretrained(tmp_path / "pruned")
     assert capsys.readouterr().out.count("part 3 won less than 0.1 %") == 1
     model.keep_dead = True
@@ -116,29 +87,29 @@ def test_results_of_a_pruned_model_have_the_parts_own_numbers_names_and_colours(
 
 
 def test_a_pruned_model_is_scored_and_named_as_the_whole_one(
-    run: Path, published: Path, toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_with_dead: Path, published: Path, toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scores = []
-    for path in (run, published):
+    for path in (run_with_dead, published):
         file = tmp_path / f"{path.name}.json"
         assert evaluate_main(["--checkpoint", str(path), "--shards", str(toy_shards), "--json", str(file)]) == 0
         scores.append(json.loads(file.read_text())["methods"][0]["scores"])
     assert scores[0] == scores[1]
-    whole, pruned = slotscops.load(run), slotscops.load(published)
+    whole, pruned = slotscops.load(run_with_dead), slotscops.load(published)
     of_whole, of_pruned = (name_parts(model, toy_shards).by_class[""] for model in (whole, pruned))
     assert of_pruned == [of_whole[place] for place in (0, 1, 3, 4)]
 
 
 def test_an_exported_model_has_no_dead_part(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run_with_dead: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "model.pt2"
-    assert export.main(["--checkpoint", str(run), "--out", str(out)]) == 0
+    assert export.main(["--checkpoint", str(run_with_dead), "--out", str(out)]) == 0
     assert "part 3 won less than" in capsys.readouterr().out
     notes = {"slotscops.json": ""}
     program = torch.export.load(out, extra_files=notes).module()
     assert json.loads(notes["slotscops.json"])["numbers"] == "0,1,2,4,5"
-    model = slotscops.load(run)
+    model = slotscops.load(run_with_dead)
     crops = model.crop(photo((64, 64)))[None]
     maps, labels = program(crops)
     assert maps.shape == (1, 5, 64, 64)
@@ -146,7 +117,7 @@ def test_an_exported_model_has_no_dead_part(
     assert torch.equal(labels[0], model.forward(crops).maps((64, 64)).argmax(1)[0].byte())
     kept = []
     monkeypatch.setattr(export, "export", lambda model, *_: kept.append(model.part_numbers) or (0.0, 0.0))
-    assert export.main(["--checkpoint", str(run), "--out", str(out), "--keep-dead"]) == 0
+    assert export.main(["--checkpoint", str(run_with_dead), "--out", str(out), "--keep-dead"]) == 0
     assert kept == [[1, 2, 3, 4, 5]]
 
 
@@ -154,8 +125,8 @@ def with_pixels(trained: Trained, pixels: dict[str, list[int]]) -> Trained:
     return trained._replace(state=replace(trained.state, slot_pixels=pixels))
 
 
-def test_which_parts_are_dead_is_what_the_last_evaluation_counted(run: Path) -> None:
-    trained = load_model(run)
+def test_which_parts_are_dead_is_what_the_last_evaluation_counted(run_with_dead: Path) -> None:
+    trained = load_model(run_with_dead)
     assert find_dead(trained) == [3]
     assert without_dead(with_pixels(trained, {})).network.num_slots == 6  # nothing was counted
     assert find_dead(with_pixels(trained, {"cow": [5000, 0, 1, 0, 5000, 4000], "cat": [1, 0, 0, 99, 9, 9]})) == [1, 2]

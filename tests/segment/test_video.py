@@ -101,6 +101,16 @@ def test_without_smoothing_each_frame_stands_alone(clip: Path, varied_run: Path,
         assert (found == model.segment(Image.fromarray(frame)).labels).mean() > 0.999
 
 
+def test_frames_of_a_pruned_model_have_the_labels_of_the_whole_one(
+    clip: Path, run_with_dead: Path, published: Path, tmp_path: Path
+) -> None:
+    for path in (run_with_dead, published):
+        assert video.segment_clip(slotscops.load(path), clip, tmp_path / path.name, smooth=0.7) == len(TIMES)
+    before, after = (read_labels(tmp_path / path.name / "parts") for path in (run_with_dead, published))
+    assert set(np.unique(after)) == {0, 1, 2, 4, 5}
+    assert (np.array(after) == np.array(before)).mean() > 0.999  # the shares differ by rounding
+
+
 def test_a_smoother_gives_the_same_labels_strip_by_strip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slotscops.segment.segmenter._STRIP_PIXELS", 50)
     generator = np.random.default_rng(0)
