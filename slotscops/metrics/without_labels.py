@@ -108,9 +108,17 @@ def _score_batch(
     only_data: dict[str, Any] = dict.fromkeys(asdict(LossWeights()), 0.0)
     only_data |= {name: getattr(config.losses, name) for name in DATA_TERMS}
     config = replace(config, losses=replace(config.losses, **only_data))
+    outputs: list[ModelOutput] = []
+
+    def forward(*inputs: Tensor, **given: Any) -> ModelOutput:
+        outputs.append(network(*inputs, **given))
+        return outputs[0]
+
     # Shared-Gaussian slots draw numbers. They are the same for every network, and training draws on as if none were.
     with seeded(config.seed, device):
-        output, terms = compute_terms(network, network.target, batch, config, 0, network.object_guess)
+        _, terms = compute_terms(forward, network.target, batch, config, 0, network.object_guess)
+        # As the network gave it, as for the other view: the losses also ask the teacher which way an object faces.
+        (output,) = outputs
         views = _label_views(network, split, batch, samples, output)
     scores = PartScores(network.num_slots, network.num_slots)
     scores.update(*views)

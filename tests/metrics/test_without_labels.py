@@ -14,6 +14,7 @@ from slotscops.features import __main__ as features
 from slotscops.features.cache import open_cache
 from slotscops.loader.split import Split
 from slotscops.losses.semantic import semantic_consistency
+from slotscops.metrics.scores import PartScores
 from slotscops.metrics.stability import label_photos
 from slotscops.metrics.without_labels import agreement_of, score_without_labels
 from slotscops.model.network import ModelOutput, SlotScops
@@ -138,3 +139,21 @@ def test_a_grid_too_small_to_shift_is_refused(toy_shards: Path, monkeypatch: pyt
     monkeypatch.setattr(Split, "read", read_corner)
     with pytest.raises(UserError, match=r"a grid of 2 x 2 cells .* set data\.mirror=true"):
         score_without_labels(network, split, config)
+
+
+def test_objects_face_in_both_views_as_the_network_itself_finds(toy_shards: Path) -> None:
+    network, split, config = network_of(
+        toy_shards,
+        "resnet18",
+        decoder={"maps": "attention", "places": "facing"},
+        basis={"kind": "free"},
+        losses={"mixture": 1.0, "target_mask": "object"},
+    )
+    assert network.basis.place_parameter is not None
+    torch.nn.init.normal_(network.basis.place_parameter)
+    photos = split.read(np.arange(len(split))).images
+    with torch.no_grad():
+        one, other = (network(seen).maps(photos.shape[2:]).argmax(1) for seen in (photos, photos.flip(3)))
+    by_hand = PartScores(network.num_slots, network.num_slots)
+    by_hand.update(one, other.flip(2))
+    assert score_without_labels(network, split, config)["agreement"] == agreement_of(by_hand.table.numpy())["agreement"]
