@@ -292,6 +292,11 @@ def _check_layer_weights(config: Config) -> None:
             f"teacher.layer_weights has {len(weights)} number(s), but teacher.layer joins {len(layers)}, "
             f"{config.teacher.layer}; give one number for each layer"
         )
+    if weights is not None and config.teacher.components is not None:
+        raise UserError(
+            f"teacher.layer_weights weighs the channels of each layer, but each of the {config.teacher.components} "
+            "teacher.components mixes those of all layers; set one of the two to null"
+        )
 
 
 def weigh_layers(target: TargetTransform, config: Config) -> None:

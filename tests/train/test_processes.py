@@ -207,3 +207,10 @@ def test_weights_of_another_number_of_layers_are_refused(toy_shards: Path) -> No
     config = load_config(None, [f"data.shards={toy_shards}", "data.size=64", "teacher.layer_weights=[0.33,1]"])
     with pytest.raises(UserError, match=r"has 2 number\(s\), but teacher\.layer joins 1, relu5_4"):
         open_training_data(config)
+
+
+def test_weights_of_layers_are_refused_where_components_mix_the_layers(toy_shards: Path) -> None:
+    settings = ["teacher.layer=relu5_3+relu5_4", "teacher.layer_weights=[0.33,1]", "teacher.components=8"]
+    config = load_config(None, [f"data.shards={toy_shards}", "data.size=64", *settings])
+    with pytest.raises(UserError, match=r"layer_weights .* but each of the 8 teacher\.components mixes .* to null"):
+        open_training_data(config)
