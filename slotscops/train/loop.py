@@ -38,7 +38,7 @@ from slotscops.train.processes import (
     timeout_of,
     weigh_layers,
 )
-from slotscops.train.reduction import FixedOrderReducer, take_first_process_tensors
+from slotscops.train.reduction import FixedOrderReducer, seed_microbatch, take_first_process_tensors
 from slotscops.train.run import checkpoint
 from slotscops.train.run.folder import RunFolder, check_same_run
 from slotscops.train.run.page import write_page
@@ -122,6 +122,7 @@ class Trainer:
         self._watched: tuple[Tensor, Tensor] | None = None  # logits and basis of the last microbatch
         self._warned: set[str] = set()  # causes of collapse that were already reported
         # Shared-Gaussian slots draw from this generator. Its seed differs between processes but not between starts.
+        # With train.reduction=deterministic, each microbatch seeds it anew.
         torch.manual_seed(config.seed * 1000 + self.accelerator.process_index)
         if start_from is not None:
             self._resume(start_from)
@@ -238,6 +239,9 @@ class Trainer:
             with self.stopwatch.waiting():
                 batch = next(batches)
             self.damage.note(batch.damaged)
+            if self._reducer:
+                first = self.accelerator.process_index * self._num_microbatches
+                seed_microbatch(self.config.seed, self.step, first + number)
             is_last = number == self._num_microbatches - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self._model):
                 loss = self._loss(batch)

@@ -10,6 +10,7 @@ Shapes: P processes, M microbatches, V values in all gradients together.
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,6 +34,17 @@ def choose_kernels(reduction: Reduction) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = is_fixed
     torch.backends.cudnn.benchmark = not is_fixed
+
+
+def seed_microbatch(seed: int, step: int, number: int) -> None:
+    """Seeds the generators for one microbatch, so that slots that start from random numbers draw the same ones.
+
+    Args:
+        step: steps done before.
+        number: of the microbatch in the global batch, over all processes.
+    """
+    drawn = np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(drawn) >> 1)  # 63 bits
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ DETERMINISTIC = ("train.reduction=deterministic", "train.microbatches=4")
 # A small ResNet: four processes hand each other every gradient of every microbatch.
 RESNET = ("encoder.name=timm/test_resnet", "encoder.weights=random:0", "train.total_steps=3")
 COMPARED = ("losses.part_contrast=0.1", "losses.presence=0.1")  # terms that compare photos with each other
+DRAWN = ("slots.init=shared_gaussian",)  # slots that start from random numbers
 
 
 FIRST_TENSORS = """
@@ -116,7 +117,7 @@ def test_a_channels_last_parameter_without_a_gradient_gets_zeros() -> None:
 def test_one_two_and_four_processes_train_the_very_same_parameters(toy_shards: Path, tmp_path: Path) -> None:
     launchers = {"one": PYTHON, "two": TWO_PROCESSES, "four": FOUR_PROCESSES}
     for name, launcher in launchers.items():
-        done = train(launcher, toy_shards, tmp_path / name, *DETERMINISTIC, *RESNET, *COMPARED)
+        done = train(launcher, toy_shards, tmp_path / name, *DETERMINISTIC, *RESNET, *COMPARED, *DRAWN)
         assert done.returncode == 0, done.stderr
     models = [load_file(tmp_path / name / "checkpoints" / "step-3" / "model.safetensors") for name in launchers]
     for key, tensor in models[0].items():
