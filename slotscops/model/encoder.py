@@ -8,7 +8,7 @@ Shapes: B images of H x W pixels; C channels on an h x w grid (17 x 17 at 128 pi
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -145,8 +145,7 @@ class TimmEncoder(Encoder):
         else:
             whole = build_timm(name)
             pretrained.fill(whole, weights, TimmWeights(name))
-            tensors = whole.state_dict()
-            trunk.load_state_dict({own: tensors[_name_in_whole(own, tensors)] for own in trunk.state_dict()})
+            trunk.load_state_dict(_tensors_of_maps(name, trunk.state_dict(), whole.state_dict()))
         self.trunk: nn.Module = freeze_batch_norm_2d(trunk)  # type: ignore[no-untyped-call]
         depths = self.parameter_depths()
         if frozen_stages and frozen_stages >= max(depths.values()):
@@ -166,13 +165,23 @@ class TimmEncoder(Encoder):
         return encoded.permute(0, 3, 1, 2) if self.has_channels_last else encoded  # (B, C, h, w)
 
 
-def _name_in_whole(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """The name that a tensor of timm's `features_only` network has in the whole network.
+def _tensors_of_maps(network: str, own: Iterable[str], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of timm's `features_only` network by its own names, out of those of the whole network.
 
-    timm puts a transformer into `model`, and writes `stages_0` where the whole network has `stages.0`.
+    timm puts some networks into `model` or `body`, and writes `stages_0` where the whole network has `stages.0`.
+
+    Raises:
+        UserError: if one of them has no counterpart in the whole network.
     """
-    candidates = (name, name.removeprefix("model."), re.sub(r"^(\w+?)_(\d+)\.", r"\1.\2.", name))
-    return next((candidate for candidate in candidates if candidate in tensors), name)
+    by_letters = {name.replace(".", "_"): tensor for name, tensor in whole.items()}
+    found = {}
+    for name in own:
+        inner = next((name.removeprefix(start) for start in ("model.", "body.") if name.startswith(start)), name)
+        tensor = by_letters.get(inner.replace(".", "_"), by_letters.get(name.replace(".", "_")))
+        if tensor is None:
+            raise UserError(f"encoder {network}: the whole network has no tensor {name} of its maps; choose another")
+        found[name] = tensor
+    return found
 
 
 class FrozenBatchNorm(nn.Module):

@@ -80,6 +80,15 @@ def test_frozen_stages_do_not_train_and_the_others_do() -> None:
         TimmEncoder(VIT, "random:0", frozen_stages=6)
 
 
+@pytest.mark.parametrize("network", ["timm/test_nfnet", "timm/pit_ti_224"])
+def test_weights_of_the_whole_network_are_found_whatever_timm_calls_them(network: str) -> None:
+    whole = timm.create_model(network.removeprefix("timm/"), num_classes=0)
+    draw(whole, seed=0)
+    drawn = {(tensor.shape, tensor.double().sum().item()) for tensor in whole.state_dict().values()}
+    encoder = TimmEncoder(network, "random:0")
+    assert {(tensor.shape, tensor.double().sum().item()) for tensor in encoder.state_dict().values()} <= drawn
+
+
 def test_the_setting_says_what_it_takes() -> None:
     for name in ("resnet5", "timm/../x", "timm/"):
         with pytest.raises(UserError, match=r"encoder\.name is '.*'; it must be 'resnet18', .* or timm/NAME"):
