@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from slotscops.core import pretrained
-from slotscops.core.errors import UserError
+from slotscops.core.errors import UserError, first_line
 from slotscops.core.pixels import normalise_images
 from slotscops.core.timm_networks import TimmWeights, build_timm, mean_and_std
 from slotscops.features.compact import project
@@ -134,6 +135,7 @@ class TimmEncoder(Encoder):
 
         last_map: dict[str, Any] = {"features_only": True, "out_indices": (-1,)}
         choices: list[dict[str, Any]] = [{"output_stride": 8}, {"output_stride": 16}, {"dynamic_img_size": True}, {}]
+        self.name = name
         trunk = build_timm(name, *(last_map | choice for choice in choices))
         self.takes_features = False
         self.out_channels = int(trunk.feature_info.channels()[-1])  # type: ignore[operator, union-attr]
@@ -152,6 +154,23 @@ class TimmEncoder(Encoder):
             raise UserError(f"frozen_stages {frozen_stages}: {name} has {max(depths.values())} stages; give fewer")
         for own, parameter in self.named_parameters():
             parameter.requires_grad_(not frozen_stages or depths[own] > frozen_stages)
+
+    @torch.no_grad()
+    def check_size(self, size: int) -> None:
+        """Raises a UserError if the network takes no photos of `size` x `size` pixels."""
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
+        shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        errors = (RuntimeError, AssertionError, ValueError)
+        try:  # without values, which takes milliseconds
+            functional_call(self, shapes, (torch.empty(1, 3, size, size, device="meta"),))
+        except errors:
+            try:  # it may be that it makes tensors of its own, with values
+                self(torch.zeros(1, 3, size, size))
+            except errors as error:
+                raise UserError(
+                    f"data.size is {size}, which encoder.name {self.name} does not take ({first_line(error)}); make "
+                    "shards of another size, or choose another encoder"
+                ) from None
 
     def parameter_depths(self) -> dict[str, int]:
         """The stage or block of each parameter, from 1; 0 for what comes before the first one."""

@@ -39,7 +39,8 @@ def build_model(
         projection: (C, D) matrix of a cache that holds components. Only a model that reads the cache keeps it.
 
     Raises:
-        UserError: if settings exclude each other, or the encoder's weights cannot be obtained or do not fit.
+        UserError: if settings exclude each other, the encoder's weights cannot be obtained or do not fit, or it takes
+            no photos of `data.size`.
     """
     with seeded(config.seed):
         encoder: Encoder
@@ -49,6 +50,8 @@ def build_model(
             weights = config.encoder.weights if pretrained else None
             build = TimmEncoder if is_timm(config.encoder.name) else ResNetEncoder
             encoder = build(config.encoder.name, weights, config.encoder.frozen_stages)
+            if pretrained and isinstance(encoder, TimmEncoder):
+                encoder.check_size(config.data.size)
         own_classes = num_classes if config.slots.per_class == "own" else None
         network = build_network(encoder, config, feature_channels, own_classes)
     network.basis.requires_grad_(trains_basis(config.losses))

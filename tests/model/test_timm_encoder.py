@@ -89,6 +89,11 @@ def test_weights_of_the_whole_network_are_found_whatever_timm_calls_them(network
     assert {(tensor.shape, tensor.double().sum().item()) for tensor in encoder.state_dict().values()} <= drawn
 
 
+def test_photos_of_a_size_that_the_network_does_not_take_are_refused_before_the_training() -> None:
+    with pytest.raises(UserError, match=r"data\.size is 72, which encoder\.name timm/test_vit does not take \(.*16"):
+        build_model(settings(VIT, "data.size=72"), feature_channels=8)
+
+
 def test_the_setting_says_what_it_takes() -> None:
     for name in ("resnet5", "timm/../x", "timm/"):
         with pytest.raises(UserError, match=r"encoder\.name is '.*'; it must be 'resnet18', .* or timm/NAME"):
