@@ -261,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"no photos in {', '.join(map(str, options.photos))}; needed {', '.join(sorted(PHOTO_SUFFIXES))}"
         )
     model = load(options.checkpoint, options.teacher_weights)
+    if options.class_name is not None:
+        model.class_id(options.class_name)  # before the results of an earlier call are replaced
     part_names = _part_names(model, options)
     not_taken += segment_clips(model, clips, options.out, options.smooth, options.batch_size, options.class_name)
     if not photos:

@@ -345,7 +345,7 @@ class Segmenter(HubModel):
 
     def _segment_images(self, images: list[Image.Image], class_name: str | None) -> list[FoundParts]:
         crops = torch.stack([self.crop(image) for image in images]).to(self.device)
-        class_ids = None if class_name is None else torch.full((len(images),), self._class_id(class_name))
+        class_ids = None if class_name is None else torch.full((len(images),), self.class_id(class_name))
         output = self.forward(crops, class_ids)
         logits = self._sharp_logits(output, crops).cpu().numpy()
         if not np.isfinite(logits).all():
@@ -367,7 +367,8 @@ class Segmenter(HubModel):
             for number, image in enumerate(images)
         ]
 
-    def _class_id(self, name: str) -> int:
+    def class_id(self, name: str) -> int:
+        """The number of a class. Raises a UserError if no class of this name has parts of its own."""
         if name not in self.class_names:
             known = f"known are {', '.join(self.class_names)}" if self.class_names else "its classes share their parts"
             raise UserError(f"{self.trained.path}: class '{name}'{suggest(name, self.class_names) or f'; {known}'}")

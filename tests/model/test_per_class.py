@@ -133,6 +133,9 @@ def test_photos_are_segmented_as_the_class_given_or_guessed(run: Path, toy_shard
     command = ["--checkpoint", str(run), "--teacher-weights", "random:0", "--class", "cow", str(photo)]
     assert segment.main([*command, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / f"{photo.stem}.parts.png").exists()
+    with pytest.raises(UserError, match=r"class 'hrose'"):
+        segment.main([*command, "--class", "hrose", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "index.html").exists()  # of the call before
 
 
 def test_a_run_is_scored_on_its_own_classes_by_name_and_on_no_others(run: Path, toy_shards: Path) -> None:
