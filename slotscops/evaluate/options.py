@@ -93,7 +93,10 @@ def _add_protocol_options(parser: argparse.ArgumentParser) -> None:
         "those of the training)",
     )
     parser.add_argument(
-        "--landmarks", action="store_true", help="also score regressed part centres; this reads the training split"
+        "--landmarks",
+        action="store_true",
+        help="also score how well the centres of the found parts predict those of the true parts; this reads the "
+        "training split",
     )
 
 
@@ -123,12 +126,12 @@ def _add_baseline_options(parser: argparse.ArgumentParser) -> None:
         "--components",
         type=int,
         metavar="D",
-        help="the baselines read the cache of so many components (default: the first run's)",
+        help="the baselines read the compact cache of D components (default: the first run's)",
     )
     parser.add_argument(
         "--store",
         choices=get_args(FeatureStore),
-        help="the baselines read the cache that is stored in this way (default: the first run's)",
+        help="the baselines read the cache with numbers of this kind (default: the first run's)",
     )
     parser.add_argument(
         "--transform",

@@ -206,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
     parser.add_argument("--out", type=Path, required=True, help="folder for label maps, overlays and the page")
-    parser.add_argument("--soft", action="store_true", help="also write the soft part maps")
+    parser.add_argument("--soft", action="store_true", help="also write the share of each part in each pixel")
     parser.add_argument(
         "--format", dest="formats", action="append", default=[], metavar="A,B,...",
         help="files for other programs, in addition to label maps, overlays and the page, which are always written:"

@@ -172,8 +172,12 @@ def _parser() -> argparse.ArgumentParser:
         "Ctrl-C ends it. Photos do not leave this machine, and none is kept.",
     )  # fmt: skip
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or a model's id on the hub")
-    parser.add_argument("--teacher-weights", help="as for segment")
-    parser.add_argument("--port", type=int, default=_PORT, help=f"0 takes a free one (default: {_PORT})")
+    parser.add_argument(
+        "--teacher-weights", help="weights of the teacher, for a model that was trained on cached features"
+    )
+    parser.add_argument(
+        "--port", type=int, default=_PORT, help=f"port of the page; 0 takes a free one (default: {_PORT})"
+    )
     parser.add_argument(
         "--host", default=_HOST,
         help=f"address to listen on; any other than {_HOST} lets others in, without a password (default: {_HOST})",
