@@ -31,6 +31,7 @@ from slotscops.train.build import build_model, build_optimizer
 from slotscops.train.damage import DamageLedger
 from slotscops.train.garbage import SynchronisedGarbage
 from slotscops.train.processes import (
+    check_object_masks,
     check_same_on_all_ranks,
     microbatches_of_process,
     on_first_process,
@@ -135,6 +136,8 @@ class Trainer:
         parts = [part for part in (basis, target, guess) if part is not None]
 
         def start() -> list[dict[str, Tensor]]:
+            if self.split.with_object_masks:
+                check_object_masks(self.split)
             start_from_features(basis, target, self.split, self._config_of_start(seed), guess)
             return [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in parts]
 

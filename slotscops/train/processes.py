@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from slotscops.features.cache import FeatureCache, check_feature_files, open_cac
 from slotscops.features.compact import Compact
 from slotscops.features.teacher import Teacher, channels_of_layers
 from slotscops.loader import plan
+from slotscops.loader.split import Split
 from slotscops.model.target import TargetTransform
 from slotscops.shard.index import ShardDataset, check_tars, open_dataset
 from slotscops.train.reduction import choose_kernels
@@ -31,6 +33,7 @@ CPU_LAUNCH = (
     "--dynamo_backend no --num_cpu_threads_per_process 1 --main_process_port 0"
 )
 Result = TypeVar("Result")
+_MASKS_LOOKED_AT = 64
 _ENOUGH_IMAGES = 64  # for each GPU at a time; not measured on a GPU
 
 
@@ -296,6 +299,27 @@ def _check_layer_weights(config: Config) -> None:
         raise UserError(
             f"teacher.layer_weights weighs the channels of each layer, but each of the {config.teacher.components} "
             "teacher.components mixes those of all layers; set one of the two to null"
+        )
+
+
+def check_object_masks(split: Split) -> None:
+    """Refuses masks that show no objects: photos without label maps count as objects as a whole.
+
+    Such a mask is all of the photo, which spans the crop from side to side or from top to bottom. The first photos of
+    the split are looked at.
+
+    Raises:
+        UserError: the mask of each of them is the whole photo.
+    """
+    masks = split.read(np.arange(min(_MASKS_LOOKED_AT, len(split)))).object_masks
+    assert masks is not None
+    rows, columns = masks.any(2), masks.any(1)  # (B, S) each
+    fills_its_box = (masks == rows[:, :, None] & columns[:, None, :]).all((1, 2))
+    spans_the_crop = rows.all(1) | columns.all(1)
+    if len(masks) and (fills_its_box & spans_the_crop).all():
+        raise UserError(
+            f"{split.dataset.location}: losses.target_mask is object, but the photos have no masks: each counts as an "
+            "object as a whole; set losses.target_mask=guessed, or give label maps to shard with --parts"
         )
 
 

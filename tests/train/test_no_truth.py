@@ -10,8 +10,11 @@ from commands import PYTHON, metrics, train
 from PIL import Image
 
 from slotscops.evaluate import __main__ as evaluate
+from slotscops.loader.split import Split
 from slotscops.metrics.protocols import ORDERS, PROTOCOLS
 from slotscops.shard import __main__ as shard
+from slotscops.shard.index import open_dataset
+from slotscops.train.processes import check_object_masks
 from slotscops.train.run.checkpoint import list_checkpoints, load_checkpoint
 
 
@@ -68,3 +71,24 @@ def test_photos_with_true_parts_keep_their_scores_and_their_best(toy_shards: Pat
     state = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1]).state
     assert state.scores["val_nmi"] == last["val_nmi"]
     assert "step" not in state.scores
+
+
+def test_photos_without_masks_are_no_objects_to_train_on(unlabelled: Path, toy_shards: Path, tmp_path: Path) -> None:
+    done = train(PYTHON, unlabelled, tmp_path / "run", "losses.target_mask=object", "basis.init=kmeans")
+    assert done.returncode == 2
+    assert "losses.target_mask is object, but the photos have no masks" in done.stderr
+    assert "Traceback" not in done.stderr
+    check_object_masks(Split(open_dataset(toy_shards), "train", None, False, with_object_masks=True))
+
+
+def test_a_mask_that_is_a_box_with_room_around_it_is_a_mask(tmp_path: Path) -> None:
+    for name, bounds in (("photos", None), ("parts", (10, 30, 10, 50))):
+        (tmp_path / name).mkdir()
+        pixels = np.zeros((40, 60), np.uint8)
+        if bounds:
+            pixels[bounds[0] : bounds[1], bounds[2] : bounds[3]] = 255
+        Image.fromarray(pixels).save(tmp_path / name / "a.png")
+    command = ["--images", str(tmp_path / "photos"), "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out")]
+    assert shard.main([*command, "--size", "64", "--workers", "1", "--no-features", "--val-share", "0"]) == 0
+    split = Split(open_dataset(tmp_path / "out"), "train", None, False, with_object_masks=True)
+    check_object_masks(split)
