@@ -1,5 +1,6 @@
 """The recipes that come with the package: the YAML files of `configs/`, named without `.yaml`."""
 
+import argparse
 from pathlib import Path
 
 from slotscops.core.errors import UserError
@@ -10,6 +11,22 @@ DEFAULT = "toy"
 def recipe_names() -> list[str]:
     """Names of all shipped recipes, sorted."""
     return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def add_config_option(parser: argparse.ArgumentParser, more: str = "", default: str | None = None) -> None:
+    """Adds `--config`, whose value `find_config` takes.
+
+    Args:
+        more: of the help, after the recipes.
+        default: the recipe of a command that needs one.
+    """
+    shown = "" if default is None else " (default: %(default)s)"
+    parser.add_argument(
+        "--config",
+        metavar="FILE|RECIPE",
+        default=default,
+        help=f"a YAML file, or one of {', '.join(recipe_names())}{more}{shown}",
+    )
 
 
 def find_config(name_or_path: str) -> Path:

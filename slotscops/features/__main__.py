@@ -81,11 +81,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def add_feature_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every command that computes features."""
-    parser.add_argument(
-        "--config",
-        metavar="FILE|RECIPE",
-        help="the settings of the training that will read the features: a YAML file, or one of "
-        f"{', '.join(recipes.recipe_names())}; sizes and teacher are taken from it, unless the options name others",
+    recipes.add_config_option(
+        parser,
+        more=": the settings of the training that will read the features; sizes and teacher are taken from them, "
+        "unless the options name others",
     )
     parser.add_argument(
         "--teacher", metavar="NETWORK", help=f"a torchvision network, or timm/NAME (default: {_DEFAULT.network})"

@@ -38,10 +38,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "") -> int:
 def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     example = "--config toy run_dir=runs/first train.total_steps=500"
     parser = command_parser("train", "Train a model, alone or under accelerate launch.", example, _MORE, prog)
-    parser.add_argument(
-        "--config", default=recipes.DEFAULT, metavar="FILE|RECIPE",
-        help=f"a YAML file, or one of {', '.join(recipes.recipe_names())} (default: %(default)s)",
-    )  # fmt: skip
+    recipes.add_config_option(parser, default=recipes.DEFAULT)
     parser.add_argument(
         "--resume", default="auto", metavar="auto|PATH|none",
         help="auto continues from the newest checkpoint in run_dir, PATH from that run or checkpoint, none refuses to "

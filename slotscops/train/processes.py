@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar, get_args
 
@@ -311,7 +312,7 @@ def check_object_masks(split: Split) -> None:
     Raises:
         UserError: the mask of each of them is the whole photo.
     """
-    masks = split.read(np.arange(min(_MASKS_LOOKED_AT, len(split)))).object_masks
+    masks = replace(split, cache=None).read(np.arange(min(_MASKS_LOOKED_AT, len(split)))).object_masks
     assert masks is not None
     rows, columns = masks.any(2), masks.any(1)  # (B, S) each
     fills_its_box = (masks == rows[:, :, None] & columns[:, None, :]).all((1, 2))

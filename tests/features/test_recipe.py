@@ -39,11 +39,11 @@ def shards(toy_shards: Path, tmp_path: Path) -> Path:
 def read_as_told(printed: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Config, FeatureCache]:
     """What the printed training command would train on."""
     (line,) = [line for line in printed.splitlines() if line.startswith("train with: ")]
-    launcher, arguments = shlex.split(line.removeprefix("train with: "))[:4], shlex.split(line)[6:]
-    assert launcher == ["accelerate", "launch", "-m", "slotscops.train"]
+    words = shlex.split(line.removeprefix("train with: "))
+    assert words[:4] == ["accelerate", "launch", "-m", "slotscops.train"]
     trained: list[Config] = []
     monkeypatch.setattr("slotscops.train.fit.fit", lambda config, *_: trained.append(config))
-    training.main(arguments)
+    training.main(words[4:])
     return trained[0], open_training_data(trained[0])[1]
 
 

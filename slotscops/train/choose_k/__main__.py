@@ -86,10 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shards", required=True, help="folder written by slotscops shard, with features")
     parser.add_argument("--range", required=True, metavar="A-B", help="numbers of parts to try, such as 3-10")
-    parser.add_argument(
-        "--config", default=recipes.DEFAULT, metavar="FILE|RECIPE",
-        help=f"a YAML file, or one of {', '.join(recipes.recipe_names())} (default: %(default)s)",
-    )  # fmt: skip
+    recipes.add_config_option(parser, default=recipes.DEFAULT)
     parser.add_argument(
         "--steps", type=int, default=100, help="steps of each training, the first of the recipe (default: %(default)s)"
     )
