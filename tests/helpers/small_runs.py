@@ -9,7 +9,7 @@ from PIL import Image
 
 from slotscops.config import Config, load_config, to_mapping, write_config
 from slotscops.features.teacher import Teacher
-from slotscops.segment.segmenter import FoundParts
+from slotscops.segment.segmenter import FoundParts, load
 from slotscops.train.build import build_model
 from slotscops.train.run import checkpoint
 
@@ -21,6 +21,13 @@ def save_run(folder: Path, config: Config) -> Path:
     state = checkpoint.State(1, 8, to_mapping(config), "", "", "random:0", _fingerprint(), {"nmi": 0.25})
     tensors = {"model": build_model(config, 512).state_dict(), "optimizer": {}, "rng": {}}
     checkpoint.save_checkpoint(folder / "checkpoints", tensors, state, keep=1)
+    return folder
+
+
+def publish(run: Path) -> Path:
+    """The folder `published` beside a run, with its published model."""
+    folder = run.parent / "published"
+    load(run).save_pretrained(folder)
     return folder
 
 

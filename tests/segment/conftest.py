@@ -3,9 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import save_resnet_run
+from small_runs import publish, save_resnet_run
 
-import slotscops
 from slotscops.config import write_config
 from slotscops.model.part_logits import HeadLogits
 from slotscops.segment.names import SHARED, PartNames, write_names
@@ -39,6 +38,4 @@ def run_with_dead(varied_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def published(run_with_dead: Path) -> Path:
     """That run, published: a pruned model, which has parts 1, 2, 4 and 5. Not to be changed."""
-    folder = run_with_dead.parent / "published"
-    slotscops.load(run_with_dead).save_pretrained(folder)
-    return folder
+    return publish(run_with_dead)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from commands import ROOT, python
 from safetensors.numpy import load_file, save_file
-from small_runs import photo, save_feature_run, save_resnet_run
+from small_runs import photo, publish, save_feature_run, save_resnet_run
 
 import slotscops
 from slotscops.config import load_config
@@ -36,9 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(run: Path) -> Path:
-    folder = run.parent / "published"
-    slotscops.load(run).save_pretrained(folder)
-    return folder
+    return publish(run)
 
 
 def test_a_published_model_gives_what_the_run_gives_by_load_and_by_the_mixin(run: Path, published: Path) -> None:

@@ -82,11 +82,10 @@ def test_photos_without_masks_are_no_objects_to_train_on(unlabelled: Path, toy_s
 
 
 def test_a_mask_that_is_a_box_with_room_around_it_is_a_mask(tmp_path: Path) -> None:
-    for name, bounds in (("photos", None), ("parts", (10, 30, 10, 50))):
+    pixels = np.zeros((40, 60), np.uint8)
+    pixels[10:30, 10:50] = 255
+    for name in ("photos", "parts"):
         (tmp_path / name).mkdir()
-        pixels = np.zeros((40, 60), np.uint8)
-        if bounds:
-            pixels[bounds[0] : bounds[1], bounds[2] : bounds[3]] = 255
         Image.fromarray(pixels).save(tmp_path / name / "a.png")
     command = ["--images", str(tmp_path / "photos"), "--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "out")]
     assert shard.main([*command, "--size", "64", "--workers", "1", "--no-features", "--val-share", "0"]) == 0
